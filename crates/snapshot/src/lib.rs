@@ -1,1 +1,93 @@
-//! (in the making)
+//! The plain data between the reading half (`autopsy`) and the rebuilding half (`resurrect`).
+//!
+//! *In*: what `autopsy` found in the dead kernel, filled in field by field.
+//! *Out*: the same data, with a [`Decision`] for every process once [`decide`] has run; serialisable as
+//! JSON, so that it can be read by people, compared with `/proc` and replayed in tests.
+//! *Never*: reads a kernel structure, makes a system call, or holds the contents of process memory. Contents
+//! stay where they are; the snapshot names the page frames that hold them ([`PageRun`]) and whoever needs the
+//! bytes asks a [`PhysMem`].
+//!
+//! Objects that several processes can share (open files, inodes, pipes, terminals) live once in a table of the
+//! [`Snapshot`] under the address that the dead kernel knew them by: identity is the pointer.
+//!
+//! One file per kind of kernel object, with the same name as in `autopsy`, `resurrect` and `survivors`.
+
+mod bytes;
+mod clock;
+mod credentials;
+mod decision;
+mod file;
+mod finding;
+mod fs;
+mod memory;
+mod panic;
+mod physmem;
+mod pipe;
+mod process;
+mod signal;
+mod syscall;
+mod thread;
+mod tty;
+
+pub use bytes::Bytes;
+pub use clock::Clocks;
+pub use credentials::{Capabilities, Credentials};
+pub use decision::{Decision, LiveFpu, Policy, Reason, Selector, decide};
+pub use file::{Descriptor, FileId, FileKind, Inode, InodeId, OpenFile, PageCacheRun};
+pub use finding::{Finding, Severity};
+pub use fs::{FsContext, Mount, MountFlags, Timestamp};
+pub use memory::{AddressSpace, AddressSpaceId, MmLayout, PageRun, Prot, SwapRun, Vma, VmaFlags, VmaKind};
+pub use panic::{Frame, Kernel, LogRecord, Panic};
+pub use physmem::{PAGE_SIZE, PhysMap, PhysMem, PhysMemError, PhysRange};
+pub use pipe::{Pipe, PipeBuffer, PipeEnd, PipeId};
+pub use process::{Namespaces, Process, ProcessState, Rlimit};
+pub use signal::{AltStack, PendingSignal, SigAction, SignalState};
+pub use syscall::{Resume, SyscallInFlight};
+pub use thread::{Fpu, FpuSource, Registers, Rseq, Scheduling, Seccomp, Thread, ThreadState};
+pub use tty::{Termios, Tty, TtyId, WindowSize};
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// A process or thread id, as the programs saw it (initial PID namespace).
+pub type Pid = i32;
+
+/// Version of the serialised form; raised whenever a reader of older snapshots would misunderstand a field.
+pub const FORMAT: u32 = 1;
+
+/// Everything that is known about the dead machine and needed to rebuild its processes.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// [`FORMAT`] of the writer.
+    pub format: u32,
+    /// The kernel that died.
+    pub kernel: Kernel,
+    /// How it died.
+    pub panic: Panic,
+    /// The dead kernel's clocks at the moment of death.
+    pub clocks: Clocks,
+    /// Mount table of the dead machine's initial mount namespace, parents before children.
+    pub mounts: Vec<Mount>,
+    /// User processes (thread groups), by ascending PID. Kernel threads are not listed.
+    pub processes: Vec<Process>,
+    /// Address spaces, shared by the processes that name them.
+    pub address_spaces: BTreeMap<AddressSpaceId, AddressSpace>,
+    /// Open file descriptions (`struct file`).
+    pub files: BTreeMap<FileId, OpenFile>,
+    /// Inodes behind the files and mappings, with what the page cache held of them.
+    pub inodes: BTreeMap<InodeId, Inode>,
+    /// Pipes and FIFOs.
+    pub pipes: BTreeMap<PipeId, Pipe>,
+    /// Terminals.
+    pub ttys: BTreeMap<TtyId, Tty>,
+    /// What was noticed on the way: doubts, losses, damage.
+    pub findings: Vec<Finding>,
+}
+
+impl Snapshot {
+    /// The process with this PID.
+    pub fn process(&self, pid: Pid) -> Option<&Process> {
+        self.processes.iter().find(|p| p.pid == pid)
+    }
+}

@@ -1,0 +1,412 @@
+//! What is to be done with each process: decided for the whole snapshot before the first process is created.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    AddressSpaceId, FileKind, Fpu, Pid, Process, ProcessState, Resume, Seccomp, Severity, Snapshot,
+    ThreadState, VmaKind,
+};
+
+/// What is to be done with a process.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "do")]
+pub enum Decision {
+    /// Not decided yet.
+    #[default]
+    Undecided,
+    /// The configuration does not ask for it.
+    NotSelected {
+        /// Why: which rule.
+        why: String,
+    },
+    /// Rebuild it and let it go on from its registers.
+    Continue {
+        /// What will be different for it; empty when nothing is known to be.
+        losses: Vec<Reason>,
+    },
+    /// It does not come back.
+    GiveUp {
+        /// Every reason that was found, the first being enough.
+        reasons: Vec<Reason>,
+    },
+}
+
+impl Decision {
+    /// Whether the process is to be rebuilt.
+    pub fn is_continue(&self) -> bool {
+        matches!(self, Self::Continue { .. })
+    }
+}
+
+/// Why something is given up or lost.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reason {
+    /// For programs: stable, kebab-case (`live-fpu`, `descriptor`, `swapped`).
+    pub code: String,
+    /// For people.
+    pub text: String,
+}
+
+impl Reason {
+    /// A reason from its two forms.
+    pub fn new(code: &str, text: impl Into<String>) -> Self {
+        Self { code: code.to_owned(), text: text.into() }
+    }
+}
+
+/// Which processes an entry of the configuration means. All fields that are given must fit.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Selector {
+    /// systemd unit, `redis-server.service`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unit: Option<String>,
+    /// Path of the executable.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exe: Option<String>,
+    /// User name or numeric id (real uid).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// One process.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pid: Option<Pid>,
+}
+
+/// What to do with a thread whose live FPU registers nobody saved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LiveFpu {
+    /// Its process is given up.
+    #[default]
+    GiveUp,
+    /// Its process enters its crash procedure, or is given up when it has none.
+    CrashProcedure,
+    /// It goes on with the last registers known, and the report warns.
+    ResumeAnyway,
+}
+
+/// The part of the configuration that decides over processes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Policy {
+    /// Bring back every process that no entry of `never` means.
+    pub all: bool,
+    /// Otherwise: the processes that one of these means, and their descendants.
+    pub select: Vec<Selector>,
+    /// Wins over everything else.
+    pub never: Vec<Selector>,
+    #[allow(missing_docs)]
+    pub live_fpu: LiveFpu,
+    /// User names of the selectors as numbers (from the main kernel's user database, resolved when arming).
+    pub users: BTreeMap<String, u32>,
+}
+
+impl Policy {
+    fn matches(&self, selector: &Selector, process: &Process, exe: &str) -> bool {
+        let uid = process.threads.first().map(|t| t.credentials.uid);
+        let user_fits = |name: &String| {
+            let id = self.users.get(name).copied().or_else(|| name.parse().ok());
+            id.is_some() && id == uid
+        };
+        *selector != Selector::default()
+            && selector.unit.as_ref().is_none_or(|u| process.unit.as_ref() == Some(u))
+            && selector.exe.as_ref().is_none_or(|e| e == exe)
+            && selector.user.as_ref().is_none_or(user_fits)
+            && selector.pid.is_none_or(|p| p == process.pid)
+    }
+}
+
+/// Fills in [`Process::decision`] of every process.
+///
+/// Nothing is created or changed outside the snapshot. A process is only continued when everything it consists of can be
+/// brought back; each thing that cannot is a [`Reason`].
+pub fn decide(snapshot: &mut Snapshot, policy: &Policy) {
+    let selection = select(snapshot, policy);
+    let mm_users = address_space_users(snapshot);
+    let mut decisions: BTreeMap<Pid, Decision> = BTreeMap::new();
+    for process in &snapshot.processes {
+        let decision = match selection.get(&process.pid) {
+            Some(Err(why)) => Decision::NotSelected { why: why.clone() },
+            None => Decision::NotSelected { why: "no rule asks for it".into() },
+            Some(Ok(())) => judge(snapshot, process, policy, &mm_users),
+        };
+        decisions.insert(process.pid, decision);
+    }
+    // A zombie is there for its parent to wait for; without the parent nobody would.
+    for process in &snapshot.processes {
+        if let ProcessState::Zombie { .. } = process.state
+            && decisions.get(&process.pid).is_some_and(Decision::is_continue)
+            && !decisions.get(&process.ppid).is_some_and(Decision::is_continue)
+        {
+            let why = "it had exited, and the parent that would wait for it does not come back".into();
+            decisions.insert(process.pid, Decision::NotSelected { why });
+        }
+    }
+    for process in &mut snapshot.processes {
+        if let Some(d) = decisions.remove(&process.pid) {
+            process.decision = d;
+        }
+    }
+}
+
+/// Who is asked for: `Ok` selected, `Err` excluded by name; absent: no rule applies.
+fn select(snapshot: &Snapshot, policy: &Policy) -> BTreeMap<Pid, Result<(), String>> {
+    let mut result = BTreeMap::new();
+    for process in &snapshot.processes {
+        let exe = exe_path(snapshot, process);
+        if let Some(rule) = policy.never.iter().find(|s| policy.matches(s, process, &exe)) {
+            result.insert(process.pid, Err(format!("never resurrected: {}", describe(rule))));
+        } else if policy.all || policy.select.iter().any(|s| policy.matches(s, process, &exe)) {
+            result.insert(process.pid, Ok(()));
+        }
+    }
+    // What a selected program started belongs to it. Parents may have higher PIDs than their children, hence until
+    // nothing changes; each round adds one generation at least, so the number of processes bounds it.
+    for _ in 0..snapshot.processes.len() {
+        let added: Vec<Pid> = snapshot
+            .processes
+            .iter()
+            .filter(|p| !result.contains_key(&p.pid) && matches!(result.get(&p.ppid), Some(Ok(()))))
+            .map(|p| p.pid)
+            .collect();
+        if added.is_empty() {
+            break;
+        }
+        result.extend(added.into_iter().map(|pid| (pid, Ok(()))));
+    }
+    result
+}
+
+fn describe(s: &Selector) -> String {
+    let parts = [
+        s.unit.as_ref().map(|v| format!("unit {v}")),
+        s.exe.as_ref().map(|v| format!("executable {v}")),
+        s.user.as_ref().map(|v| format!("user {v}")),
+        s.pid.map(|v| format!("PID {v}")),
+    ];
+    parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
+}
+
+/// Path of the program, without escapes.
+fn exe_path(snapshot: &Snapshot, process: &Process) -> String {
+    process
+        .address_space
+        .and_then(|id| snapshot.address_spaces.get(&id))
+        .and_then(|mm| mm.exe)
+        .and_then(|id| snapshot.files.get(&id))
+        .map(|f| String::from_utf8_lossy(f.path.as_bytes()).into_owned())
+        .unwrap_or_default()
+}
+
+fn address_space_users(snapshot: &Snapshot) -> BTreeMap<AddressSpaceId, Vec<Pid>> {
+    let mut users: BTreeMap<AddressSpaceId, Vec<Pid>> = BTreeMap::new();
+    for p in &snapshot.processes {
+        if let Some(id) = p.address_space {
+            users.entry(id).or_default().push(p.pid);
+        }
+    }
+    users
+}
+
+fn judge(
+    snapshot: &Snapshot,
+    process: &Process,
+    policy: &Policy,
+    mm_users: &BTreeMap<AddressSpaceId, Vec<Pid>>,
+) -> Decision {
+    let mut reasons = Vec::new();
+    let mut losses = Vec::new();
+    for finding in snapshot.findings.iter().filter(|f| f.pid == Some(process.pid)) {
+        let reason = Reason::new(&finding.object, &finding.text);
+        match finding.severity {
+            Severity::Note => {}
+            Severity::Loss => losses.push(reason),
+            Severity::Doubt | Severity::Broken => reasons.push(reason),
+        }
+    }
+    reasons.extend(
+        process
+            .unsupported
+            .iter()
+            .map(|what| Reason::new("unsupported", format!("{what}: not brought back by this version"))),
+    );
+    if let ProcessState::Zombie { .. } = process.state {
+        return conclude(reasons, losses);
+    }
+    if let ProcessState::Exiting { .. } = process.state {
+        reasons.push(Reason::new("exiting", "it was exiting when the kernel died"));
+    }
+    judge_namespaces(process, &mut reasons);
+    judge_memory(snapshot, process, mm_users, &mut reasons);
+    judge_descriptors(snapshot, process, &mut reasons);
+    for thread in process.threads.iter().filter(|t| t.state != ThreadState::Dead) {
+        let tid = thread.tid;
+        if let Resume::Impossible { why } = &thread.resume {
+            reasons.push(Reason::new("system-call", format!("thread {tid}: {why}")));
+        }
+        if thread.seccomp != Seccomp::Off {
+            let text = format!("thread {tid} runs under seccomp: not brought back by this version");
+            reasons.push(Reason::new("seccomp", text));
+        }
+        if thread.fpu == Fpu::Lost {
+            let text = format!(
+                "thread {tid} was computing on CPU {}; its FPU registers were live there and nobody saved them (is the \
+                 otherworld_saver module installed?)",
+                thread.on_cpu.map_or("?".into(), |c| c.to_string())
+            );
+            let reason = Reason::new("live-fpu", text);
+            match policy.live_fpu {
+                LiveFpu::ResumeAnyway => losses.push(reason),
+                // Crash procedures are not known to this version: their fallback is to give up.
+                LiveFpu::GiveUp | LiveFpu::CrashProcedure => reasons.push(reason),
+            }
+        }
+    }
+    conclude(reasons, losses)
+}
+
+fn conclude(reasons: Vec<Reason>, losses: Vec<Reason>) -> Decision {
+    if reasons.is_empty() { Decision::Continue { losses } } else { Decision::GiveUp { reasons } }
+}
+
+fn judge_namespaces(process: &Process, reasons: &mut Vec<Reason>) {
+    let ns = &process.namespaces;
+    let others = [
+        (ns.cgroup, "cgroup"),
+        (ns.ipc, "ipc"),
+        (ns.mnt, "mount"),
+        (ns.net, "network"),
+        (ns.pid, "PID"),
+        (ns.time, "time"),
+        (ns.user, "user"),
+        (ns.uts, "uts"),
+    ];
+    let names: Vec<&str> = others.iter().filter(|(initial, _)| !initial).map(|(_, n)| *n).collect();
+    if !names.is_empty() {
+        let text =
+            format!("it lives in its own {} namespace: not brought back by this version", names.join(", "));
+        reasons.push(Reason::new("namespace", text));
+    }
+}
+
+fn judge_memory(
+    snapshot: &Snapshot,
+    process: &Process,
+    mm_users: &BTreeMap<AddressSpaceId, Vec<Pid>>,
+    reasons: &mut Vec<Reason>,
+) {
+    let Some((id, mm)) =
+        process.address_space.and_then(|id| snapshot.address_spaces.get(&id).map(|mm| (id, mm)))
+    else {
+        reasons.push(Reason::new("memory", "its address space could not be read"));
+        return;
+    };
+    let sharers: Vec<String> = mm_users
+        .get(&id)
+        .into_iter()
+        .flatten()
+        .filter(|&&pid| pid != process.pid)
+        .map(Pid::to_string)
+        .collect();
+    if !sharers.is_empty() {
+        let text = format!("it shares its memory with PID {} (vfork or CLONE_VM)", sharers.join(", "));
+        reasons.push(Reason::new("shared-memory", text));
+    }
+    if mm.write_locked {
+        let text = "its memory map was being changed when the kernel died (mmap_lock held for writing)";
+        reasons.push(Reason::new("memory-locked", text));
+    }
+    if mm.exe.is_none() {
+        reasons.push(Reason::new("memory", "its executable could not be found"));
+    }
+    let mut inodes = BTreeSet::new();
+    for vma in &mm.vmas {
+        let at = format!("mapping {:x}-{:x}", vma.start, vma.end);
+        match &vma.kind {
+            VmaKind::Unsupported { what } => {
+                reasons
+                    .push(Reason::new("mapping", format!("{at}: {what}: not brought back by this version")));
+            }
+            VmaKind::File { file, .. } => match snapshot.files.get(file) {
+                None => reasons.push(Reason::new("mapping", format!("{at}: its file could not be read"))),
+                Some(f) => {
+                    if let FileKind::Unsupported { what } = &f.kind {
+                        reasons.push(Reason::new(
+                            "mapping",
+                            format!("{at}: {what}: not brought back by this version"),
+                        ));
+                    } else if f.deleted {
+                        let text =
+                            format!("{at}: {} had been deleted: not brought back by this version", f.path);
+                        reasons.push(Reason::new("deleted-file", text));
+                    }
+                    inodes.insert(f.inode);
+                }
+            },
+            VmaKind::SharedAnonymous { inode, .. } => {
+                inodes.insert(*inode);
+            }
+            VmaKind::Anonymous | VmaKind::Special { .. } => {}
+        }
+        let swapped: u64 = vma.swapped.iter().map(|r| u64::from(r.count)).sum();
+        if swapped > 0 {
+            reasons.push(Reason::new(
+                "swapped",
+                format!("{at}: {swapped} pages were swapped out: not read by this version"),
+            ));
+        }
+        if vma.lost_pages > 0 {
+            reasons.push(Reason::new("lost-pages", format!("{at}: {} pages cannot be read", vma.lost_pages)));
+        }
+    }
+    for inode in inodes.iter().filter_map(|id| snapshot.inodes.get(id)).filter(|i| i.swapped_pages > 0) {
+        let text = format!(
+            "{}: {} pages were swapped out: not read by this version",
+            inode.path, inode.swapped_pages
+        );
+        reasons.push(Reason::new("swapped", text));
+    }
+}
+
+fn judge_descriptors(snapshot: &Snapshot, process: &Process, reasons: &mut Vec<Reason>) {
+    let shares_table =
+        |p: &&Process| p.pid != process.pid && p.files_id == process.files_id && p.files_id != 0;
+    if let Some(other) = snapshot.processes.iter().find(shares_table) {
+        let text = format!("it shares its descriptor table with PID {} (CLONE_FILES)", other.pid);
+        reasons.push(Reason::new("shared-descriptors", text));
+    }
+    for d in &process.descriptors {
+        let Some(file) = snapshot.files.get(&d.file) else {
+            reasons
+                .push(Reason::new("descriptor", format!("descriptor {}: its file could not be read", d.fd)));
+            continue;
+        };
+        let fd = format!("descriptor {} ({})", d.fd, file.path);
+        let mut give_up = |code: &str, why: String| reasons.push(Reason::new(code, format!("{fd}: {why}")));
+        match &file.kind {
+            FileKind::Unsupported { what } => {
+                give_up("descriptor", format!("{what}: not brought back by this version"))
+            }
+            FileKind::Tty { tty } => match snapshot.ttys.get(tty) {
+                Some(t) => {
+                    if let Some(why) = &t.unsupported {
+                        give_up("terminal", why.clone());
+                    }
+                }
+                None => give_up("terminal", "its terminal could not be read".into()),
+            },
+            FileKind::Pipe { pipe, .. } if !snapshot.pipes.contains_key(pipe) => {
+                give_up("pipe", "its pipe could not be read".into());
+            }
+            FileKind::Regular | FileKind::Directory | FileKind::Path => {
+                if file.deleted {
+                    give_up("deleted-file", "it had been deleted: not brought back by this version".into());
+                } else if !file.initial_mount_namespace {
+                    give_up("descriptor", "it belongs to another mount namespace".into());
+                }
+            }
+            FileKind::Pipe { .. } | FileKind::CharDevice { .. } => {}
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! Open files: descriptors, open file descriptions and the inodes behind them.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Bytes, PipeEnd, PipeId, Timestamp, TtyId};
+
+/// Address of a `struct file` in the dead kernel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct FileId(pub u64);
+
+/// Address of a `struct inode` in the dead kernel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct InodeId(pub u64);
+
+/// One entry of a process's descriptor table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Descriptor {
+    /// The number that the program uses.
+    pub fd: i32,
+    /// The open file description, shared by all descriptors that name it.
+    pub file: FileId,
+    /// FD_CLOEXEC.
+    pub cloexec: bool,
+}
+
+/// An open file description (`struct file`): what dup(2) and fork(2) share.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct OpenFile {
+    /// What it is.
+    pub kind: FileKind,
+    /// Absolute path in the initial mount namespace, as /proc/PID/fd shows it but without ` (deleted)`. For objects
+    /// without a path the kernel's own name, such as `pipe:[4711]`.
+    pub path: Bytes,
+    /// The name was gone: unlinked, or never had one (O_TMPFILE).
+    pub deleted: bool,
+    /// The mount namespace of the path is the initial one. When not, the path may not mean the same file here.
+    pub initial_mount_namespace: bool,
+    /// O_* access mode and status flags, as F_GETFL shows them.
+    pub flags: i32,
+    /// File position, bytes.
+    pub pos: i64,
+    /// The inode.
+    pub inode: InodeId,
+    /// F_SETOWN target: 0 none, positive process, negative process group.
+    pub owner_pid: i32,
+    /// F_SETSIG signal, 0 for the default.
+    pub owner_signal: i32,
+    /// `f_count` as the dead kernel had it (for cross-checks).
+    pub count: i64,
+}
+
+/// What an open file description leads to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "type")]
+pub enum FileKind {
+    /// A regular file on a file system.
+    Regular,
+    /// A directory.
+    Directory,
+    /// A character device without state of its own (`/dev/null`, `/dev/zero`, `/dev/full`, `/dev/random`, …): opening the
+    /// same device again gives the same.
+    CharDevice {
+        #[allow(missing_docs)]
+        major: u32,
+        #[allow(missing_docs)]
+        minor: u32,
+    },
+    /// One or both ends of a pipe or FIFO.
+    Pipe {
+        #[allow(missing_docs)]
+        pipe: PipeId,
+        /// Which end.
+        end: PipeEnd,
+    },
+    /// A terminal.
+    Tty {
+        #[allow(missing_docs)]
+        tty: TtyId,
+    },
+    /// Opened with O_PATH: a place in the tree, nothing more.
+    Path,
+    /// Something that is not brought back; the text names it for people (`unix stream socket to …`).
+    Unsupported {
+        /// For people: what it is.
+        what: String,
+    },
+}
+
+/// An inode, with what the dead page cache held of it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Inode {
+    /// Inode number.
+    pub ino: u64,
+    /// Device of the file system (`st_dev`).
+    pub dev_major: u32,
+    #[allow(missing_docs)]
+    pub dev_minor: u32,
+    /// File system type, `ext4`.
+    pub fs_type: Bytes,
+    /// Type and permission bits (`st_mode`).
+    pub mode: u32,
+    #[allow(missing_docs)]
+    pub uid: u32,
+    #[allow(missing_docs)]
+    pub gid: u32,
+    /// Links on the file system.
+    pub nlink: u32,
+    /// `i_size` in memory, bytes: what programs saw, not what the disk has.
+    pub size: u64,
+    #[allow(missing_docs)]
+    pub atime: Timestamp,
+    #[allow(missing_docs)]
+    pub mtime: Timestamp,
+    #[allow(missing_docs)]
+    pub ctime: Timestamp,
+    /// Path of the inode under the mount through which it was found.
+    pub path: Bytes,
+    /// The inode or any of its pages had not been written to disk (`i_state`, page cache tags).
+    pub dirty: bool,
+    /// What the page cache held, by ascending index. Regular files (also on tmpfs) and shared anonymous memory.
+    pub pages: Vec<PageCacheRun>,
+    /// Pages of shared memory or tmpfs that were swapped out: not recoverable here, by page index.
+    pub swapped_pages: u64,
+}
+
+/// Consecutive page cache pages in consecutive page frames.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PageCacheRun {
+    /// First page index in the file (file offset / 4096).
+    pub index: u64,
+    /// First page frame number.
+    pub pfn: u64,
+    /// How many 4 KiB pages.
+    pub count: u32,
+    /// Newer than the disk.
+    pub dirty: bool,
+}

@@ -1,0 +1,68 @@
+//! The dead kernel and its last words.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Bytes, Pid};
+
+/// Which kernel died, on what machine.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Kernel {
+    /// `uname -r`.
+    pub release: String,
+    /// `uname -v`.
+    pub version: String,
+    /// `uname -n`.
+    pub nodename: Bytes,
+    /// CPUs that were online.
+    pub online_cpus: u32,
+    /// 4 or 5.
+    pub page_table_levels: u8,
+    /// `randomize_va_space`-independent: where the kernel text was moved to, bytes (KERNELOFFSET).
+    pub kaslr_offset: u64,
+    /// `/proc/sys/kernel/tainted`.
+    pub tainted: u64,
+    /// The panic's vDSO: SHA-less fingerprint (length and FNV-1a of its pages), to see whether this kernel's fits the old
+    /// processes. `None` when no process had one.
+    pub vdso: Option<(u64, u64)>,
+}
+
+/// How it died.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Panic {
+    /// The text behind `Kernel panic - not syncing: `; empty when there was none in the log.
+    pub message: String,
+    /// CPU that panicked.
+    pub cpu: Option<u32>,
+    /// Task that was current on it.
+    pub tid: Option<Pid>,
+    #[allow(missing_docs)]
+    pub comm: Bytes,
+    /// Its kernel stack, innermost first.
+    pub stack: Vec<Frame>,
+    /// The kernel log, oldest first.
+    pub log: Vec<LogRecord>,
+}
+
+/// One return address on a kernel stack.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Frame {
+    /// The address.
+    pub address: u64,
+    /// `symbol+0x12/0x34`-like text; the bare address when it belongs to no symbol.
+    pub symbol: String,
+    /// Found by scanning, not by unwinding: may be left over from an earlier call.
+    pub guessed: bool,
+}
+
+/// One record of the kernel log (`struct printk_info` and its text).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogRecord {
+    /// Sequence number.
+    pub seq: u64,
+    /// Nanoseconds since boot.
+    pub ts_ns: u64,
+    /// 0 emergency … 7 debug.
+    pub level: u8,
+    #[allow(missing_docs)]
+    pub text: Bytes,
+}
