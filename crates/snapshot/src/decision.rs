@@ -410,3 +410,220 @@ fn judge_descriptors(snapshot: &Snapshot, process: &Process, reasons: &mut Vec<R
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::*;
+
+    /// A process of which everything can be brought back.
+    fn process(pid: Pid, ppid: Pid, uid: u32) -> Process {
+        let thread = Thread {
+            tid: pid,
+            comm: "program".into(),
+            state: ThreadState::Sleeping,
+            on_cpu: None,
+            panicked: false,
+            regs: Registers::default(),
+            syscall: None,
+            wchan: None,
+            resume: Resume::UserMode,
+            fpu: Fpu::Saved { xstate: Vec::new(), source: FpuSource::Memory },
+            credentials: Credentials { uid, ..Credentials::default() },
+            blocked: 0,
+            pending: Vec::new(),
+            altstack: AltStack::default(),
+            robust_list: 0,
+            clear_child_tid: 0,
+            rseq: None,
+            scheduling: Scheduling::default(),
+            no_new_privs: false,
+            pdeath_signal: 0,
+            timer_slack_ns: 50_000,
+            personality: 0,
+            seccomp: Seccomp::Off,
+        };
+        Process {
+            pid,
+            ppid,
+            pgid: pid,
+            sid: pid,
+            comm: "program".into(),
+            state: ProcessState::Alive,
+            threads: vec![thread],
+            address_space: Some(AddressSpaceId(pid as u64)),
+            files_id: pid as u64,
+            descriptors: Vec::new(),
+            fs: FsContext::default(),
+            signals: SignalState::default(),
+            rlimits: Vec::new(),
+            ctty: None,
+            exit_signal: 17,
+            child_subreaper: false,
+            oom_score_adj: 0,
+            cgroup: Bytes::default(),
+            unit: None,
+            namespaces: Namespaces::default(),
+            start_boottime_ns: 0,
+            unsupported: Vec::new(),
+            decision: Decision::Undecided,
+        }
+    }
+
+    fn machine(processes: Vec<Process>) -> Snapshot {
+        let mut s = Snapshot { processes, ..Snapshot::default() };
+        for p in &s.processes {
+            let exe = FileId(1000 + p.pid as u64);
+            s.files.insert(exe, open_file(FileKind::Regular, &format!("/usr/bin/program{}", p.pid)));
+            let mm = AddressSpace { exe: Some(exe), ..AddressSpace::default() };
+            s.address_spaces.insert(AddressSpaceId(p.pid as u64), mm);
+        }
+        s
+    }
+
+    fn open_file(kind: FileKind, path: &str) -> OpenFile {
+        OpenFile {
+            kind,
+            path: path.into(),
+            deleted: false,
+            initial_mount_namespace: true,
+            flags: 0,
+            pos: 0,
+            inode: InodeId(1),
+            owner_pid: 0,
+            owner_signal: 0,
+            count: 1,
+        }
+    }
+
+    fn all() -> Policy {
+        Policy { all: true, ..Policy::default() }
+    }
+
+    fn decision(s: &Snapshot, pid: Pid) -> &Decision {
+        &s.process(pid).unwrap().decision
+    }
+
+    /// The codes of the reasons for which a change to a sound process makes it be given up.
+    fn reasons(change: impl FnOnce(&mut Snapshot)) -> Vec<String> {
+        let mut s = machine(vec![process(500, 1, 1000)]);
+        change(&mut s);
+        decide(&mut s, &all());
+        match decision(&s, 500) {
+            Decision::GiveUp { reasons } => reasons.iter().map(|r| r.code.clone()).collect(),
+            _ => Vec::new(),
+        }
+    }
+
+    #[test]
+    fn sound_process_continues() {
+        let mut s = machine(vec![process(500, 1, 1000)]);
+        decide(&mut s, &all());
+        assert_eq!(*decision(&s, 500), Decision::Continue { losses: vec![] });
+    }
+
+    #[test]
+    fn selection_follows_descendants_and_never_wins() {
+        let mut s = machine(vec![
+            process(500, 1, 1000),
+            process(499, 500, 0), // child with a lower PID than its parent
+            process(600, 499, 0),
+            process(700, 1, 0),
+        ]);
+        let user = |name: &str| Selector { user: Some(name.into()), ..Selector::default() };
+        let policy = Policy {
+            select: vec![user("demo")],
+            never: vec![Selector { exe: Some("/usr/bin/program600".into()), ..Selector::default() }],
+            users: [("demo".to_owned(), 1000)].into(),
+            ..Policy::default()
+        };
+        decide(&mut s, &policy);
+        assert!(decision(&s, 500).is_continue());
+        assert!(decision(&s, 499).is_continue());
+        assert!(matches!(decision(&s, 600), Decision::NotSelected { why } if why.contains("program600")));
+        assert!(matches!(decision(&s, 700), Decision::NotSelected { .. }));
+    }
+
+    #[test]
+    fn unknown_user_or_empty_selector_selects_nobody() {
+        let mut s = machine(vec![process(500, 1, 0)]);
+        let nobody = Selector { user: Some("gone".into()), ..Selector::default() };
+        let policy = Policy { select: vec![nobody, Selector::default()], ..Policy::default() };
+        decide(&mut s, &policy);
+        assert!(!decision(&s, 500).is_continue());
+    }
+
+    #[test]
+    fn each_thing_that_cannot_come_back_is_a_reason() {
+        let with_vma = |s: &mut Snapshot, kind, swapped, lost_pages| {
+            let mm = s.address_spaces.get_mut(&AddressSpaceId(500)).unwrap();
+            mm.vmas.push(Vma {
+                start: 0x1000,
+                end: 0x2000,
+                prot: Prot::READ,
+                shared: false,
+                flags: VmaFlags::default(),
+                kind,
+                name: None,
+                pages: Vec::new(),
+                swapped,
+                lost_pages,
+            });
+        };
+        let with_fd = |s: &mut Snapshot, file: OpenFile| {
+            s.files.insert(FileId(7), file);
+            s.processes[0].descriptors.push(Descriptor { fd: 3, file: FileId(7), cloexec: false });
+        };
+        assert_eq!(reasons(|s| s.processes[0].threads[0].fpu = Fpu::Lost), ["live-fpu"]);
+        assert_eq!(reasons(|s| s.processes[0].threads[0].seccomp = Seccomp::Strict), ["seccomp"]);
+        assert_eq!(
+            reasons(|s| s.processes[0].threads[0].resume = Resume::Impossible { why: "execve".into() }),
+            ["system-call"]
+        );
+        assert_eq!(reasons(|s| s.processes[0].unsupported.push("POSIX timers".into())), ["unsupported"]);
+        assert_eq!(reasons(|s| s.processes[0].namespaces.pid = false), ["namespace"]);
+        assert_eq!(reasons(|s| s.address_spaces.clear()), ["memory"]);
+        assert_eq!(
+            reasons(|s| s.address_spaces.get_mut(&AddressSpaceId(500)).unwrap().write_locked = true),
+            ["memory-locked"]
+        );
+        assert_eq!(
+            reasons(|s| with_vma(s, VmaKind::Unsupported { what: "hugetlb".into() }, vec![], 0)),
+            ["mapping"]
+        );
+        let swap = SwapRun { addr: 0x1000, area: 0, offset: 1, count: 1 };
+        assert_eq!(reasons(|s| with_vma(s, VmaKind::Anonymous, vec![swap], 0)), ["swapped"]);
+        assert_eq!(reasons(|s| with_vma(s, VmaKind::Anonymous, vec![], 1)), ["lost-pages"]);
+        let socket = FileKind::Unsupported { what: "unix stream socket".into() };
+        assert_eq!(reasons(|s| with_fd(s, open_file(socket, "socket:[1]"))), ["descriptor"]);
+        let deleted = OpenFile { deleted: true, ..open_file(FileKind::Regular, "/tmp/x") };
+        assert_eq!(reasons(|s| with_fd(s, deleted)), ["deleted-file"]);
+        let doubt =
+            |severity| Finding { severity, pid: Some(500), object: "memory".into(), text: "x".into() };
+        assert_eq!(reasons(|s| s.findings.push(doubt(Severity::Doubt))), ["memory"]);
+        assert!(reasons(|s| s.findings.push(doubt(Severity::Note))).is_empty());
+    }
+
+    #[test]
+    fn live_fpu_follows_the_policy() {
+        let mut s = machine(vec![process(500, 1, 1000)]);
+        s.processes[0].threads[0].fpu = Fpu::Lost;
+        decide(&mut s, &Policy { live_fpu: LiveFpu::ResumeAnyway, ..all() });
+        assert!(matches!(decision(&s, 500), Decision::Continue { losses } if losses.len() == 1));
+        decide(&mut s, &Policy { live_fpu: LiveFpu::CrashProcedure, ..all() });
+        assert!(matches!(decision(&s, 500), Decision::GiveUp { .. }));
+    }
+
+    #[test]
+    fn zombie_goes_with_its_parent() {
+        let mut zombie = process(501, 500, 1000);
+        zombie.state = ProcessState::Zombie { status: 0x300 };
+        zombie.address_space = None;
+        let mut s = machine(vec![process(500, 1, 1000), zombie]);
+        decide(&mut s, &all());
+        assert!(decision(&s, 501).is_continue());
+        s.processes[0].unsupported.push("something".into());
+        decide(&mut s, &all());
+        assert!(matches!(decision(&s, 501), Decision::NotSelected { .. }));
+    }
+}
