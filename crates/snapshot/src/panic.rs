@@ -21,8 +21,8 @@ pub struct Kernel {
     pub kaslr_offset: u64,
     /// `/proc/sys/kernel/tainted`.
     pub tainted: u64,
-    /// The panic's vDSO: SHA-less fingerprint (length and FNV-1a of its pages), to see whether this kernel's fits the old
-    /// processes. `None` when no process had one.
+    /// [`vdso_fingerprint`] of the dead kernel's 64-bit vDSO, to see whether this kernel's fits the old
+    /// processes. `None` when it could not be read.
     pub vdso: Option<(u64, u64)>,
 }
 
@@ -65,4 +65,12 @@ pub struct LogRecord {
     pub level: u8,
     #[allow(missing_docs)]
     pub text: Bytes,
+}
+
+/// Fingerprint of a vDSO image ([`Kernel::vdso`]): its length in bytes and the FNV-1a hash of them.
+pub fn vdso_fingerprint(image: &[u8]) -> (u64, u64) {
+    let hash = image.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, &byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    });
+    (image.len() as u64, hash)
 }

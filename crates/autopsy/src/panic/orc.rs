@@ -1,0 +1,277 @@
+//! Unwinding a kernel stack by the ORC tables that the kernel carries (CONFIG_UNWINDER_ORC).
+//!
+//! Two parallel tables, sorted by address: `__start_orc_unwind_ip` (32-bit offsets from the entry's own place) and `__start_orc_unwind`
+//! (`struct orc_entry`: how to find the caller's stack pointer from here). arch/x86/include/asm/orc_types.h and
+//! arch/x86/kernel/unwind_orc.c; 6.1 and 6.12 differ in how an entry's type is coded. Modules have tables of their own, which are
+//! not read: inside a module the unwinder falls back to the frame pointer, and says that it guesses.
+
+use ktypes::{Kernel, KernelType};
+use snapshot::Frame;
+use vmcore::PrStatus;
+
+use crate::Result;
+use crate::error::corrupt;
+
+#[derive(KernelType)]
+#[kernel("orc_entry")]
+struct OrcEntry {
+    sp_offset: i16,
+    bp_offset: i16,
+    sp_reg: u8,
+    bp_reg: u8,
+    #[kernel("type")]
+    kind: u8,
+    /// Until 6.3: this is the bottom of the stack. Later a `kind` of its own.
+    #[kernel("end", optional)]
+    end: Option<u8>,
+}
+
+/// `struct pt_regs` (arch/x86/include/asm/ptrace.h) as an exception leaves it on the stack.
+#[derive(KernelType)]
+#[kernel("pt_regs")]
+struct PtRegs {
+    bp: u64,
+    r10: u64,
+    r13: u64,
+    di: u64,
+    dx: u64,
+    ip: u64,
+    sp: u64,
+    cs: u64,
+}
+
+/// ORC_REG_*: what an offset is relative to.
+mod reg {
+    pub const UNDEFINED: u8 = 0;
+    pub const PREV_SP: u8 = 1;
+    pub const DX: u8 = 2;
+    pub const DI: u8 = 3;
+    pub const BP: u8 = 4;
+    pub const SP: u8 = 5;
+    pub const R10: u8 = 6;
+    pub const R13: u8 = 7;
+    pub const BP_INDIRECT: u8 = 8;
+    pub const SP_INDIRECT: u8 = 9;
+}
+
+/// What kind of frame an entry describes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Kind {
+    Undefined,
+    EndOfStack,
+    Call,
+    Regs,
+    RegsPartial,
+}
+
+impl OrcEntry {
+    /// The coding changed in 6.4, together with the removal of `end`.
+    fn frame_kind(&self) -> Kind {
+        match (self.end, self.kind) {
+            (Some(1..), _) => Kind::EndOfStack,
+            (Some(0), _) if self.sp_reg == reg::UNDEFINED => Kind::Undefined,
+            (Some(0), 0) | (None, 2) => Kind::Call,
+            (Some(0), 1) | (None, 3) => Kind::Regs,
+            (Some(0), 2) | (None, 4) => Kind::RegsPartial,
+            (None, 1) => Kind::EndOfStack,
+            _ => Kind::Undefined,
+        }
+    }
+}
+
+/// Where an unwinding stands.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct State {
+    ip: u64,
+    sp: u64,
+    bp: u64,
+    /// Full registers at this place, if an exception left them.
+    regs: Option<u64>,
+    /// `ip` is where the CPU was, not a return address.
+    exact: bool,
+    /// A step was made without unwind data.
+    guessed: bool,
+}
+
+impl State {
+    /// Where a CPU was when it saved its registers for the dump.
+    pub(super) fn from_prstatus(status: &PrStatus) -> State {
+        /// Place of rbp in `struct user_regs_struct`.
+        const RBP: usize = 4;
+        State {
+            ip: status.regs[PrStatus::RIP],
+            sp: status.regs[PrStatus::RSP],
+            bp: status.regs[RBP],
+            regs: None,
+            exact: true,
+            guessed: false,
+        }
+    }
+}
+
+/// Deeper stacks than this are endless.
+const MAX_FRAMES: usize = 64;
+
+/// The dead kernel's unwind tables.
+pub(super) struct Unwinder<'k> {
+    kernel: &'k Kernel,
+    ips: u64,
+    entries: u64,
+    entry_size: u64,
+    count: u64,
+}
+
+impl<'k> Unwinder<'k> {
+    pub(super) fn new(kernel: &'k Kernel) -> Result<Self> {
+        let ips = kernel.symbol("__start_orc_unwind_ip")?;
+        let entries = kernel.symbol("__start_orc_unwind")?;
+        let entry_size = kernel.size_of("orc_entry")?;
+        let count = kernel.symbol("__stop_orc_unwind_ip")?.saturating_sub(ips) / 4;
+        let room = kernel.symbol("__stop_orc_unwind")?.saturating_sub(entries);
+        if count == 0 || entry_size == 0 || room / entry_size != count {
+            return Err(corrupt("orc_unwind table", ips, format!("{count} addresses for {room} bytes of entries")));
+        }
+        Ok(Unwinder { kernel, ips, entries, entry_size, count })
+    }
+
+    /// The frames from `state` outwards, until user mode, the bottom of the stack, or something that cannot be followed.
+    pub(super) fn unwind(&self, mut state: State) -> Vec<Frame> {
+        let mut frames = vec![frame(self.kernel, state.ip, state.guessed)];
+        while frames.len() < MAX_FRAMES {
+            let before = state.sp;
+            match self.step(state) {
+                // Upwards within a stack; an exception frame may lead to another stack, anywhere.
+                Ok(Some(next)) if next.sp > before || next.regs.is_some() => state = next,
+                _ => break,
+            }
+            frames.push(frame(self.kernel, state.ip, state.guessed));
+        }
+        frames
+    }
+
+    /// The caller of `state`; `None` at the end.
+    fn step(&self, state: State) -> Result<Option<State>> {
+        let mut guessed = state.guessed;
+        // A return address may belong to the function behind a call that never returns: look at the call.
+        let entry = match self.find(if state.exact { state.ip } else { state.ip.wrapping_sub(1) })? {
+            Some(entry) => entry,
+            None => {
+                guessed = true;
+                OrcEntry {
+                    sp_offset: 16,
+                    bp_offset: -16,
+                    sp_reg: reg::BP,
+                    bp_reg: reg::PREV_SP,
+                    kind: 2,
+                    end: None,
+                }
+            }
+        };
+        let kind = entry.frame_kind();
+        if matches!(kind, Kind::Undefined | Kind::EndOfStack) {
+            return Ok(None);
+        }
+        let word = |addr: u64| self.kernel.read_u64(addr);
+        let regs = state.regs.map(|at| self.kernel.read::<PtRegs>(at)).transpose()?;
+        let offset = i64::from(entry.sp_offset);
+        let sp = match (entry.sp_reg, &regs) {
+            (reg::SP, _) => state.sp.wrapping_add_signed(offset),
+            (reg::BP, _) => state.bp.wrapping_add_signed(offset),
+            (reg::SP_INDIRECT, _) => word(state.sp)?.wrapping_add_signed(offset),
+            (reg::BP_INDIRECT, _) => word(state.bp.wrapping_add_signed(offset))?,
+            (reg::R10, Some(r)) => r.r10,
+            (reg::R13, Some(r)) => r.r13,
+            (reg::DI, Some(r)) => r.di,
+            (reg::DX, Some(r)) => r.dx,
+            _ => return Ok(None),
+        };
+        let bp = match entry.bp_reg {
+            reg::PREV_SP => word(sp.wrapping_add_signed(entry.bp_offset.into()))?,
+            reg::BP => word(state.bp.wrapping_add_signed(entry.bp_offset.into()))?,
+            _ => regs.as_ref().map_or(state.bp, |r| r.bp),
+        };
+        let next = match kind {
+            Kind::Call => State { ip: word(sp.wrapping_sub(8))?, sp, bp, regs: None, exact: false, guessed },
+            _ => {
+                // Partial registers are the iret frame alone, at the place where it is in a full one.
+                let at = match kind {
+                    Kind::RegsPartial => sp.wrapping_sub(PtRegs::offset_of(self.kernel, "ip")?),
+                    _ => sp,
+                };
+                let frame: PtRegs = self.kernel.read(at)?;
+                if frame.cs & 3 != 0 {
+                    return Ok(None);
+                }
+                let full = (kind == Kind::Regs).then_some(at);
+                State { ip: frame.ip, sp: frame.sp, bp, regs: full, exact: true, guessed }
+            }
+        };
+        Ok((next.ip != 0).then_some(next))
+    }
+
+    /// The entry that covers an address; `None` outside the kernel's own text.
+    fn find(&self, ip: u64) -> Result<Option<OrcEntry>> {
+        let (mut low, mut high) = (0, self.count);
+        // The last entry whose address is not above ip: section terminators share an address with the entry behind them.
+        while low < high {
+            let middle = low + (high - low) / 2;
+            if self.entry_ip(middle)? <= ip { low = middle + 1 } else { high = middle }
+        }
+        let beyond = low == self.count && !self.kernel.symbolize(ip).is_some_and(|(_, offset)| offset < MAX_FUNCTION);
+        if low == 0 || beyond {
+            return Ok(None);
+        }
+        Ok(Some(self.kernel.read(self.entries + (low - 1) * self.entry_size)?))
+    }
+
+    fn entry_ip(&self, index: u64) -> Result<u64> {
+        let at = self.ips + index * 4;
+        Ok(at.wrapping_add_signed(self.kernel.read_i32(at)?.into()))
+    }
+}
+
+/// No function is longer; an address that far behind a symbol does not belong to it.
+const MAX_FUNCTION: u64 = 1 << 20;
+
+/// Without unwind tables: every word of the stack that points into the kernel's text, in order.
+pub(super) fn scan(kernel: &Kernel, state: State) -> Vec<Frame> {
+    /// Bytes of stack looked at: the size of a kernel stack.
+    const REACH: u64 = 16 << 10;
+    let text = kernel.symbol_opt("_stext").zip(kernel.symbol_opt("_etext")).map_or(0..0, |(s, e)| s..e);
+    let words = (state.sp..state.sp.saturating_add(REACH)).step_by(8);
+    let addresses = words.map_while(|addr| kernel.read_u64(addr).ok()).filter(|word| text.contains(word));
+    let mut frames = vec![frame(kernel, state.ip, false)];
+    frames.extend(addresses.take(MAX_FRAMES).map(|address| frame(kernel, address, true)));
+    frames
+}
+
+fn frame(kernel: &Kernel, address: u64, guessed: bool) -> Frame {
+    let symbol = match kernel.symbolize(address) {
+        Some((name, offset)) if offset < MAX_FUNCTION => format!("{name}+{offset:#x}"),
+        _ => format!("{address:#x}"),
+    };
+    Frame { address, symbol, guessed }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kind(kind: u8, end: Option<u8>, sp_reg: u8) -> Kind {
+        OrcEntry { sp_offset: 0, bp_offset: 0, sp_reg, bp_reg: 0, kind, end }.frame_kind()
+    }
+
+    #[test]
+    fn both_codings_of_the_frame_kind() {
+        assert_eq!(kind(0, Some(0), reg::SP), Kind::Call);
+        assert_eq!(kind(1, Some(0), reg::SP), Kind::Regs);
+        assert_eq!(kind(2, Some(0), reg::SP), Kind::RegsPartial);
+        assert_eq!(kind(0, Some(1), reg::UNDEFINED), Kind::EndOfStack);
+        assert_eq!(kind(0, Some(0), reg::UNDEFINED), Kind::Undefined);
+        assert_eq!(kind(0, None, reg::SP), Kind::Undefined);
+        assert_eq!(kind(1, None, reg::UNDEFINED), Kind::EndOfStack);
+        assert_eq!(kind(2, None, reg::SP), Kind::Call);
+        assert_eq!(kind(3, None, reg::SP), Kind::Regs);
+        assert_eq!(kind(4, None, reg::SP), Kind::RegsPartial);
+    }
+}
