@@ -390,31 +390,45 @@ impl Btf {
         Some(Member { offset: bit / 8, size: self.size(type_id)?, bits: None, type_id })
     }
 
-    /// The value of an enumerator; `enum_name` narrows the search to one enum.
-    pub fn enumerator(&self, enum_name: Option<&str>, name: &str) -> Option<i64> {
+    /// The value of an enumerator of the enum of that name. Quick.
+    pub fn enumerator_in(&self, enum_name: &str, name: &str) -> Option<i64> {
+        let mut value = None;
+        let own = self.names.find(hash(enum_name.as_bytes()), |id| {
+            let Some((home, record)) = self.get(id) else { return false };
+            if home.string(record.name) == enum_name.as_bytes() {
+                value = home.enumerator_of(&record, name);
+            }
+            value.is_some()
+        });
+        own.and(value).or_else(|| self.base.as_ref()?.enumerator_in(enum_name, name))
+    }
+
+    /// The value of an enumerator of any enum. Looks through all of them.
+    pub fn enumerator(&self, name: &str) -> Option<i64> {
         let own = self.types.iter().find_map(|at| {
             let record = self.record(*at as usize)?;
-            let (width, is_64) = match record.kind() {
-                KIND_ENUM => (8, false),
-                KIND_ENUM64 => (12, true),
-                _ => return None,
-            };
-            if enum_name.is_some_and(|wanted| self.string(record.name) != wanted.as_bytes()) {
-                return None;
-            }
-            let at = (0..record.vlen())
-                .map(|i| record.tail + width * i)
-                .find(|at| self.word(*at).is_some_and(|offset| self.string(offset) == name.as_bytes()))?;
-            let low = self.word(at + 4)?;
-            Some(match (is_64, record.flag()) {
-                (true, _) => (u64::from(self.word(at + 8)?) << 32 | u64::from(low)) as i64,
-                (false, true) => i64::from(low as i32),
-                // Before the flag existed (6.0), negative values can only be told by their look;
-                // all enums that are read here are small and positive.
-                (false, false) => i64::from(low),
-            })
+            self.enumerator_of(&record, name)
         });
-        own.or_else(|| self.base.as_ref()?.enumerator(enum_name, name))
+        own.or_else(|| self.base.as_ref()?.enumerator(name))
+    }
+
+    fn enumerator_of(&self, record: &Record, name: &str) -> Option<i64> {
+        let (width, is_64) = match record.kind() {
+            KIND_ENUM => (8, false),
+            KIND_ENUM64 => (12, true),
+            _ => return None,
+        };
+        let at = (0..record.vlen())
+            .map(|i| record.tail + width * i)
+            .find(|at| self.word(*at).is_some_and(|offset| self.string(offset) == name.as_bytes()))?;
+        let low = self.word(at + 4)?;
+        Some(match (is_64, record.flag()) {
+            (true, _) => (u64::from(self.word(at + 8)?) << 32 | u64::from(low)) as i64,
+            (false, true) => i64::from(low as i32),
+            // Compilers' tools before 2022 did not set the flag for signed enums; the enums that
+            // are read here are small and positive.
+            (false, false) => i64::from(low),
+        })
     }
 }
 
@@ -456,7 +470,7 @@ impl NameTable {
         }
     }
 
-    fn find(&self, hash: u64, matches: impl Fn(u32) -> bool) -> Option<u32> {
+    fn find(&self, hash: u64, mut matches: impl FnMut(u32) -> bool) -> Option<u32> {
         let mask = self.slots.len().checked_sub(1)?;
         let mut at = hash as usize & mask;
         while self.slots[at] != 0 {

@@ -223,12 +223,6 @@ impl Kallsyms {
         let position = self.up_to(addr).checked_sub(1)?;
         Some(self.addresses[self.index_at(position)])
     }
-
-    /// The lowest address of a symbol above `addr`.
-    pub fn above(&self, addr: u64) -> Option<u64> {
-        let position = self.up_to(addr);
-        (position < self.len()).then(|| self.addresses[self.index_at(position)])
-    }
 }
 
 impl std::fmt::Debug for Kallsyms {

@@ -10,7 +10,7 @@ use crate::btf::{Btf, Member, TypeId};
 use crate::kallsyms::{Kallsyms, Tables};
 use crate::layout::{Binder, Layout};
 use crate::modules::Modules;
-use crate::{Decoder, Error, KernelType, Result};
+use crate::{Decoder, Error, KernelType, Result, maple, page, xarray};
 
 /// The most bytes that one read returns: 16 MiB. Larger lengths come from damaged structures.
 pub const MAX_READ: usize = 16 << 20;
@@ -37,6 +37,9 @@ pub struct Kernel {
     pub(crate) vmemmap: u64,
     pub(crate) struct_page_size: u64,
     pub(crate) members: Members,
+    pub(crate) maple: OnceLock<maple::Shapes>,
+    pub(crate) xarray: OnceLock<xarray::Shape>,
+    pub(crate) slab: OnceLock<Option<page::SlabShape>>,
 }
 
 /// Members of the kernel's general structures that the walks in this crate need, looked up once.
@@ -107,6 +110,9 @@ impl Kernel {
             vmemmap,
             struct_page_size,
             members,
+            maple: OnceLock::new(),
+            xarray: OnceLock::new(),
+            slab: OnceLock::new(),
         })
     }
 
@@ -186,11 +192,6 @@ impl Kernel {
     /// How many symbols the kernel itself has.
     pub fn symbol_count(&self) -> usize {
         self.symbols.len()
-    }
-
-    /// How far it is from a symbol to the next one: an upper bound for a variable's size.
-    pub(crate) fn distance_to_next(&self, addr: u64) -> Option<u64> {
-        Some(self.symbols.above(addr)? - addr)
     }
 
     pub(crate) fn modules(&self) -> &Modules {
@@ -422,9 +423,10 @@ impl Kernel {
         self.btf.find_type(type_name).is_some() || self.find_struct(type_name).is_some()
     }
 
-    /// The value of an enumerator, whatever enum it is in.
+    /// The value of an enumerator, whatever enum it is in. Looks through all enums of the kernel:
+    /// keep the result, or name the enum.
     pub fn enum_value(&self, enumerator: &str) -> Result<i64> {
-        self.btf.enumerator(None, enumerator).ok_or_else(|| Error::MissingEnumerator {
+        self.btf.enumerator(enumerator).ok_or_else(|| Error::MissingEnumerator {
             release: self.release.clone(),
             name: enumerator.to_owned(),
         })
@@ -432,7 +434,7 @@ impl Kernel {
 
     /// The value of an enumerator of one enum: `enum_value_in("pageflags", "PG_dirty")`.
     pub fn enum_value_in(&self, enum_name: &str, enumerator: &str) -> Result<i64> {
-        self.btf.enumerator(Some(enum_name), enumerator).ok_or_else(|| Error::MissingEnumerator {
+        self.btf.enumerator_in(enum_name, enumerator).ok_or_else(|| Error::MissingEnumerator {
             release: self.release.clone(),
             name: format!("{enum_name}::{enumerator}"),
         })

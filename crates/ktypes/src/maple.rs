@@ -30,29 +30,10 @@ impl Kernel {
             // A single entry at index 0 stands in the root itself.
             return if root == 0 || is_reserved(root) { Ok(()) } else { f(0, 0, root) };
         }
-        let shape = |name: &str| -> Result<Shape> {
-            let pivots = self.member(name, "pivot")?;
-            let slots = self.member(name, "slot")?;
-            Ok(Shape {
-                pivot: pivots.offset as usize,
-                slot: slots.offset as usize,
-                slots: (slots.size / 8) as usize,
-            })
-        };
-        let dense = self.member("maple_node", "slot")?;
         let mut walk = Walk {
             kernel: self,
+            shapes: self.maple_shapes()?,
             root: mt_addr,
-            node_size: self.size_of("maple_node")?.min(4096) as usize,
-            dense: Shape { pivot: 0, slot: dense.offset as usize, slots: (dense.size / 8) as usize },
-            range: shape("maple_range_64")?,
-            arange: shape("maple_arange_64")?,
-            types: [
-                self.enum_value_in("maple_type", "maple_dense")? as u64,
-                self.enum_value_in("maple_type", "maple_leaf_64")? as u64,
-                self.enum_value_in("maple_type", "maple_range_64")? as u64,
-                self.enum_value_in("maple_type", "maple_arange_64")? as u64,
-            ],
             max,
             entries: 0,
             // Every node has an entry below it somewhere, save for a root that was just emptied.
@@ -62,11 +43,55 @@ impl Kernel {
         // The root's own tag is one bit more; the type is where it always is.
         walk.node(root, 0, u64::MAX, 0)
     }
+
+    fn maple_shapes(&self) -> Result<&Shapes> {
+        if let Some(shapes) = self.maple.get() {
+            return Ok(shapes);
+        }
+        let shape = |name: &str| -> Result<Shape> {
+            let pivots = self.member(name, "pivot")?;
+            let slots = self.member(name, "slot")?;
+            Ok(Shape {
+                pivot: pivots.offset as usize,
+                slot: slots.offset as usize,
+                slots: (slots.size / 8) as usize,
+            })
+        };
+        let kind = |name| self.enum_value_in("maple_type", name).map(|value| value as u64);
+        let dense = self.member("maple_node", "slot")?;
+        let shapes = Shapes {
+            node_size: self.size_of("maple_node")?.min(MAX_NODE as u64) as usize,
+            dense: Shape { pivot: 0, slot: dense.offset as usize, slots: (dense.size / 8) as usize },
+            range: shape("maple_range_64")?,
+            arange: shape("maple_arange_64")?,
+            types: [
+                kind("maple_dense")?,
+                kind("maple_leaf_64")?,
+                kind("maple_range_64")?,
+                kind("maple_arange_64")?,
+            ],
+        };
+        Ok(self.maple.get_or_init(|| shapes))
+    }
+}
+
+/// A node has 256 bytes; twice that would do, should it ever grow.
+const MAX_NODE: usize = 1024;
+
+/// The kinds of nodes.
+#[derive(Debug)]
+pub(crate) struct Shapes {
+    node_size: usize,
+    dense: Shape,
+    range: Shape,
+    arange: Shape,
+    /// The numbers of dense, leaf_64, range_64, arange_64.
+    types: [u64; 4],
 }
 
 /// Where the arrays of a node are, in bytes from its start, and how many slots it has; there is
 /// one pivot less.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 struct Shape {
     pivot: usize,
     slot: usize,
@@ -75,13 +100,8 @@ struct Shape {
 
 struct Walk<'a> {
     kernel: &'a Kernel,
+    shapes: &'a Shapes,
     root: u64,
-    node_size: usize,
-    dense: Shape,
-    range: Shape,
-    arange: Shape,
-    /// The numbers of dense, leaf_64, range_64, arange_64.
-    types: [u64; 4],
     max: usize,
     entries: usize,
     nodes_left: usize,
@@ -105,17 +125,17 @@ impl Walk<'_> {
             None => return Err(self.corrupt(bad("is one of too many nodes without entries"))),
         };
         let kind = tagged >> TYPE_SHIFT & TYPE_MASK;
-        let Some(kind) = self.types.iter().position(|known| *known == kind) else {
+        let Some(kind) = self.shapes.types.iter().position(|known| *known == kind) else {
             return Err(self.corrupt(bad("is of no known type")));
         };
         let (shape, leaf) = match kind {
-            0 => (self.dense, true),
-            1 => (self.range, true),
-            2 => (self.range, false),
-            _ => (self.arange, false),
+            0 => (self.shapes.dense, true),
+            1 => (self.shapes.range, true),
+            2 => (self.shapes.range, false),
+            _ => (self.shapes.arange, false),
         };
-        let mut bytes = [0; 4096];
-        let bytes = &mut bytes[..self.node_size];
+        let mut bytes = [0; MAX_NODE];
+        let bytes = &mut bytes[..self.shapes.node_size];
         self.kernel
             .read_into(node, bytes)
             .map_err(|error| self.corrupt(Corruption::WildPointer { node, why: error.to_string() }))?;

@@ -52,7 +52,7 @@ impl Kernel {
 
     /// The head page of a compound page; the page itself if it is not a tail page.
     pub fn compound_head(&self, page: u64) -> Result<u64> {
-        let link = self.read_u64(page.wrapping_add(self.offset_of("page", "compound_head")?))?;
+        let link = self.read::<PageLink>(page)?.compound_head;
         if link & 1 == 0 {
             return Ok(page);
         }
@@ -75,58 +75,71 @@ impl Kernel {
         if self.memory().direct_map_of(phys) != addr {
             return None;
         }
+        let shape = self.slab.get_or_init(|| SlabShape::of(self)).as_ref()?;
         let page = self.compound_head(self.pfn_to_page(phys >> PAGE_SHIFT)).ok()?;
-        if !self.is_slab(page).ok()? {
+        let marker = self.read_u64(page.wrapping_add(shape.marker)).ok()?;
+        if marker >> shape.shift & shape.mask != shape.value {
             return None;
         }
-        let member = |path: &str| self.offset_of("slab", path).ok();
-        let cache = self.read_u64(page.wrapping_add(member("slab_cache")?)).ok()?;
-        let cache: KmemCache = self.read(cache).map(|c: KmemCacheFields| c.at(cache)).ok()?;
-        let size = u64::from(cache.fields.size);
-        let object_size = u64::from(cache.fields.object_size);
-        let pad = u64::from(cache.fields.red_left_pad.unwrap_or(0));
-        if size == 0 || object_size == 0 || pad.checked_add(object_size)? > size {
+        let slab: Slab = self.read(page).ok()?;
+        let cache: KmemCache = self.read(slab.slab_cache).ok()?;
+        let (size, object_size) = (u64::from(cache.size), u64::from(cache.object_size));
+        let pad = u64::from(cache.red_left_pad.unwrap_or(0));
+        if object_size == 0 || pad.checked_add(object_size)? > size {
             return None;
         }
-        // Number of objects, from the counters: inuse 16 bits, objects 15, frozen 1.
-        let objects = self.member("slab", "objects").ok()?;
-        let word = self.read_u64(page.wrapping_add(member("counters")?)).ok()?;
-        let (first_bit, bits) = objects.bits?;
-        let skip = (objects.offset.checked_sub(member("counters")?)?) * 8 + u64::from(first_bit);
-        let objects = word.checked_shr(skip as u32)? & ((1 << bits) - 1);
-
         let start = self.memory().direct_map_of(self.page_to_pfn(page).ok()? << PAGE_SHIFT);
         let index = addr.checked_sub(start)? / size;
         let object_start = start + index * size + pad;
-        if index >= objects || addr < object_start || addr - object_start >= object_size {
+        let inside = addr >= object_start && addr - object_start < object_size;
+        if index >= slab.objects.into() || !inside {
             return None;
         }
-        let name = self.read_cstr(cache.fields.name, 128).ok()?;
+        let name = self.read_cstr(cache.name, 128).ok()?;
         Some(SlabObject {
-            cache: cache.addr,
+            cache: slab.slab_cache,
             cache_name: String::from_utf8_lossy(&name).into_owned(),
             object_start,
             object_size,
         })
     }
+}
 
-    /// Whether a head page belongs to the slab allocator.
-    fn is_slab(&self, page: u64) -> Result<bool> {
-        // A page type in the upper byte since 6.11, a page flag until 6.9. (6.10 had a page type
-        // of another form, and neither of these names.)
-        if let Ok(kind) = self.enum_value_in("pagetype", "PGTY_slab") {
-            let at = page.wrapping_add(self.offset_of("page", "page_type")?);
-            return Ok(i64::from(self.read_u32(at)? >> 24) == kind);
+/// How a slab's head page is told from others: `u64 at marker >> shift & mask == value`.
+#[derive(Debug)]
+pub(crate) struct SlabShape {
+    marker: u64,
+    shift: u32,
+    mask: u64,
+    value: u64,
+}
+
+impl SlabShape {
+    /// A page type in the upper byte of a u32 since 6.11, a page flag until 6.9. (6.10 had a page
+    /// type of another form, and neither of these names.)
+    fn of(kernel: &Kernel) -> Option<SlabShape> {
+        if let Ok(kind) = kernel.enum_value_in("pagetype", "PGTY_slab") {
+            let marker = kernel.offset_of("page", "page_type").ok()?;
+            return Some(SlabShape { marker, shift: 24, mask: 0xff, value: kind as u64 });
         }
-        let bit = self.enum_value_in("pageflags", "PG_slab")?;
-        let flags = self.read_u64(page.wrapping_add(self.offset_of("page", "flags")?))?;
-        Ok(flags.checked_shr(bit as u32).is_some_and(|flags| flags & 1 != 0))
+        let bit = kernel.enum_value_in("pageflags", "PG_slab").ok()?;
+        let marker = kernel.offset_of("page", "flags").ok()?;
+        Some(SlabShape { marker, shift: bit as u32 & 63, mask: 1, value: 1 })
     }
+}
+
+/// The part of `struct page` that a slab uses for itself.
+#[derive(crate::KernelType)]
+#[kernel("slab")]
+struct Slab {
+    slab_cache: u64,
+    /// How many objects the slab has room for.
+    objects: u16,
 }
 
 #[derive(crate::KernelType)]
 #[kernel("kmem_cache")]
-struct KmemCacheFields {
+struct KmemCache {
     /// Bytes from one object to the next.
     size: u32,
     object_size: u32,
@@ -136,13 +149,8 @@ struct KmemCacheFields {
     red_left_pad: Option<u32>,
 }
 
-struct KmemCache {
-    addr: u64,
-    fields: KmemCacheFields,
-}
-
-impl KmemCacheFields {
-    fn at(self, addr: u64) -> KmemCache {
-        KmemCache { addr, fields: self }
-    }
+#[derive(crate::KernelType)]
+#[kernel("page")]
+struct PageLink {
+    compound_head: u64,
 }

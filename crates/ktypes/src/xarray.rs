@@ -76,7 +76,7 @@ impl Kernel {
         }
         // Marks are passed up: a node's slot is marked if anything below it is.
         let node = walk.read_node(walk.head)?;
-        Ok((0..walk.slots).any(|slot| walk.marked(&node, mark as usize, slot)))
+        Ok((0..walk.shape.slots).any(|slot| walk.marked(&node, mark as usize, slot)))
     }
 
     /// Whether any page of a page cache (`address_space.i_pages`) is dirty.
@@ -85,8 +85,23 @@ impl Kernel {
     }
 
     fn xarray(&self, xa_addr: u64, max: usize) -> Result<Walk<'_>> {
-        let word =
-            |member: &str| -> Result<u64> { Ok(xa_addr.wrapping_add(self.offset_of("xarray", member)?)) };
+        let shape = self.xarray_shape()?;
+        Ok(Walk {
+            kernel: self,
+            shape,
+            root: xa_addr,
+            head: self.read_u64(xa_addr.wrapping_add(shape.xa_head))?,
+            flags: self.read_u32(xa_addr.wrapping_add(shape.xa_flags))?,
+            max,
+            entries: 0,
+            nodes_left: max.saturating_mul(2).saturating_add(64),
+        })
+    }
+
+    fn xarray_shape(&self) -> Result<&Shape> {
+        if let Some(shape) = self.xarray.get() {
+            return Ok(shape);
+        }
         let slots = self.member("xa_node", "slots")?;
         // `marks` shares its place with `tags`, the older name.
         let marks = self.member("xa_node", "marks").or_else(|_| self.member("xa_node", "tags"))?;
@@ -97,36 +112,42 @@ impl Kernel {
             Err(_) if self.symbol_opt("lockdep_init_map_type").is_some() => 28,
             Err(_) => 27,
         };
-        Ok(Walk {
-            kernel: self,
-            root: xa_addr,
-            head: self.read_u64(word("xa_head")?)?,
-            flags: self.read_u32(word("xa_flags")?)?,
+        let shape = Shape {
+            xa_head: self.offset_of("xarray", "xa_head")?,
+            xa_flags: self.offset_of("xarray", "xa_flags")?,
             gfp_bits,
-            node_size: self.size_of("xa_node")?.min(4096) as usize,
+            node_size: self.size_of("xa_node")?.min(MAX_NODE as u64) as usize,
             shift: self.offset_of("xa_node", "shift")? as usize,
             slot: slots.offset as usize,
             slots: (slots.size / 8).min(64) as usize,
             marks,
-            max,
-            entries: 0,
-            nodes_left: max.saturating_mul(2).saturating_add(64),
-        })
+        };
+        Ok(self.xarray.get_or_init(|| shape))
     }
 }
 
-struct Walk<'k> {
-    kernel: &'k Kernel,
-    root: u64,
-    head: u64,
-    flags: u32,
+/// A node has 576 bytes.
+const MAX_NODE: usize = 1024;
+
+/// Where things are in an array and in a node.
+#[derive(Debug)]
+pub(crate) struct Shape {
+    xa_head: u64,
+    xa_flags: u64,
     gfp_bits: u32,
     node_size: usize,
-    /// Offsets within a node.
     shift: usize,
     slot: usize,
     slots: usize,
     marks: Member,
+}
+
+struct Walk<'k> {
+    kernel: &'k Kernel,
+    shape: &'k Shape,
+    root: u64,
+    head: u64,
+    flags: u32,
     max: usize,
     entries: usize,
     nodes_left: usize,
@@ -138,14 +159,14 @@ impl Walk<'_> {
     }
 
     fn head_marked(&self, mark: u32) -> bool {
-        self.flags.checked_shr(self.gfp_bits + mark).is_some_and(|flags| flags & 1 != 0)
+        self.flags.checked_shr(self.shape.gfp_bits + mark).is_some_and(|flags| flags & 1 != 0)
     }
 
-    fn read_node(&self, tagged: u64) -> Result<Vec<u8>> {
+    fn read_node(&self, tagged: u64) -> Result<[u8; MAX_NODE]> {
         let node = tagged - 2;
-        let mut bytes = vec![0; self.node_size];
+        let mut bytes = [0; MAX_NODE];
         self.kernel
-            .read_into(node, &mut bytes)
+            .read_into(node, &mut bytes[..self.shape.node_size])
             .map_err(|error| self.corrupt(Corruption::WildPointer { node, why: error.to_string() }))?;
         Ok(bytes)
     }
@@ -155,8 +176,8 @@ impl Walk<'_> {
     }
 
     fn marked(&self, node: &[u8], mark: usize, slot: usize) -> bool {
-        let per_mark = self.marks.size as usize / MAX_MARKS;
-        let at = self.marks.offset as usize + mark * per_mark + slot / 8;
+        let per_mark = self.shape.marks.size as usize / MAX_MARKS;
+        let at = self.shape.marks.offset as usize + mark * per_mark + slot / 8;
         node.get(at).is_some_and(|byte| byte >> (slot % 8) & 1 != 0)
     }
 
@@ -178,19 +199,19 @@ impl Walk<'_> {
             None => return Err(self.corrupt(bad("is one of too many nodes without entries"))),
         };
         let node = self.read_node(tagged)?;
-        let shift = u32::from(node.get(self.shift).copied().unwrap_or(u8::MAX));
+        let shift = u32::from(node.get(self.shape.shift).copied().unwrap_or(u8::MAX));
         if shift >= 64 || above.is_some_and(|above| shift >= above) {
             return Err(self.corrupt(bad("has a shift that does not fit its place")));
         }
         let mut slot = 0;
-        while slot < self.slots {
-            let entry = self.word(&node, self.slot + slot * 8);
+        while slot < self.shape.slots {
+            let entry = self.word(&node, self.shape.slot + slot * 8);
             let first = base.wrapping_add((slot as u64) << shift);
             // Slots that belong to the same entry follow it as siblings: internal entries that hold
             // the number of its slot.
             let mut next = slot + 1;
             let sibling = (slot as u64) << 2 | 2;
-            while next < self.slots && self.word(&node, self.slot + next * 8) == sibling {
+            while next < self.shape.slots && self.word(&node, self.shape.slot + next * 8) == sibling {
                 next += 1;
             }
             if is_node(entry) {
