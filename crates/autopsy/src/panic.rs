@@ -101,7 +101,9 @@ impl Autopsy<'_> {
 
     /// Runs a reading step of which the rest does not depend: an error becomes a finding.
     fn attempt<T>(&self, what: &str, step: impl FnOnce() -> Result<T>) -> Option<T> {
-        step().map_err(|error| self.find(Severity::Note, "panic", format!("{what} cannot be read: {error}"))).ok()
+        step()
+            .map_err(|error| self.find(Severity::Note, "panic", format!("{what} cannot be read: {error}")))
+            .ok()
     }
 
     fn vdso_fingerprint(&self) -> Result<(u64, u64)> {
@@ -126,14 +128,22 @@ impl Autopsy<'_> {
     fn kernel_stack(&self, cpu: u32) -> Vec<Frame> {
         let status = self.kernel.vmcore().prstatus().iter().find(|status| status.cpu == cpu);
         let Some(status) = status else {
-            self.find(Severity::Note, "panic", format!("the dump has no registers of CPU {cpu}: no kernel stack"));
+            self.find(
+                Severity::Note,
+                "panic",
+                format!("the dump has no registers of CPU {cpu}: no kernel stack"),
+            );
             return Vec::new();
         };
         let state = orc::State::from_prstatus(status);
         match orc::Unwinder::new(self.kernel) {
             Ok(unwinder) => unwinder.unwind(state),
             Err(error) => {
-                self.find(Severity::Note, "panic", format!("no unwind tables, the stack is guessed: {error}"));
+                self.find(
+                    Severity::Note,
+                    "panic",
+                    format!("no unwind tables, the stack is guessed: {error}"),
+                );
                 orc::scan(self.kernel, state)
             }
         }
@@ -161,15 +171,22 @@ mod tests {
     use super::*;
 
     fn log(lines: &[&str]) -> Vec<LogRecord> {
-        let record = |(seq, line): (usize, &&str)| LogRecord { seq: seq as u64, ts_ns: 0, level: 0, text: (*line).into() };
+        let record = |(seq, line): (usize, &&str)| LogRecord {
+            seq: seq as u64,
+            ts_ns: 0,
+            level: 0,
+            text: (*line).into(),
+        };
         lines.iter().enumerate().map(record).collect()
     }
 
     #[test]
     fn message_is_what_panic_said_or_the_oops() {
-        let panicked = log(&["BUG: something", "Kernel panic - not syncing: sysrq triggered crash", "CPU: 0 PID: 1"]);
+        let panicked =
+            log(&["BUG: something", "Kernel panic - not syncing: sysrq triggered crash", "CPU: 0 PID: 1"]);
         assert_eq!(panic_message(&panicked), "sysrq triggered crash");
-        let oopsed = log(&["BUG: kernel NULL pointer dereference, address: 0", "#PF: supervisor read", "RIP: 0010:x"]);
+        let oopsed =
+            log(&["BUG: kernel NULL pointer dereference, address: 0", "#PF: supervisor read", "RIP: 0010:x"]);
         assert_eq!(panic_message(&oopsed), "BUG: kernel NULL pointer dereference, address: 0");
         assert_eq!(panic_message(&log(&["fine"])), "");
     }

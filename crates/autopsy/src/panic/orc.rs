@@ -129,7 +129,11 @@ impl<'k> Unwinder<'k> {
         let count = kernel.symbol("__stop_orc_unwind_ip")?.saturating_sub(ips) / 4;
         let room = kernel.symbol("__stop_orc_unwind")?.saturating_sub(entries);
         if count == 0 || entry_size == 0 || room / entry_size != count {
-            return Err(corrupt("orc_unwind table", ips, format!("{count} addresses for {room} bytes of entries")));
+            return Err(corrupt(
+                "orc_unwind table",
+                ips,
+                format!("{count} addresses for {room} bytes of entries"),
+            ));
         }
         Ok(Unwinder { kernel, ips, entries, entry_size, count })
     }
@@ -168,8 +172,10 @@ impl<'k> Unwinder<'k> {
             }
         };
         let kind = entry.frame_kind();
-        if matches!(kind, Kind::Undefined | Kind::EndOfStack) {
-            return Ok(None);
+        match kind {
+            Kind::Undefined => return Ok(self.step_to_caller_of(state)),
+            Kind::EndOfStack => return Ok(None),
+            Kind::Call | Kind::Regs | Kind::RegsPartial => {}
         }
         let word = |addr: u64| self.kernel.read_u64(addr);
         let regs = state.regs.map(|at| self.kernel.read::<PtRegs>(at)).transpose()?;
@@ -211,17 +217,40 @@ impl<'k> Unwinder<'k> {
 
     /// The entry that covers an address; `None` outside the kernel's own text.
     fn find(&self, ip: u64) -> Result<Option<OrcEntry>> {
+        let Some(index) = self.index_of(ip)? else { return Ok(None) };
+        Ok(Some(self.kernel.read(self.entries + index * self.entry_size)?))
+    }
+
+    fn index_of(&self, ip: u64) -> Result<Option<u64>> {
         let (mut low, mut high) = (0, self.count);
         // The last entry whose address is not above ip: section terminators share an address with the entry behind them.
         while low < high {
             let middle = low + (high - low) / 2;
             if self.entry_ip(middle)? <= ip { low = middle + 1 } else { high = middle }
         }
-        let beyond = low == self.count && !self.kernel.symbolize(ip).is_some_and(|(_, offset)| offset < MAX_FUNCTION);
-        if low == 0 || beyond {
-            return Ok(None);
-        }
-        Ok(Some(self.kernel.read(self.entries + (low - 1) * self.entry_size)?))
+        let beyond =
+            low == self.count && !self.kernel.symbolize(ip).is_some_and(|(_, offset)| offset < MAX_FUNCTION);
+        Ok(if beyond { None } else { low.checked_sub(1) })
+    }
+
+    /// The caller of a function without unwind data, such as `__crash_kexec` itself (STACK_FRAME_NON_STANDARD, kernel/kexec_core.c): the
+    /// first return address on the stack that lies behind a call of just this function.
+    fn step_to_caller_of(&self, state: State) -> Option<State> {
+        /// No frame without unwind data is larger, bytes.
+        const MAX_FRAME: u64 = 1024;
+        /// `call rel32`: opcode and length.
+        const CALL: (u8, u64) = (0xe8, 5);
+        let (_, offset) = self.kernel.symbolize(state.ip)?;
+        let start = state.ip.wrapping_sub(offset);
+        let calls_us = |ret: u64| {
+            let call = ret.wrapping_sub(CALL.1);
+            self.kernel.read_u8(call).is_ok_and(|opcode| opcode == CALL.0)
+                && self.kernel.read_i32(call + 1).is_ok_and(|to| ret.wrapping_add_signed(to.into()) == start)
+        };
+        (state.sp..state.sp.saturating_add(MAX_FRAME)).step_by(8).find_map(|at| {
+            let ip = self.kernel.read_u64(at).ok().filter(|&ret| calls_us(ret))?;
+            Some(State { ip, sp: at + 8, regs: None, exact: false, ..state })
+        })
     }
 
     fn entry_ip(&self, index: u64) -> Result<u64> {

@@ -65,7 +65,11 @@ pub(super) fn read(kernel: &Kernel) -> Result<Vec<LogRecord>> {
     let at = kernel.read_u64(kernel.symbol("prb")?)?;
     let ring: RingBuffer = kernel.read(at)?;
     if ring.count_bits > MAX_COUNT_BITS || ring.size_bits > MAX_SIZE_BITS {
-        return Err(corrupt("printk_ringbuffer", at, format!("2^{} records in 2^{} bytes", ring.count_bits, ring.size_bits)));
+        return Err(corrupt(
+            "printk_ringbuffer",
+            at,
+            format!("2^{} records in 2^{} bytes", ring.count_bits, ring.size_bits),
+        ));
     }
     let count = 1u64 << ring.count_bits;
     let (descriptor_size, info_size) = (kernel.size_of("prb_desc")?, kernel.size_of("printk_info")?);
@@ -80,7 +84,12 @@ pub(super) fn read(kernel: &Kernel) -> Result<Vec<LogRecord>> {
             if let Some((offset, room)) = text_extent(&descriptor, ring.size_bits) {
                 let len = u64::from(info.text_len).min(room);
                 if let Ok(text) = kernel.read_bytes(ring.data.wrapping_add(offset), len as usize) {
-                    records.push(LogRecord { seq: info.seq, ts_ns: info.ts_nsec, level: info.level, text: text.into() });
+                    records.push(LogRecord {
+                        seq: info.seq,
+                        ts_ns: info.ts_nsec,
+                        level: info.level,
+                        text: text.into(),
+                    });
                 }
             }
         }
