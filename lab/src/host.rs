@@ -1,0 +1,93 @@
+//! The host's own tools: found, or installed through apt, or asked for in one clear line.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use crate::error::{Error, FileContext as _, Result};
+
+/// What the lab needs on the host: a command and the Debian package that has it.
+const TOOLS: &[(&str, &str)] = &[
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("qemu-img", "qemu-utils"),
+    ("mmdebstrap", "mmdebstrap"),
+    ("mke2fs", "e2fsprogs"),
+    ("dpkg-deb", "dpkg"),
+    ("xz", "xz-utils"),
+    ("depmod", "kmod"),
+];
+
+/// Makes sure that all tools are there. Installs what is missing when it may, and says so first.
+pub fn ensure_tools() -> Result<()> {
+    let missing: Vec<&str> = TOOLS.iter().filter(|(tool, _)| !has(tool)).map(|&(_, package)| package).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let packages = missing.join(" ");
+    if !is_root() {
+        return Err(Error::Host(format!("missing on this machine; run: sudo apt-get install {packages}")));
+    }
+    eprintln!("lab: installing on this machine through apt: {packages}");
+    apt_update()?;
+    let mut install = Command::new("apt-get");
+    install.args(["install", "-y", "--no-install-recommends"]).args(&missing).env("DEBIAN_FRONTEND", "noninteractive");
+    run(&mut install)?;
+    Ok(())
+}
+
+/// Refreshes apt's package lists.
+pub fn apt_update() -> Result<()> {
+    run(Command::new("apt-get").arg("update")).map(drop)
+}
+
+/// Whether this process may do what only root may.
+pub fn is_root() -> bool {
+    nix::unistd::geteuid().is_root()
+}
+
+fn has(tool: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/sbin".into(), "/sbin".into()])
+        .any(|dir| dir.join(tool).exists())
+}
+
+/// Runs a command to its end and returns its standard output; with its last words if it fails.
+pub fn run(command: &mut Command) -> Result<String> {
+    let line = std::iter::once(command.get_program()).chain(command.get_args()).map(OsStr::to_string_lossy);
+    let line = line.collect::<Vec<_>>().join(" ");
+    let path = std::env::var("PATH").unwrap_or_default();
+    let output = command
+        .env("PATH", format!("{path}:/usr/sbin:/sbin"))
+        .env("LC_ALL", "C.UTF-8")
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|error| Error::Command { command: line.clone(), status: error.to_string(), output: String::new() })?;
+    if !output.status.success() {
+        let text = [output.stdout, output.stderr].concat();
+        let text = String::from_utf8_lossy(&text);
+        let lines: Vec<&str> = text.lines().collect();
+        let tail = lines[lines.len().saturating_sub(20)..].join("\n");
+        return Err(Error::Command { command: line, status: output.status.to_string(), output: tail });
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// An exclusive lock on a file for as long as the value lives; waits for its turn.
+#[derive(Debug)]
+pub struct Lock {
+    _file: File,
+}
+
+impl Lock {
+    /// Takes the lock; says so if it has to wait.
+    pub fn take(path: &Path) -> Result<Self> {
+        let file = File::create(path).at(path)?;
+        if file.try_lock().is_err() {
+            eprintln!("lab: waiting for another lab that holds {}", path.display());
+            file.lock().at(path)?;
+        }
+        Ok(Self { _file: file })
+    }
+}

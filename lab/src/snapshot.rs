@@ -1,0 +1,276 @@
+//! Saved guests, in layers: booted; armed; with the demo's input made … Each layer is a disk overlay over the one below
+//! plus the machine's state, and is made once for the same inputs. Runs start from a layer and never change it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, SystemTime};
+
+use serde::{Deserialize, Serialize};
+
+use crate::channel::Channel;
+use crate::error::{Error, FileContext as _, Result};
+use crate::machine::{Begin, Machine, MachineConfig};
+use crate::{Key, Lab, host, initramfs};
+
+/// Changed when this file or `machine.rs` makes other machines from the same inputs.
+const LAYOUT: &str = "3";
+const BOOT_DEADLINE: Duration = Duration::from_secs(300);
+const AGENT_DEADLINE: Duration = Duration::from_secs(60);
+/// How many layers of the same label are kept beside those that others stand on.
+const KEEP_LAYERS: usize = 6;
+/// How many run directories are kept, besides those marked to be kept.
+const KEEP_RUNS: usize = 24;
+
+/// A saved guest.
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    /// Names it and all that it is made of.
+    pub key: String,
+    /// Its directory.
+    pub dir: PathBuf,
+    /// Its machine.
+    pub config: MachineConfig,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Meta {
+    label: String,
+    parent: Option<String>,
+    config: MachineConfig,
+}
+
+/// A running guest.
+#[derive(Debug)]
+pub struct Guest {
+    /// The machine.
+    pub machine: Machine,
+    /// The agent in it.
+    pub agent: Channel,
+    /// Its artifacts' directory.
+    pub dir: PathBuf,
+    _lock: host::Lock,
+}
+
+impl Guest {
+    /// Keeps the run's directory from being cleaned up later.
+    pub fn keep_artifacts(&self) -> Result<()> {
+        let path = self.dir.join("keep");
+        fs::write(&path, "").at(&path)
+    }
+
+    /// Connects to the channel anew, as after a panic, and waits for the crash kernel's agent.
+    pub fn wait_crash_agent(&mut self, timeout: Duration) -> Result<crate::channel::Hello> {
+        self.agent.wait_hello(true, timeout)
+    }
+}
+
+impl Lab {
+    /// A guest of this configuration that has booted and settled.
+    pub fn booted(&self, config: &MachineConfig) -> Result<Snapshot> {
+        let kernel = self.kernel(config.series)?;
+        let image = self.image()?;
+        let agent = fs::read(self.agent_binary()).at(self.agent_binary())?;
+        let _lock = self.lock("snapshots")?;
+        let config_text = serde_json::to_string(config).unwrap_or_default();
+        let key = Key::new("boot").with(LAYOUT).with(&image.id).with(&kernel.release).with(&config_text).with_bytes(&agent);
+        let label = format!("boot-{}", config.series);
+        if let Some(snapshot) = self.existing(&label, &key, config) {
+            return Ok(snapshot);
+        }
+        self.note(&format!("booting {} once, to be saved", kernel.release));
+        self.create(&label, &key, None, config, &image.disk, "raw", |dir| {
+            initramfs::write(&dir.join("initramfs"), &kernel, &agent)?;
+            let machine = Machine::start(dir, config, &kernel.image(), &dir.join("initramfs"), &Begin::Boot)?;
+            let mut channel = machine.channel()?;
+            channel.ping(BOOT_DEADLINE)?;
+            // "degraded" (some unit failed) is settled, too.
+            channel.shell("systemctl is-system-running --wait || test \"$(systemctl is-system-running)\" = degraded", BOOT_DEADLINE)?;
+            channel.sync()?;
+            Ok(machine)
+        })
+    }
+
+    /// The layer that `set_up` makes of `parent`. `inputs` must name everything that `set_up` depends on.
+    pub fn derive(
+        &self,
+        parent: &Snapshot,
+        label: &str,
+        inputs: &Key,
+        set_up: impl FnOnce(&mut Channel, &Machine) -> Result<()>,
+    ) -> Result<Snapshot> {
+        let key = Key::new(label).with(LAYOUT).with(&parent.key).with(&inputs.text());
+        let label = format!("{label}-{}", parent.config.series);
+        let _lock = self.lock("snapshots")?;
+        if let Some(snapshot) = self.existing(&label, &key, &parent.config) {
+            return Ok(snapshot);
+        }
+        self.create(&label, &key, Some(parent), &parent.config, &parent.dir.join("disk.qcow2"), "qcow2", |dir| {
+            let machine = self.resume(parent, dir)?;
+            let mut channel = machine.channel()?;
+            greet(&mut channel)?;
+            set_up(&mut channel, &machine)?;
+            channel.sync()?;
+            Ok(machine)
+        })
+    }
+
+    /// Starts a guest from a layer, with a fresh directory `runs/NAME`.
+    pub fn start(&self, snapshot: &Snapshot, name: &str) -> Result<Guest> {
+        let runs = self.cache().join("runs");
+        self.prune_runs(&runs);
+        let dir = runs.join(name);
+        fs::create_dir_all(&runs).at(&runs)?;
+        let lock = host::Lock::take(&runs.join(format!(".{name}.lock")))?;
+        let _ = fs::remove_dir_all(&dir);
+        fs::create_dir_all(&dir).at(&dir)?;
+        overlay(&dir, &snapshot.dir.join("disk.qcow2"), "qcow2")?;
+        let machine = self.resume(snapshot, &dir)?;
+        let mut agent = machine.channel()?;
+        greet(&mut agent)?;
+        Ok(Guest { machine, agent, dir, _lock: lock })
+    }
+
+    /// Boots a guest from the base image, without any snapshot.
+    pub fn cold_start(&self, config: &MachineConfig, name: &str) -> Result<Guest> {
+        let kernel = self.kernel(config.series)?;
+        let image = self.image()?;
+        let agent_binary = fs::read(self.agent_binary()).at(self.agent_binary())?;
+        let runs = self.cache().join("runs");
+        let dir = runs.join(name);
+        fs::create_dir_all(&runs).at(&runs)?;
+        let lock = host::Lock::take(&runs.join(format!(".{name}.lock")))?;
+        let _ = fs::remove_dir_all(&dir);
+        fs::create_dir_all(&dir).at(&dir)?;
+        overlay(&dir, &image.disk, "raw")?;
+        initramfs::write(&dir.join("initramfs"), &kernel, &agent_binary)?;
+        let machine = Machine::start(&dir, config, &kernel.image(), &dir.join("initramfs"), &Begin::Boot)?;
+        let mut agent = machine.channel()?;
+        agent.ping(BOOT_DEADLINE)?;
+        Ok(Guest { machine, agent, dir, _lock: lock })
+    }
+
+    /// A connection to the agent of a guest that another process of the lab runs under this name. It must not hold one itself.
+    pub fn attach(&self, name: &str) -> Result<Channel> {
+        let dir = self.cache().join("runs").join(name);
+        crate::machine::connect(&dir, "control.sock").map(Channel::new).at(dir.join("control.sock"))
+    }
+
+    fn resume(&self, snapshot: &Snapshot, dir: &Path) -> Result<Machine> {
+        let kernel = self.kernel(snapshot.config.series)?;
+        // QEMU wants the files that the guest once booted from to be of the same size.
+        let initramfs = self.boot_initramfs(snapshot)?;
+        Machine::start(dir, &snapshot.config, &kernel.image(), &initramfs, &Begin::Resume(&snapshot.dir.join("state")))
+    }
+
+    /// The initramfs of the boot layer that a snapshot stands on.
+    fn boot_initramfs(&self, snapshot: &Snapshot) -> Result<PathBuf> {
+        let mut dir = snapshot.dir.clone();
+        loop {
+            let file = dir.join("initramfs");
+            if file.exists() {
+                return Ok(file);
+            }
+            match meta(&dir).and_then(|meta| meta.parent) {
+                Some(parent) => dir = self.snapshots().join(parent),
+                None => return Err(Error::Host(format!("{} is incomplete; run `cargo xtask lab clean`", dir.display()))),
+            }
+        }
+    }
+
+    fn snapshots(&self) -> PathBuf {
+        self.cache().join("snapshots")
+    }
+
+    fn existing(&self, label: &str, key: &Key, config: &MachineConfig) -> Option<Snapshot> {
+        let name = format!("{label}-{}", key.text());
+        let dir = self.snapshots().join(&name);
+        let meta = meta(&dir)?;
+        // The time of last use decides what is pruned.
+        let _ = fs::File::open(dir.join("meta.json")).and_then(|file| file.set_modified(SystemTime::now()));
+        (meta.config == *config).then(|| Snapshot { key: name, dir, config: config.clone() })
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "a private step of two functions")]
+    fn create(
+        &self,
+        label: &str,
+        key: &Key,
+        parent: Option<&Snapshot>,
+        config: &MachineConfig,
+        backing: &Path,
+        format: &str,
+        run: impl FnOnce(&Path) -> Result<Machine>,
+    ) -> Result<Snapshot> {
+        let name = format!("{label}-{}", key.text());
+        let dir = self.snapshots().join(&name);
+        let part = self.snapshots().join(format!("{name}.part"));
+        let _ = fs::remove_dir_all(&part);
+        let _ = fs::remove_dir_all(&dir);
+        fs::create_dir_all(&part).at(&part)?;
+        overlay(&part, backing, format)?;
+        run(&part)?.save(&part.join("state"))?;
+        let meta = Meta { label: label.into(), parent: parent.map(|parent| parent.key.clone()), config: config.clone() };
+        let meta_path = part.join("meta.json");
+        fs::write(&meta_path, serde_json::to_string_pretty(&meta).unwrap_or_default()).at(&meta_path)?;
+        fs::rename(&part, &dir).at(&dir)?;
+        self.prune_snapshots(label);
+        Ok(Snapshot { key: name, dir, config: config.clone() })
+    }
+
+    /// Removes the layers of a label that have not been used for longest, but none that another stands on.
+    fn prune_snapshots(&self, label: &str) {
+        let mut layers = Vec::new();
+        let mut parents = Vec::new();
+        for entry in fs::read_dir(self.snapshots()).into_iter().flatten().flatten() {
+            let Some(meta) = meta(&entry.path()) else { continue };
+            parents.extend(meta.parent);
+            if meta.label == label {
+                let used = fs::metadata(entry.path().join("meta.json")).and_then(|file| file.modified());
+                layers.push((used.unwrap_or(SystemTime::UNIX_EPOCH), entry.path()));
+            }
+        }
+        layers.sort();
+        layers.retain(|(_, dir)| !parents.iter().any(|parent| dir.ends_with(parent)));
+        let surplus = layers.len().saturating_sub(KEEP_LAYERS);
+        for (_, dir) in layers.drain(..surplus) {
+            let _ = fs::remove_dir_all(dir);
+        }
+    }
+
+    fn prune_runs(&self, runs: &Path) {
+        let mut dirs: Vec<_> = fs::read_dir(runs)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .filter(|entry| entry.path().is_dir() && !entry.path().join("keep").exists())
+            .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry)))
+            .collect();
+        dirs.sort_by_key(|(used, _)| *used);
+        let surplus = dirs.len().saturating_sub(KEEP_RUNS);
+        for (_, entry) in dirs.drain(..surplus) {
+            let lock = runs.join(format!(".{}.lock", entry.file_name().to_string_lossy()));
+            let free = fs::File::open(&lock).is_ok_and(|file| file.try_lock().is_ok());
+            if free {
+                let _ = fs::remove_dir_all(entry.path());
+                let _ = fs::remove_file(lock);
+            }
+        }
+    }
+}
+
+fn meta(dir: &Path) -> Option<Meta> {
+    serde_json::from_str(&fs::read_to_string(dir.join("meta.json")).ok()?).ok()
+}
+
+/// The first words with a guest that went on from a snapshot: its clock stands where it was saved.
+fn greet(agent: &mut Channel) -> Result<()> {
+    agent.ping(AGENT_DEADLINE)?;
+    agent.set_clock()
+}
+
+/// `disk.qcow2` in `dir`, on top of another disk that stays as it is.
+fn overlay(dir: &Path, backing: &Path, format: &str) -> Result<()> {
+    let disk = dir.join("disk.qcow2");
+    host::run(Command::new("qemu-img").args(["create", "-q", "-f", "qcow2", "-F", format, "-b"]).arg(backing).arg(&disk)).map(drop)
+}

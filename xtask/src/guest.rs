@@ -1,0 +1,94 @@
+//! Guests in which Otherworld is installed and armed.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use lab::{Channel, Guest, Key, Lab, Series, Snapshot};
+
+use crate::build;
+
+const ARM_DEADLINE: Duration = Duration::from_secs(120);
+/// The command that starts the lab's agent, for `[after] start` of the configuration.
+pub const AGENT_COMMAND: &str = "/usr/local/lib/lab/agent serve";
+
+/// What is installed in a guest.
+#[derive(Debug, Clone)]
+pub struct Installation {
+    /// Contents of `/etc/otherworld.toml`.
+    pub config: String,
+    /// Whether the register saver module is there.
+    pub saver: bool,
+}
+
+impl Installation {
+    /// Resurrects what the unprivileged user runs, with the register saver.
+    pub fn for_demo() -> Self {
+        let config = format!("[[select]]\nuser = \"demo\"\n\n[after]\nstart = [\"{AGENT_COMMAND}\"]\n");
+        Self { config, saver: true }
+    }
+
+    /// Resurrects all that can be.
+    pub fn for_all() -> Self {
+        let config = format!("all = true\n\n[[never]]\nexe = \"/usr/local/lib/lab/agent\"\n\n[after]\nstart = [\"{AGENT_COMMAND}\"]\n");
+        Self { config, saver: true }
+    }
+}
+
+/// A layer on top of `parent` with the current binaries installed and `otherworld arm` done.
+pub fn armed(lab: &Lab, parent: &Snapshot, installation: &Installation) -> Result<Snapshot> {
+    let files = files(lab, parent.config.series, installation)?;
+    let mut inputs = Key::new("installation");
+    for (path, data) in &files {
+        inputs = inputs.with(path).with_bytes(data);
+    }
+    let snapshot = lab.derive(parent, "armed", &inputs, |agent, _| {
+        lab.note("installing and arming otherworld (once per build)");
+        push(agent, &files)?;
+        agent.shell("otherworld arm", ARM_DEADLINE)?;
+        Ok(())
+    });
+    snapshot.context("arming failed")
+}
+
+/// Copies the current binaries and the configuration into a guest, and arms nothing.
+pub fn install(lab: &Lab, agent: &mut Channel, series: Series, installation: &Installation) -> Result<()> {
+    Ok(push(agent, &files(lab, series, installation)?)?)
+}
+
+fn push(agent: &mut Channel, files: &[(String, Vec<u8>)]) -> lab::Result<()> {
+    for (path, data) in files {
+        let mode = if path.ends_with(".toml") || path.ends_with(".ko") { 0o644 } else { 0o755 };
+        agent.write_file(path, mode, data)?;
+    }
+    agent.shell("depmod", ARM_DEADLINE).map(drop)
+}
+
+/// Path in the guest and contents of everything to be installed.
+fn files(lab: &Lab, series: Series, installation: &Installation) -> Result<Vec<(String, Vec<u8>)>> {
+    let binaries = build::static_binaries()?;
+    let read = |path: &PathBuf| fs::read(path).with_context(|| path.display().to_string());
+    let mut files = vec![
+        ("/usr/local/sbin/otherworld".to_owned(), read(&binaries.otherworld)?),
+        ("/etc/otherworld.toml".to_owned(), installation.config.clone().into_bytes()),
+    ];
+    for survivor in &binaries.survivors {
+        let name = survivor.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        files.push((format!("/usr/local/lib/otherworld/survivors/{name}"), read(survivor)?));
+    }
+    if installation.saver {
+        let release = lab.kernel(series)?.release;
+        lab.note("building the register saver module");
+        let module = lab::saver::build(&release, lab.cache())?;
+        files.push((format!("/lib/modules/{release}/updates/{}", lab::saver::MODULE_FILE), read(&module)?));
+    }
+    Ok(files)
+}
+
+/// Feeds a guest's random number generator from a seed, so that its address spaces differ from run to run and can be drawn again.
+pub fn seed(guest: &mut Guest, seed: u64) -> Result<()> {
+    let mut draw = fastrand::Rng::with_seed(seed);
+    let bytes: Vec<u8> = std::iter::repeat_with(|| draw.u8(..)).take(64).collect();
+    Ok(guest.agent.seed(&bytes)?)
+}

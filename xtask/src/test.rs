@@ -1,0 +1,58 @@
+//! `cargo xtask test`: everything that must hold.
+
+use anyhow::{Result, bail};
+use clap::Args;
+use lab::Series;
+
+use crate::crash_runs::{CrashRuns, Tally};
+use crate::{Global, build, ui};
+
+/// Runs the unit tests (cargo nextest if it is there, else cargo test), then the tests in virtual machines. The last line counts
+/// the latter.
+#[derive(Debug, Args)]
+pub struct Test {
+    /// One panic per kernel instead of three.
+    #[arg(long)]
+    quick: bool,
+    /// The kernel of the tests in virtual machines: 6.1 or 6.12; both if none is named.
+    #[arg(long)]
+    kernel: Option<Series>,
+    /// Leaves out the unit tests.
+    #[arg(long)]
+    vm_only: bool,
+}
+
+impl Test {
+    /// Runs it; whether nothing failed.
+    pub fn run(self, global: &Global) -> Result<bool> {
+        if !self.vm_only {
+            unit_tests()?;
+        }
+        let mut sum = Tally::default();
+        for series in crate::series_or_all(self.kernel) {
+            let tally = CrashRuns::new(series, if self.quick { 1 } else { 3 }).campaign(global)?;
+            sum.passed += tally.passed;
+            sum.failed += tally.failed;
+        }
+        ui::finish();
+        println!("{} passed, {} failed", sum.passed, sum.failed);
+        Ok(sum.failed == 0 && sum.passed > 0)
+    }
+}
+
+fn unit_tests() -> Result<()> {
+    let has_nextest = build::cargo().args(["nextest", "--version"]).output().is_ok_and(|output| output.status.success());
+    let mut runs = vec![];
+    if has_nextest {
+        runs.push(vec!["nextest", "run", "--workspace"]);
+        runs.push(vec!["test", "--workspace", "--doc", "--quiet"]);
+    } else {
+        runs.push(vec!["test", "--workspace"]);
+    }
+    for arguments in runs {
+        if !build::cargo().args(&arguments).status()?.success() {
+            bail!("cargo {} failed", arguments.join(" "));
+        }
+    }
+    Ok(())
+}

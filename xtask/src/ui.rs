@@ -1,0 +1,54 @@
+//! What the developer sees: one line that moves at a terminal, plain lines elsewhere.
+
+use std::io::IsTerminal as _;
+use std::sync::{LazyLock, Mutex, PoisonError};
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+static SPINNER: LazyLock<Mutex<Option<ProgressBar>>> = LazyLock::new(|| Mutex::new(None));
+
+/// Says what is going on now; the next note takes its place.
+pub fn note(text: &str) {
+    if !std::io::stderr().is_terminal() {
+        eprintln!("… {text}");
+        return;
+    }
+    let mut spinner = SPINNER.lock().unwrap_or_else(PoisonError::into_inner);
+    let bar = spinner.get_or_insert_with(|| {
+        let bar = ProgressBar::new_spinner();
+        if let Ok(style) = ProgressStyle::with_template("{spinner} {msg} ({elapsed})") {
+            bar.set_style(style);
+        }
+        bar.enable_steady_tick(Duration::from_millis(120));
+        bar
+    });
+    bar.reset_elapsed();
+    bar.set_message(text.to_owned());
+}
+
+/// Like [`note`] for what changes many times a second: only at a terminal.
+pub fn live(text: &str) {
+    if !std::io::stderr().is_terminal() {
+        return;
+    }
+    match &*SPINNER.lock().unwrap_or_else(PoisonError::into_inner) {
+        Some(bar) => bar.set_message(text.to_owned()),
+        None => {}
+    }
+}
+
+/// A line that stays, on standard output.
+pub fn line(text: impl AsRef<str>) {
+    match &*SPINNER.lock().unwrap_or_else(PoisonError::into_inner) {
+        Some(bar) => bar.suspend(|| println!("{}", text.as_ref())),
+        None => println!("{}", text.as_ref()),
+    }
+}
+
+/// Takes the moving line away.
+pub fn finish() {
+    if let Some(bar) = SPINNER.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        bar.finish_and_clear();
+    }
+}

@@ -1,0 +1,69 @@
+//! `cargo xtask vmcore`: a crashed guest's memory as a file.
+
+use std::fs::File;
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Result;
+use clap::Args;
+use lab::{MachineConfig, Panic, Program, Series};
+
+use crate::guest::{self, Installation};
+use crate::{Global, build, ui, workload};
+
+/// Makes `vmcore-K` (/proc/vmcore of a crashed guest in which the demo's programs ran) and `proc-K/` (its /proc just before).
+#[derive(Debug, Args)]
+pub struct Vmcore {
+    /// The kernel: 6.1 or 6.12; both if none is named.
+    #[arg(long)]
+    kernel: Option<Series>,
+    /// RAM in MiB, of which half is the crash kernel's.
+    #[arg(long, default_value_t = 1024)]
+    memory: u32,
+    /// Where to put the files.
+    #[arg(long, default_value = "target/cores")]
+    to: PathBuf,
+}
+
+impl Vmcore {
+    /// Runs it.
+    pub fn run(self, global: &Global) -> Result<bool> {
+        let lab = global.lab()?;
+        for series in crate::series_or_all(self.kernel) {
+            let config = MachineConfig {
+                memory_mib: self.memory,
+                crashkernel_mib: self.memory / 2,
+                ..MachineConfig::new(series, global.accel())
+            };
+            let prepared = workload::prepared(&lab, &config)?;
+            // Nothing is selected: the crash kernel only starts the agent.
+            let config = format!("[failure]\naction = \"continue\"\n[after]\nstart = [\"{}\"]\n", guest::AGENT_COMMAND);
+            let armed = guest::armed(&lab, &prepared, &Installation { config, saver: true })?;
+            let mut guest = lab.start(&armed, &format!("vmcore-{series}"))?;
+            let pids = workload::start(&mut guest.agent)?;
+            guest.agent.spawn(&Program { controlling_tty: true, ..Program::new(["bash", "-i"]).stdin("/dev/ttyS1").stdout("/dev/ttyS1") })?;
+            guest.agent.wait(&pids, Duration::from_secs(5))?;
+            ui::note("recording /proc");
+            let record = guest.agent.record()?;
+            let to = build::workspace().join(&self.to);
+            std::fs::create_dir_all(&to)?;
+            let proc_dir = to.join(format!("proc-{series}"));
+            let _ = std::fs::remove_dir_all(&proc_dir);
+            record.write_to(&proc_dir)?;
+            guest.agent.panic(&Panic::default())?;
+            ui::note("waiting for the crash kernel");
+            guest.agent.wait_hello(true, Duration::from_secs(120))?;
+            ui::note("copying /proc/vmcore");
+            let path = to.join(format!("vmcore-{series}"));
+            let part = to.join(format!(".vmcore-{series}"));
+            let mut file = File::create(&part)?;
+            guest.agent.read_pieces("/proc/vmcore", |piece| file.write_all(piece))?;
+            drop(file);
+            std::fs::rename(part, &path)?;
+            ui::line(path.display().to_string());
+        }
+        ui::finish();
+        Ok(true)
+    }
+}
