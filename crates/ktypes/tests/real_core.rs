@@ -157,7 +157,7 @@ fn tasks_and_their_memory() {
                     Ok(())
                 })
                 .unwrap();
-            assert_eq!(count, mm.map_count, "{}", task.comm.escape_ascii().to_string());
+            assert_eq!(count, mm.map_count, "{}", task.comm.escape_ascii());
             vmas += count;
             // The code of every program is read-only memory that is there.
             let code = tables.lookup(mm.start_code).unwrap();

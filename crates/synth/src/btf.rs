@@ -105,7 +105,7 @@ impl Writer<'_> {
             Type::Int(name, size, signed) => {
                 let mut bytes = self.common(name, 1 << 24, *size as u32);
                 let encoding = u32::from(*signed) | u32::from(*name == "_Bool") << 2;
-                bytes.extend((encoding << 24 | (*size as u32) * 8).to_le_bytes());
+                bytes.extend(((encoding << 24) | ((*size as u32) * 8)).to_le_bytes());
                 bytes
             }
             Type::Pointer => self.common("", 2 << 24, 0),

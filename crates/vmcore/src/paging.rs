@@ -372,38 +372,40 @@ impl<'m> PageTables<'m> {
 
     /// The physical address behind a virtual one, through entries that are present (for the CPU).
     pub fn translate(&self, va: u64) -> Result<u64> {
-        let not_mapped = |why| Error::NotMapped { va, why };
-        match self.lookup(va)? {
-            Some(entry) if entry.is_present() => {
+        let level = match self.find(va)? {
+            Ok(entry) if entry.is_present() => {
                 let page = entry.pte & self.address_mask & !(entry.size.bytes() - 1);
-                Ok(page + (va & (entry.size.bytes() - 1)))
+                return Ok(page + (va & (entry.size.bytes() - 1)));
             }
-            Some(entry) => Err(not_mapped(NotMapped::NoEntry { level: entry.size as u8 + 1 })),
-            None => Err(not_mapped(NotMapped::NoEntry { level: 1 })),
-        }
+            Ok(entry) => entry.size as u8 + 1,
+            Err(level) => level,
+        };
+        Err(Error::NotMapped { va, why: NotMapped::NoEntry { level } })
     }
 
     /// The leaf entry for an address: `None` if it, or a table above it, is empty.
     pub fn lookup(&self, va: u64) -> Result<Option<Entry>> {
+        Ok(self.find(va)?.ok())
+    }
+
+    /// The leaf entry for an address, or else the level at which there is nothing.
+    fn find(&self, va: u64) -> Result<std::result::Result<Entry, u8>> {
         self.check_canonical(va)?;
         let mut table = self.root_phys;
-        for level in (1..=self.levels).rev() {
+        let mut level = self.levels;
+        loop {
             let mut bytes = [0; 8];
             let index = (va >> shift(level)) & (ENTRIES as u64 - 1);
             self.memory.read_phys(table + index * 8, &mut bytes).map_err(|_| unreadable(va, level, table))?;
             let pte = u64::from_le_bytes(bytes);
             match classify(pte, level) {
-                Step::Empty => return Ok(None),
-                Step::Leaf(size) => {
-                    return Ok(Some(Entry { va: va & !(size.bytes() - 1), size, pte }));
-                }
+                Step::Empty => return Ok(Err(level)),
+                Step::Leaf(size) => return Ok(Ok(Entry { va: va & !(size.bytes() - 1), size, pte })),
                 Step::Table => table = pte & self.address_mask,
-                Step::Bad => {
-                    return Err(Error::NotMapped { va, why: NotMapped::NoEntry { level } });
-                }
+                Step::Bad => return Err(Error::NotMapped { va, why: NotMapped::BadEntry { level, pte } }),
             }
+            level -= 1;
         }
-        Ok(None)
     }
 
     /// Calls `f` for every leaf entry that is not zero and covers part of `range`, in ascending
