@@ -1,1 +1,154 @@
-//! (in the making)
+//! From a dead kernel's memory to a [`Snapshot`].
+//!
+//! **In:** a [`ktypes::Kernel`]: the dead machine's memory with names and layouts.
+//!
+//! **Out:** a [`Snapshot`]: the processes that were running and everything they consist of, how each thread goes on,
+//! the kernel log, the panic. What could not be read, or contradicts itself, is a [`snapshot::Finding`].
+//!
+//! **Never:** changes anything, makes a system call beyond reading the core, believes a pointer or a length before it
+//! has been checked, or lets one damaged object take others with it: a broken process costs that process.
+//!
+//! [`autopsy`] does everything. [`Autopsy`] does parts, for tools that want just one and for cores where other parts are
+//! damaged.
+//!
+//! One file per kind of kernel object, with the same name as in `snapshot` and `resurrect`. Each declares the kernel
+//! structures that it walks and says where they live in the kernel's sources. Known to work on Linux 6.1 and 6.12 (x86-64).
+
+mod clock;
+mod credentials;
+mod error;
+mod file;
+mod fpu;
+mod fs;
+mod inode;
+mod memory;
+mod panic;
+mod pipe;
+mod process;
+mod saver;
+mod signal;
+mod socket;
+mod syscall;
+mod thread;
+mod tty;
+
+pub use error::{Error, Result};
+pub use process::TaskSummary;
+
+use std::cell::{Cell, OnceCell, RefCell};
+use std::collections::{BTreeMap, HashMap};
+
+use ktypes::Kernel;
+use snapshot::{
+    AddressSpace, AddressSpaceId, FileId, Finding, Inode, InodeId, OpenFile, Pid, Pipe, PipeId, Severity,
+    Snapshot, Tty, TtyId,
+};
+
+/// Reads everything.
+///
+/// # Errors
+/// Only when nothing can be said about the processes at all: without a task list and without a PID table. Everything
+/// else becomes a finding of the snapshot.
+pub fn autopsy(kernel: &Kernel) -> Result<Snapshot> {
+    Autopsy::new(kernel).snapshot()
+}
+
+/// A dead kernel under examination: what was learned so far, so that shared objects are read once.
+pub struct Autopsy<'k> {
+    pub(crate) kernel: &'k Kernel,
+    findings: RefCell<Vec<Finding>>,
+    /// The process that is being read: findings are about it.
+    subject: Cell<Option<Pid>>,
+    pub(crate) files: RefCell<BTreeMap<FileId, OpenFile>>,
+    pub(crate) inodes: RefCell<BTreeMap<InodeId, Inode>>,
+    pub(crate) pipes: RefCell<BTreeMap<PipeId, Pipe>>,
+    pub(crate) ttys: RefCell<BTreeMap<TtyId, Tty>>,
+    pub(crate) address_spaces: RefCell<BTreeMap<AddressSpaceId, AddressSpace>>,
+    pub(crate) paths: RefCell<HashMap<(u64, u64), fs::FullPath>>,
+    pub(crate) frames: OnceCell<memory::Frames<'k>>,
+    pub(crate) cpus: OnceCell<thread::Cpus>,
+    pub(crate) stacks: OnceCell<Option<thread::StackLayout>>,
+    pub(crate) xstate: OnceCell<Option<fpu::XstateLayout>>,
+    pub(crate) saver: OnceCell<Option<saver::Saver>>,
+}
+
+impl<'k> Autopsy<'k> {
+    /// Begins; nothing is read yet.
+    pub fn new(kernel: &'k Kernel) -> Self {
+        Autopsy {
+            kernel,
+            findings: RefCell::default(),
+            subject: Cell::new(None),
+            files: RefCell::default(),
+            inodes: RefCell::default(),
+            pipes: RefCell::default(),
+            ttys: RefCell::default(),
+            address_spaces: RefCell::default(),
+            paths: RefCell::default(),
+            frames: OnceCell::new(),
+            cpus: OnceCell::new(),
+            stacks: OnceCell::new(),
+            xstate: OnceCell::new(),
+            saver: OnceCell::new(),
+        }
+    }
+
+    /// Everything, as a snapshot.
+    ///
+    /// # Errors
+    /// See [`autopsy`](crate::autopsy).
+    pub fn snapshot(self) -> Result<Snapshot> {
+        let kernel = self.kernel_facts();
+        let panic = self.panic_report();
+        let clocks = self.clocks().unwrap_or_else(|error| {
+            self.find(Severity::Doubt, "clock", format!("the clocks cannot be read: {error}"));
+            Default::default()
+        });
+        let mounts = self.mounts().unwrap_or_else(|error| {
+            self.find(Severity::Broken, "fs", format!("the mount table cannot be read: {error}"));
+            Vec::new()
+        });
+        let processes = self.processes()?;
+        Ok(Snapshot {
+            format: snapshot::FORMAT,
+            kernel,
+            panic,
+            clocks,
+            mounts,
+            processes,
+            address_spaces: self.address_spaces.into_inner(),
+            files: self.files.into_inner(),
+            inodes: self.inodes.into_inner(),
+            pipes: self.pipes.into_inner(),
+            ttys: self.ttys.into_inner(),
+            findings: self.findings.into_inner(),
+        })
+    }
+
+    /// What was noticed so far.
+    pub fn findings(&self) -> Vec<Finding> {
+        self.findings.borrow().clone()
+    }
+
+    /// Notes something about the process that is being read, or about the machine.
+    pub(crate) fn find(&self, severity: Severity, object: &str, text: impl Into<String>) {
+        let finding =
+            Finding { severity, pid: self.subject.get(), object: object.to_owned(), text: text.into() };
+        self.findings.borrow_mut().push(finding);
+    }
+
+    /// Says whose state is being read from now on; returns whose it was.
+    pub(crate) fn set_subject(&self, pid: Option<Pid>) -> Option<Pid> {
+        self.subject.replace(pid)
+    }
+
+    /// The nodes of a circular list, without the head; an error if it is damaged or longer than `max`.
+    pub(crate) fn list(&self, head: u64, max: usize) -> Result<Vec<u64>> {
+        self.kernel.list_head(head, max).map(|node| node.map_err(Error::from)).collect()
+    }
+
+    /// A value of the kernel's own enums; documented values serve where BTF lacks the enum.
+    pub(crate) fn enumerator(&self, name: &str, documented: u64) -> u64 {
+        self.kernel.enum_value(name).map_or(documented, |value| value as u64)
+    }
+}

@@ -1,0 +1,94 @@
+//! Clocks: the timekeeper (include/linux/timekeeper_internal.h, kernel/time/timekeeping.c; 6.1 and 6.12).
+
+use ktypes::KernelType;
+use snapshot::{Clocks, Severity};
+
+use crate::Autopsy;
+use crate::error::{Result, corrupt};
+
+const NS_PER_S: i128 = 1_000_000_000;
+/// No machine ran for longer than this without ticking: the time since the last tick is then not believed.
+const MAX_SINCE_TICK: i128 = 60 * NS_PER_S;
+
+#[derive(KernelType)]
+#[kernel("timekeeper")]
+struct Timekeeper {
+    #[kernel("tkr_mono.clock")]
+    clock: u64,
+    #[kernel("tkr_mono.mask")]
+    mask: u64,
+    #[kernel("tkr_mono.cycle_last")]
+    cycle_last: u64,
+    #[kernel("tkr_mono.mult")]
+    mult: u32,
+    #[kernel("tkr_mono.shift")]
+    shift: u32,
+    #[kernel("tkr_mono.xtime_nsec")]
+    xtime_nsec: u64,
+    xtime_sec: u64,
+    #[kernel("wall_to_monotonic.tv_sec")]
+    to_mono_sec: i64,
+    #[kernel("wall_to_monotonic.tv_nsec")]
+    to_mono_nsec: i64,
+    offs_boot: i64,
+}
+
+#[derive(KernelType)]
+#[kernel("clocksource")]
+struct ClockSource {
+    name: u64,
+}
+
+impl Autopsy<'_> {
+    /// The clocks when the machine died: at the panic itself if the register saver noted the time-stamp counter, else at
+    /// the last tick before it.
+    ///
+    /// # Errors
+    /// When the timekeeper cannot be read, or cannot be one.
+    pub fn clocks(&self) -> Result<Clocks> {
+        let addr = self.timekeeper()?;
+        let keeper: Timekeeper = self.kernel.read(addr)?;
+        if keeper.shift > 63 {
+            return Err(corrupt("timekeeper", addr, format!("a shift of {}", keeper.shift)));
+        }
+        let fraction = i128::from(keeper.xtime_nsec >> keeper.shift);
+        let realtime = i128::from(keeper.xtime_sec) * NS_PER_S + fraction + self.since_tick(&keeper);
+        let monotonic =
+            realtime + i128::from(keeper.to_mono_sec) * NS_PER_S + i128::from(keeper.to_mono_nsec);
+        let boottime = monotonic + i128::from(keeper.offs_boot);
+        let ns = |value: i128| {
+            let why = || corrupt("timekeeper", addr, format!("a clock of {value} ns"));
+            i64::try_from(value).ok().filter(|ns| *ns >= 0).ok_or_else(why)
+        };
+        Ok(Clocks { realtime_ns: ns(realtime)?, monotonic_ns: ns(monotonic)?, boottime_ns: ns(boottime)? })
+    }
+
+    /// The address of the timekeeper in `tk_core`: a structure without a name that holds a sequence counter and, aligned
+    /// for its 64-bit members, the timekeeper.
+    fn timekeeper(&self) -> Result<u64> {
+        let counter = self.kernel.size_of("seqcount_raw_spinlock_t")?;
+        let align = self.kernel.size_of("u64")?;
+        Ok(self.kernel.symbol("tk_core")?.wrapping_add(counter.next_multiple_of(align)))
+    }
+
+    /// Nanoseconds from the last tick to the panic; 0 if that is not known.
+    fn since_tick(&self, keeper: &Timekeeper) -> i128 {
+        let is_tsc = || -> Result<bool> {
+            let source: ClockSource = self.kernel.read(keeper.clock)?;
+            Ok(self.kernel.read_cstr(source.name, 16)?.starts_with(b"tsc"))
+        };
+        let panicking = self.cpus().panicking;
+        let Some(tsc) = self.saver().and_then(|saver| saver.tsc(panicking?)) else { return 0 };
+        if !is_tsc().unwrap_or(false) {
+            return 0;
+        }
+        let cycles = tsc.wrapping_sub(keeper.cycle_last) & keeper.mask;
+        let ns = i128::from(cycles) * i128::from(keeper.mult) >> keeper.shift;
+        if ns > MAX_SINCE_TICK {
+            let text = "the time of the panic and the last tick do not fit together; the tick's is taken";
+            self.find(Severity::Note, "clock", text);
+            return 0;
+        }
+        ns
+    }
+}

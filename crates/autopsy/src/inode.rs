@@ -1,0 +1,201 @@
+//! Inodes and their page cache (include/linux/fs.h, pagemap.h, xarray.h; 6.1 and 6.12).
+
+use ktypes::KernelType;
+use snapshot::{Bytes, Inode, InodeId, PageCacheRun, Severity, Timestamp};
+
+use crate::Autopsy;
+use crate::error::{Result, corrupt};
+use crate::fs::device;
+
+// i_mode (include/uapi/linux/stat.h).
+pub(crate) const S_IFSOCK: u32 = 0o140_000;
+pub(crate) const S_IFLNK: u32 = 0o120_000;
+pub(crate) const S_IFREG: u32 = 0o100_000;
+pub(crate) const S_IFBLK: u32 = 0o060_000;
+pub(crate) const S_IFDIR: u32 = 0o040_000;
+pub(crate) const S_IFCHR: u32 = 0o020_000;
+pub(crate) const S_IFIFO: u32 = 0o010_000;
+
+/// i_state: I_DIRTY_SYNC, I_DIRTY_DATASYNC, I_DIRTY_PAGES, I_DIRTY_TIME (bits 0 to 2 and 11).
+const I_DIRTY: u64 = 0x807;
+/// Entries of one file's page cache: 16 TiB.
+const MAX_PAGES: usize = 1 << 32;
+
+#[derive(KernelType)]
+#[kernel("inode")]
+struct InodeStruct {
+    i_mode: u16,
+    i_uid: u32,
+    i_gid: u32,
+    i_sb: u64,
+    i_mapping: u64,
+    i_ino: u64,
+    i_nlink: u32,
+    i_rdev: u32,
+    i_size: u64,
+    // Structures until 6.10, parts since.
+    #[kernel("i_atime.tv_sec", or = "__i_atime.tv_sec", or = "i_atime_sec")]
+    atime: i64,
+    #[kernel("i_mtime.tv_sec", or = "__i_mtime.tv_sec", or = "i_mtime_sec")]
+    mtime: i64,
+    #[kernel("i_ctime.tv_sec", or = "__i_ctime.tv_sec", or = "i_ctime_sec")]
+    ctime: i64,
+    #[kernel("i_atime.tv_nsec", or = "__i_atime.tv_nsec", optional)]
+    atime_nsec: Option<u64>,
+    #[kernel("i_mtime.tv_nsec", or = "__i_mtime.tv_nsec", optional)]
+    mtime_nsec: Option<u64>,
+    #[kernel("i_ctime.tv_nsec", or = "__i_ctime.tv_nsec", optional)]
+    ctime_nsec: Option<u64>,
+    #[kernel("i_atime_nsec", optional)]
+    atime_nsec32: Option<u32>,
+    #[kernel("i_mtime_nsec", optional)]
+    mtime_nsec32: Option<u32>,
+    #[kernel("i_ctime_nsec", optional)]
+    ctime_nsec32: Option<u32>,
+    #[kernel(address)]
+    i_state: u64,
+    i_pipe: u64,
+}
+
+/// What has to be known of an inode before it is known what it is good for.
+pub(crate) struct InodeFacts {
+    pub mode: u32,
+    pub rdev: u32,
+    pub pipe: u64,
+    pub fs_type: Bytes,
+    dev: u32,
+    raw: InodeStruct,
+}
+
+impl Autopsy<'_> {
+    pub(crate) fn inode_facts(&self, addr: u64) -> Result<InodeFacts> {
+        let raw: InodeStruct = self.kernel.read(addr)?;
+        let sb = self.super_block(raw.i_sb)?;
+        Ok(InodeFacts {
+            mode: raw.i_mode.into(),
+            rdev: raw.i_rdev,
+            pipe: raw.i_pipe,
+            fs_type: self.fs_type(&sb)?,
+            dev: sb.s_dev,
+            raw,
+        })
+    }
+
+    /// Puts an inode into the table, unless it is there.
+    pub(crate) fn inode(&self, addr: u64, facts: &InodeFacts, path: &Bytes) -> Result<()> {
+        let id = InodeId(addr);
+        if self.inodes.borrow().contains_key(&id) {
+            return Ok(());
+        }
+        let raw = &facts.raw;
+        let (dev_major, dev_minor) = device(facts.dev);
+        let stamp = |sec, nsec: Option<u64>, nsec32: Option<u32>| Timestamp {
+            sec,
+            nsec: nsec.map_or(nsec32.unwrap_or(0), |n| n as u32),
+        };
+        let mut inode = Inode {
+            ino: raw.i_ino,
+            dev_major,
+            dev_minor,
+            fs_type: facts.fs_type.clone(),
+            mode: facts.mode,
+            uid: raw.i_uid,
+            gid: raw.i_gid,
+            nlink: raw.i_nlink,
+            size: raw.i_size,
+            atime: stamp(raw.atime, raw.atime_nsec, raw.atime_nsec32),
+            mtime: stamp(raw.mtime, raw.mtime_nsec, raw.mtime_nsec32),
+            ctime: stamp(raw.ctime, raw.ctime_nsec, raw.ctime_nsec32),
+            path: path.clone(),
+            // The state's bits are in the low half, whether it is 32 or 64 bits wide.
+            dirty: u64::from(self.kernel.read_u32(raw.i_state)?) & I_DIRTY != 0,
+            pages: Vec::new(),
+            swapped_pages: 0,
+        };
+        if facts.mode & 0o170_000 == S_IFREG && raw.i_mapping != 0 {
+            self.page_cache(raw.i_mapping, &mut inode)?;
+        }
+        inode.dirty |= inode.pages.iter().any(|run| run.dirty);
+        self.inodes.borrow_mut().insert(id, inode);
+        Ok(())
+    }
+
+    /// Fills in what the page cache of an `address_space` holds.
+    fn page_cache(&self, mapping: u64, inode: &mut Inode) -> Result<()> {
+        let pages = mapping.wrapping_add(self.kernel.offset_of("address_space", "i_pages")?);
+        let frames = self.frames()?;
+        // In memory-backed files a value is a swapped-out page, elsewhere the shadow of an evicted one.
+        let values_are_swapped = matches!(inode.fs_type.as_bytes(), b"tmpfs" | b"devtmpfs");
+        let mut damage = None;
+        let (runs, swapped) = (&mut inode.pages, &mut inode.swapped_pages);
+        self.kernel.xarray_for_each(pages, MAX_PAGES, |first, entry| {
+            let count = entry.last.saturating_sub(first).saturating_add(1);
+            let Some(page) = entry.pointer() else {
+                if values_are_swapped {
+                    *swapped = swapped.saturating_add(count);
+                }
+                return Ok(());
+            };
+            let pfn = match self.kernel.page_to_pfn(page) {
+                Ok(pfn) => pfn,
+                Err(error) => {
+                    damage.get_or_insert_with(|| error.to_string());
+                    return Ok(());
+                }
+            };
+            let frame = match frames.get(pfn) {
+                Ok(frame) => frame,
+                Err(error) => {
+                    damage.get_or_insert_with(|| error.to_string());
+                    return Ok(());
+                }
+            };
+            if frame.uptodate || frame.dirty {
+                let dirty = frame.dirty || entry.marks & 1 != 0;
+                push_run(runs, first, pfn, count, dirty);
+            }
+            Ok(())
+        })?;
+        if let Some(why) = damage {
+            let error = corrupt("address_space", mapping, why);
+            self.find(Severity::Doubt, "inode", format!("{}: {error}", inode.path));
+        }
+        Ok(())
+    }
+}
+
+/// Appends pages, to the last run if they go on there.
+fn push_run(runs: &mut Vec<PageCacheRun>, index: u64, pfn: u64, count: u64, dirty: bool) {
+    let count = u32::try_from(count).unwrap_or(u32::MAX);
+    match runs.last_mut() {
+        Some(run)
+            if run.dirty == dirty
+                && run.index + u64::from(run.count) == index
+                && run.pfn + u64::from(run.count) == pfn
+                && run.count.checked_add(count).is_some() =>
+        {
+            run.count += count;
+        }
+        _ => runs.push(PageCacheRun { index, pfn, count, dirty }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_join_only_where_both_sides_go_on() {
+        let mut runs = Vec::new();
+        push_run(&mut runs, 0, 100, 1, false);
+        push_run(&mut runs, 1, 101, 4, false);
+        push_run(&mut runs, 5, 105, 1, true);
+        push_run(&mut runs, 6, 107, 1, true);
+        push_run(&mut runs, 8, 108, 1, true);
+        let run = |index, pfn, count, dirty| PageCacheRun { index, pfn, count, dirty };
+        assert_eq!(
+            runs,
+            [run(0, 100, 5, false), run(5, 105, 1, true), run(6, 107, 1, true), run(8, 108, 1, true)]
+        );
+    }
+}

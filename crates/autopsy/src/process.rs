@@ -1,0 +1,758 @@
+//! Processes: the task list, thread groups, `signal_struct` (include/linux/sched.h, sched/signal.h; 6.1 and 6.12).
+//!
+//! Two tables of the kernel name every thread group: the list through `init_task.tasks` and the PID table of the initial
+//! PID namespace. Both are read: where one is damaged the other helps, and where they disagree there is a finding.
+
+use std::collections::{BTreeMap, HashSet};
+
+use ktypes::KernelType;
+use snapshot::{
+    AddressSpaceId, Bytes, Decision, FsContext, Namespaces, Pid, Process, ProcessState, Rlimit, Severity,
+    SignalState, Thread, ThreadState, TtyId,
+};
+
+use crate::Autopsy;
+use crate::error::{Error, Result, corrupt};
+
+/// PID_MAX_LIMIT of 64-bit kernels.
+const MAX_TASKS: usize = 4 << 20;
+/// Resource limits (RLIM_NLIMITS).
+const LIMITS: usize = 16;
+
+// task_struct.flags (include/linux/sched.h).
+const PF_EXITING: u32 = 0x4;
+const PF_IO_WORKER: u32 = 0x10;
+const PF_DUMPCORE: u32 = 0x200;
+const PF_USER_WORKER: u32 = 0x4000;
+const PF_KTHREAD: u32 = 0x0020_0000;
+/// task_struct.__state: made by fork, never ran.
+const TASK_NEW: u32 = 0x800;
+/// task_struct.exit_state: EXIT_ZOMBIE and EXIT_DEAD.
+const EXITED: i32 = 0x30;
+// signal_struct.flags (include/linux/sched/signal.h).
+const SIGNAL_STOP_STOPPED: u32 = 0x1;
+const SIGNAL_GROUP_EXIT: u32 = 0x4;
+/// task_struct.jobctl: number of the last stopping signal.
+const JOBCTL_STOP_SIGMASK: u64 = 0xffff;
+/// hrtimer.state: in a queue (HRTIMER_STATE_ENQUEUED).
+const HRTIMER_ENQUEUED: u8 = 1;
+
+/// A thread, as far as autopsy looks at it.
+#[derive(KernelType, Clone)]
+#[kernel("task_struct")]
+pub(crate) struct Task {
+    #[kernel("thread_info.flags")]
+    pub tif: u64,
+    #[kernel("__state")]
+    pub state: u32,
+    pub stack: u64,
+    pub flags: u32,
+    pub ptrace: u32,
+    pub on_cpu: i32,
+    pub static_prio: i32,
+    pub rt_priority: u32,
+    pub policy: u32,
+    pub sched_reset_on_fork: bool,
+    pub user_cpus_ptr: u64,
+    #[kernel("cpus_mask", address)]
+    pub cpus_mask: u64,
+    pub mm: u64,
+    pub exit_state: i32,
+    pub exit_code: i32,
+    pub exit_signal: i32,
+    pub pdeath_signal: i32,
+    pub jobctl: u64,
+    pub personality: u32,
+    pub in_execve: bool,
+    pub restore_sigmask: bool,
+    pub atomic_flags: u64,
+    pub pid: i32,
+    pub tgid: i32,
+    pub real_parent: u64,
+    /// The tracer, while traced.
+    pub parent: u64,
+    pub thread_pid: u64,
+    #[kernel(address)]
+    pub children: u64,
+    pub group_leader: u64,
+    #[kernel("ptraced.next")]
+    pub ptraced: u64,
+    #[kernel("ptraced", address)]
+    pub ptraced_head: u64,
+    pub vfork_done: u64,
+    pub clear_child_tid: u64,
+    pub start_boottime: u64,
+    pub real_cred: u64,
+    pub comm: [u8; 16],
+    pub fs: u64,
+    pub files: u64,
+    #[kernel(optional)]
+    pub io_uring: Option<u64>,
+    pub nsproxy: u64,
+    pub signal: u64,
+    pub sighand: u64,
+    pub blocked: u64,
+    pub real_blocked: u64,
+    pub saved_sigmask: u64,
+    #[kernel(address)]
+    pub pending: u64,
+    pub sas_ss_sp: u64,
+    pub sas_ss_size: u64,
+    pub sas_ss_flags: u32,
+    #[kernel("seccomp.mode", optional)]
+    pub seccomp_mode: Option<i32>,
+    #[kernel("seccomp.filter_count", optional)]
+    pub seccomp_filters: Option<i32>,
+    #[kernel(optional)]
+    pub cgroups: Option<u64>,
+    #[kernel(optional)]
+    pub robust_list: Option<u64>,
+    #[kernel("perf_event_list.next", optional)]
+    pub perf_events: Option<u64>,
+    #[kernel("perf_event_list", address, optional)]
+    pub perf_event_list: Option<u64>,
+    #[kernel(optional)]
+    pub rseq: Option<u64>,
+    // Since 6.3; before, it was always the original size.
+    #[kernel(optional)]
+    pub rseq_len: Option<u32>,
+    #[kernel(optional)]
+    pub rseq_sig: Option<u32>,
+    pub timer_slack_ns: u64,
+    #[kernel("sysvsem.undo_list", optional)]
+    pub sem_undo: Option<u64>,
+    #[kernel("syscall_dispatch.selector", optional)]
+    pub dispatch_selector: Option<u64>,
+    #[kernel("thread.sp")]
+    pub kernel_sp: u64,
+    #[kernel("thread.es")]
+    pub es: u16,
+    #[kernel("thread.ds")]
+    pub ds: u16,
+    #[kernel("thread.fsindex")]
+    pub fsindex: u16,
+    #[kernel("thread.gsindex")]
+    pub gsindex: u16,
+    #[kernel("thread.fsbase")]
+    pub fsbase: u64,
+    #[kernel("thread.gsbase")]
+    pub gsbase: u64,
+    #[kernel("thread.io_bitmap", optional)]
+    pub io_bitmap: Option<u64>,
+    #[kernel("thread.features", optional)]
+    pub shadow_stack: Option<u64>,
+    #[kernel("thread.fpu", address)]
+    pub fpu: u64,
+    #[kernel("thread.fpu.fpstate")]
+    pub fpstate: u64,
+    #[kernel("restart_block", address)]
+    pub restart_block: u64,
+}
+
+impl Task {
+    pub(crate) fn is_kernel_thread(&self) -> bool {
+        self.flags & PF_KTHREAD != 0
+    }
+
+    /// A thread of a process, but one that runs in the kernel only (io_uring's workers, vhost).
+    fn is_worker(&self) -> bool {
+        self.flags & (PF_IO_WORKER | PF_USER_WORKER) != 0
+    }
+
+    pub(crate) fn is_new(&self) -> bool {
+        self.state & TASK_NEW != 0
+    }
+
+    pub(crate) fn has_exited(&self) -> bool {
+        self.exit_state & EXITED != 0
+    }
+
+    pub(crate) fn is_exiting(&self) -> bool {
+        self.flags & PF_EXITING != 0
+    }
+
+    pub(crate) fn name(&self) -> Bytes {
+        let len = self.comm.iter().position(|b| *b == 0).unwrap_or(self.comm.len());
+        Bytes(self.comm[..len].to_vec())
+    }
+
+    /// The letter of /proc/PID/stat (`task_state_index()`, include/linux/sched.h).
+    pub(crate) fn thread_state(&self) -> ThreadState {
+        const UNINTERRUPTIBLE_NOLOAD: u32 = 0x402;
+        const RTLOCK_WAIT: u32 = 0x1000;
+        if self.has_exited() {
+            return ThreadState::Dead;
+        }
+        if self.state & UNINTERRUPTIBLE_NOLOAD == UNINTERRUPTIBLE_NOLOAD {
+            return ThreadState::Other;
+        }
+        // The highest bit counts.
+        match (self.state & 0x7f).checked_ilog2() {
+            None if self.state & RTLOCK_WAIT != 0 => ThreadState::DiskSleep,
+            None => ThreadState::Running,
+            Some(0) => ThreadState::Sleeping,
+            Some(1) => ThreadState::DiskSleep,
+            Some(2) => ThreadState::Stopped,
+            Some(3) => ThreadState::Traced,
+            Some(4 | 5) => ThreadState::Dead,
+            Some(_) => ThreadState::Other,
+        }
+    }
+}
+
+#[derive(KernelType)]
+#[kernel("signal_struct")]
+struct Signal {
+    nr_threads: i32,
+    #[kernel(address)]
+    thread_head: u64,
+    #[kernel(address)]
+    shared_pending: u64,
+    group_exit_code: i32,
+    group_stop_count: i32,
+    flags: u32,
+    is_child_subreaper: bool,
+    // A list_head before 6.12, an hlist_head since: either way the first word leads to the first timer.
+    #[kernel("posix_timers.next", or = "posix_timers.first")]
+    first_posix_timer: u64,
+    #[kernel("posix_timers", address)]
+    posix_timers: u64,
+    #[kernel("real_timer.state")]
+    real_timer_state: u8,
+    it_real_incr: u64,
+    #[kernel("it[0].expires")]
+    virtual_expires: u64,
+    #[kernel("it[1].expires")]
+    profiling_expires: u64,
+    #[kernel("pids[2]")]
+    pgrp: u64,
+    #[kernel("pids[3]")]
+    session: u64,
+    tty: u64,
+    rlim: [u64; 2 * LIMITS],
+    oom_score_adj: i16,
+}
+
+#[derive(KernelType)]
+#[kernel("pid")]
+struct PidStruct {
+    level: u32,
+    #[kernel("tasks[1].first")]
+    first_leader: u64,
+    #[kernel(address)]
+    numbers: u64,
+}
+
+#[derive(KernelType)]
+#[kernel("nsproxy")]
+struct NsProxy {
+    uts_ns: u64,
+    ipc_ns: u64,
+    mnt_ns: u64,
+    pid_ns_for_children: u64,
+    net_ns: u64,
+    time_ns: u64,
+    time_ns_for_children: u64,
+    cgroup_ns: u64,
+}
+
+#[derive(KernelType)]
+#[kernel("css_set")]
+struct CssSet {
+    dfl_cgrp: u64,
+}
+
+#[derive(KernelType)]
+#[kernel("cgroup")]
+struct Cgroup {
+    kn: u64,
+}
+
+/// One line of `inspect ps`: what can be said of a thread group without reading anything else.
+#[derive(Clone, Debug)]
+pub struct TaskSummary {
+    /// Address of the leader's `task_struct`.
+    pub task: u64,
+    /// PID.
+    pub pid: Pid,
+    /// PID of the parent.
+    pub ppid: Pid,
+    /// Name of the leader.
+    pub comm: Bytes,
+    /// What the leader was doing.
+    pub state: ThreadState,
+    /// A thread of the kernel's own.
+    pub kernel_thread: bool,
+    /// Threads in the group.
+    pub threads: i32,
+}
+
+/// A leader of the task list.
+pub(crate) struct Leader {
+    pub addr: u64,
+    pub task: Task,
+}
+
+impl Autopsy<'_> {
+    /// All thread groups, kernel threads too, by ascending PID.
+    ///
+    /// # Errors
+    /// When neither the task list nor the PID table can be read.
+    pub fn tasks(&self) -> Result<Vec<TaskSummary>> {
+        let summary = |leader: Leader| TaskSummary {
+            task: leader.addr,
+            pid: leader.task.pid,
+            ppid: self.parent_pid(&leader.task),
+            comm: leader.task.name(),
+            state: leader.task.thread_state(),
+            kernel_thread: leader.task.is_kernel_thread(),
+            threads: self.kernel.read::<Signal>(leader.task.signal).map_or(1, |s| s.nr_threads),
+        };
+        Ok(self.leaders()?.into_iter().map(summary).collect())
+    }
+
+    /// All user processes, by ascending PID.
+    ///
+    /// # Errors
+    /// When neither the task list nor the PID table can be read.
+    pub fn processes(&self) -> Result<Vec<Process>> {
+        let leaders = self.leaders()?;
+        let user = leaders.iter().filter(|l| !l.task.is_kernel_thread());
+        Ok(user.filter_map(|leader| self.process_of(leader)).collect())
+    }
+
+    /// One user process; `None` if there is none with this PID, or it cannot be read (a finding says why).
+    ///
+    /// # Errors
+    /// When neither the task list nor the PID table can be read.
+    pub fn process(&self, pid: Pid) -> Result<Option<Process>> {
+        let leaders = self.leaders()?;
+        let leader = leaders.iter().find(|l| l.task.pid == pid && !l.task.is_kernel_thread());
+        Ok(leader.and_then(|l| self.process_of(l)))
+    }
+
+    /// The leaders of all thread groups.
+    pub(crate) fn leaders(&self) -> Result<Vec<Leader>> {
+        let mut leaders: BTreeMap<Pid, Leader> = BTreeMap::new();
+        let mut add = |addr: u64| match self.leader(addr) {
+            Ok(task) => {
+                leaders.entry(task.pid).or_insert(Leader { addr, task });
+            }
+            Err(error) => self.find(Severity::Broken, "process", format!("a task is lost: {error}")),
+        };
+        let list_damage = match self.task_list() {
+            Ok((tasks, damage)) => {
+                tasks.into_iter().for_each(&mut add);
+                damage
+            }
+            Err(error) => Some(error),
+        };
+        if let Some(damage) = &list_damage {
+            let text = format!("the task list is damaged ({damage}); the rest is taken from the PID table");
+            self.find(Severity::Note, "process", text);
+        }
+        match self.pid_table() {
+            Ok(tasks) => tasks.into_iter().for_each(&mut add),
+            Err(error) => match list_damage {
+                Some(damage) if leaders.is_empty() => return Err(damage),
+                _ => {
+                    let text = format!("the PID table cannot be read to the end: {error}");
+                    self.find(Severity::Note, "process", text);
+                }
+            },
+        }
+        // init_task itself is the idle task, not a process.
+        leaders.remove(&0);
+        Ok(leaders.into_values().collect())
+    }
+
+    /// A task that must be a thread group's leader.
+    fn leader(&self, addr: u64) -> Result<Task> {
+        let task = self.task(addr)?;
+        if task.group_leader != addr {
+            return Err(corrupt("task_struct", addr, format!("PID {} is not its group's leader", task.pid)));
+        }
+        Ok(task)
+    }
+
+    /// A `task_struct`, if there can be one.
+    pub(crate) fn task(&self, addr: u64) -> Result<Task> {
+        self.check_task_address(addr)?;
+        let task: Task = self.kernel.read(addr)?;
+        if task.pid < 0 || task.pid as usize >= MAX_TASKS || task.tgid < 0 {
+            return Err(corrupt("task_struct", addr, format!("PID {}, group {}", task.pid, task.tgid)));
+        }
+        Ok(task)
+    }
+
+    /// Whether an address can be a `task_struct`: objects of the slab cache of that name, and `init_task`.
+    fn check_task_address(&self, addr: u64) -> Result<()> {
+        if addr == self.kernel.symbol("init_task")? {
+            return Ok(());
+        }
+        match self.kernel.slab_cache_of(addr) {
+            Some(slab) if slab.cache_name == "task_struct" && slab.starts_at(addr) => Ok(()),
+            Some(slab) => {
+                let why = format!("lies in a slab of `{}` objects, or amid one", slab.cache_name);
+                Err(corrupt("task_struct", addr, why))
+            }
+            None => Err(corrupt("task_struct", addr, "lies in no slab")),
+        }
+    }
+
+    /// Leaders by the list through `init_task.tasks`; walked from both ends when it is damaged.
+    fn task_list(&self) -> Result<(Vec<u64>, Option<Error>)> {
+        let link = self.kernel.offset_of("task_struct", "tasks")?;
+        let head = self.kernel.symbol("init_task")?.wrapping_add(link);
+        let to_prev = self.kernel.offset_of("list_head", "prev")?;
+        let mut seen = HashSet::new();
+        let (mut tasks, damage) = self.half_list(head, link, 0, &mut seen);
+        if damage.is_some() {
+            tasks.extend(self.half_list(head, link, to_prev, &mut seen).0);
+        }
+        Ok((tasks, damage))
+    }
+
+    /// Follows one direction of the task list until it ends or breaks.
+    fn half_list(
+        &self,
+        head: u64,
+        link: u64,
+        step: u64,
+        seen: &mut HashSet<u64>,
+    ) -> (Vec<u64>, Option<Error>) {
+        let mut tasks = Vec::new();
+        let mut node = head;
+        while tasks.len() < MAX_TASKS {
+            let next = match self.kernel.read_u64(node.wrapping_add(step)) {
+                Ok(next) => next,
+                Err(error) => return (tasks, Some(error.into())),
+            };
+            if next == head {
+                return (tasks, None);
+            }
+            let task = next.wrapping_sub(link);
+            if let Err(error) = self.check_task_address(task) {
+                return (tasks, Some(error));
+            }
+            if !seen.insert(next) {
+                return (tasks, Some(corrupt("task list", next, "comes up twice")));
+            }
+            tasks.push(task);
+            node = next;
+        }
+        (tasks, Some(corrupt("task list", head, "does not end")))
+    }
+
+    /// Leaders by the PID table of the initial PID namespace (`init_pid_ns.idr`).
+    fn pid_table(&self) -> Result<Vec<u64>> {
+        let idr = self
+            .kernel
+            .symbol("init_pid_ns")?
+            .wrapping_add(self.kernel.offset_of("pid_namespace", "idr.idr_rt")?);
+        // The thread group type: the hash list of the processes that have this PID.
+        let leader_type = self.enumerator("PIDTYPE_TGID", 1);
+        let links = self.kernel.offset_of("task_struct", "pid_links")?;
+        let link = links + leader_type * self.kernel.size_of("hlist_node")?;
+        let mut tasks = Vec::new();
+        self.kernel.xarray_for_each(idr, MAX_TASKS, |_, entry| {
+            // Also holds process groups and sessions that outlived their leader.
+            if let Some(pid) = entry.pointer()
+                && let Ok(pid) = self.kernel.read::<PidStruct>(pid)
+                && pid.first_leader != 0
+            {
+                tasks.push(pid.first_leader.wrapping_sub(link));
+            }
+            Ok(())
+        })?;
+        Ok(tasks)
+    }
+
+    /// The number of a `struct pid` in the initial PID namespace; 0 for none.
+    pub(crate) fn pid_number(&self, addr: u64) -> Result<Pid> {
+        if addr == 0 {
+            return Ok(0);
+        }
+        let pid: PidStruct = self.kernel.read(addr)?;
+        let number = self.kernel.read_i32(pid.numbers.wrapping_add(self.kernel.offset_of("upid", "nr")?))?;
+        if number < 0 || number as usize >= MAX_TASKS || pid.level > 32 {
+            return Err(corrupt("pid", addr, format!("number {number}, level {}", pid.level)));
+        }
+        Ok(number)
+    }
+
+    /// The PID of the parent, 0 for none.
+    fn parent_pid(&self, task: &Task) -> Pid {
+        self.task(task.real_parent).map_or(0, |parent| parent.tgid)
+    }
+
+    /// A process, or a finding that says why not.
+    fn process_of(&self, leader: &Leader) -> Option<Process> {
+        let pid = leader.task.pid;
+        let before = self.set_subject(Some(pid));
+        let process = match self.read_process(leader) {
+            Ok(process) => process,
+            Err(error) => {
+                let text = format!("process {pid} ({}) is lost: {error}", leader.task.name());
+                self.find(Severity::Broken, "process", text);
+                None
+            }
+        };
+        self.set_subject(before);
+        process
+    }
+
+    /// Reads a process; `Ok(None)` for one that had not begun to run.
+    fn read_process(&self, leader: &Leader) -> Result<Option<Process>> {
+        let task = &leader.task;
+        if task.is_new() {
+            // Its parent is still inside fork, which will be issued again.
+            return Ok(None);
+        }
+        let signal: Signal = self.kernel.read(task.signal)?;
+        let tasks = self.thread_group(leader, &signal)?;
+        let living: Vec<&Leader> =
+            tasks.iter().filter(|t| !t.task.has_exited() && !t.task.is_exiting()).collect();
+        let representative = living.first().map_or(task, |t| &t.task);
+        let mut unsupported = Vec::new();
+        let state = self.process_state(task, &signal, !living.is_empty());
+        let mut threads: Vec<Thread> = Vec::new();
+        let gone = matches!(state, ProcessState::Zombie { .. });
+        for member in &tasks {
+            if member.task.is_worker() {
+                unsupported.push(format!(
+                    "kernel worker thread {} ({})",
+                    member.task.pid,
+                    member.task.name()
+                ));
+            } else if !member.task.is_new() && (!gone || member.addr == leader.addr) {
+                threads.push(self.thread(member, &mut unsupported)?);
+            }
+        }
+        let mut process = Process {
+            pid: task.pid,
+            ppid: self.parent_pid(task),
+            pgid: self.pid_number(signal.pgrp)?,
+            sid: self.pid_number(signal.session)?,
+            comm: task.name(),
+            state,
+            threads,
+            address_space: (representative.mm != 0).then_some(AddressSpaceId(representative.mm)),
+            files_id: representative.files,
+            descriptors: Vec::new(),
+            fs: FsContext::default(),
+            signals: SignalState::default(),
+            rlimits: signal
+                .rlim
+                .as_chunks::<2>()
+                .0
+                .iter()
+                .map(|[cur, max]| Rlimit { cur: *cur, max: *max })
+                .collect(),
+            ctty: None,
+            exit_signal: task.exit_signal,
+            child_subreaper: signal.is_child_subreaper,
+            oom_score_adj: i32::from(signal.oom_score_adj),
+            cgroup: Bytes::default(),
+            unit: None,
+            namespaces: Namespaces::default(),
+            start_boottime_ns: task.start_boottime,
+            unsupported: Vec::new(),
+            decision: Decision::Undecided,
+        };
+        if gone {
+            process.address_space = None;
+            process.files_id = 0;
+            return Ok(Some(process));
+        }
+        process.namespaces = self.namespaces(representative)?;
+        match self.cgroup_path(representative) {
+            Ok(path) => {
+                process.unit = unit_of(&path);
+                process.cgroup = path;
+            }
+            Err(error) => self.find(Severity::Note, "process", format!("its cgroup cannot be read: {error}")),
+        }
+        process.signals = SignalState {
+            id: representative.sighand,
+            actions: if representative.sighand == 0 {
+                Vec::new()
+            } else {
+                self.signal_actions(representative.sighand)?
+            },
+            pending: self.pending_signals(signal.shared_pending)?,
+        };
+        if signal.tty != 0 {
+            process.ctty = self.part("tty", self.tty(signal.tty)).map(|()| TtyId(signal.tty));
+        }
+        if representative.fs != 0 {
+            process.fs = self.part("fs", self.fs_context(representative.fs)).unwrap_or_default();
+        }
+        if representative.files != 0 {
+            let descriptors = self.descriptors(representative.files, &mut unsupported);
+            process.descriptors = self.part("file", descriptors).unwrap_or_default();
+        }
+        if let Some(id) = process.address_space {
+            let space = self.address_space(id, &mut unsupported);
+            if self.part("memory", space).is_none() {
+                process.address_space = None;
+            }
+        }
+        self.name_unsupported(&signal, &tasks, &mut unsupported);
+        unsupported.sort();
+        unsupported.dedup();
+        process.unsupported = unsupported;
+        Ok(Some(process))
+    }
+
+    /// A part of a process that others can do without: `None` with a finding when it is damaged.
+    fn part<T>(&self, object: &str, result: Result<T>) -> Option<T> {
+        result.map_err(|error| self.find(Severity::Broken, object, error.to_string())).ok()
+    }
+
+    /// All threads of a group: leader first, then by TID.
+    fn thread_group(&self, leader: &Leader, signal: &Signal) -> Result<Vec<Leader>> {
+        let link = self.kernel.offset_of("task_struct", "thread_node")?;
+        let mut group = vec![Leader { addr: leader.addr, task: leader.task.clone() }];
+        for node in self.list(signal.thread_head, MAX_TASKS)? {
+            let addr = node.wrapping_sub(link);
+            if addr == leader.addr {
+                continue;
+            }
+            let task = self.task(addr)?;
+            if task.signal != leader.task.signal || task.tgid != leader.task.tgid {
+                return Err(corrupt(
+                    "task_struct",
+                    addr,
+                    format!("thread {} belongs to another process", task.pid),
+                ));
+            }
+            group.push(Leader { addr, task });
+        }
+        group[1..].sort_by_key(|t| t.task.pid);
+        Ok(group)
+    }
+
+    fn process_state(&self, leader: &Task, signal: &Signal, alive: bool) -> ProcessState {
+        let group_exit = signal.flags & SIGNAL_GROUP_EXIT != 0;
+        let status = if group_exit { signal.group_exit_code } else { leader.exit_code };
+        if !alive {
+            return match leader.has_exited() {
+                true => ProcessState::Zombie { status },
+                false => ProcessState::Exiting { status },
+            };
+        }
+        if group_exit || leader.flags & PF_DUMPCORE != 0 {
+            return ProcessState::Exiting { status };
+        }
+        if signal.flags & SIGNAL_STOP_STOPPED != 0 || signal.group_stop_count > 0 {
+            const SIGSTOP: i32 = 19;
+            let signals = [(leader.jobctl & JOBCTL_STOP_SIGMASK) as i32, signal.group_exit_code];
+            let signal = signals.into_iter().find(|s| crate::signal::mask(*s) != 0).unwrap_or(SIGSTOP);
+            return ProcessState::Stopped { signal };
+        }
+        ProcessState::Alive
+    }
+
+    /// Which of the process's namespaces are the initial ones.
+    fn namespaces(&self, task: &Task) -> Result<Namespaces> {
+        if task.nsproxy == 0 {
+            return Ok(Namespaces::default());
+        }
+        let init: NsProxy = self.kernel.read(self.kernel.symbol("init_nsproxy")?)?;
+        let own: NsProxy = self.kernel.read(task.nsproxy)?;
+        let (_, user_ns) = self.credentials(task.real_cred)?;
+        Ok(Namespaces {
+            cgroup: own.cgroup_ns == init.cgroup_ns,
+            ipc: own.ipc_ns == init.ipc_ns,
+            mnt: own.mnt_ns == init.mnt_ns,
+            net: own.net_ns == init.net_ns,
+            pid: own.pid_ns_for_children == init.pid_ns_for_children
+                && self.is_in_initial_pid_namespace(task)?,
+            time: own.time_ns == init.time_ns && own.time_ns_for_children == init.time_ns_for_children,
+            user: user_ns == self.kernel.symbol("init_user_ns")?,
+            uts: own.uts_ns == init.uts_ns,
+        })
+    }
+
+    fn is_in_initial_pid_namespace(&self, task: &Task) -> Result<bool> {
+        let pid: PidStruct = self.kernel.read(task.thread_pid)?;
+        Ok(pid.level == 0)
+    }
+
+    /// The path of the process's cgroup in the unified hierarchy (v2), as in /proc/PID/cgroup.
+    fn cgroup_path(&self, task: &Task) -> Result<Bytes> {
+        let Some(css_set) = task.cgroups.filter(|addr| *addr != 0) else { return Ok(Bytes::from("/")) };
+        let css_set: CssSet = self.kernel.read(css_set)?;
+        let cgroup: Cgroup = self.kernel.read(css_set.dfl_cgrp)?;
+        self.kernfs_path(cgroup.kn)
+    }
+
+    /// State that this version does not bring back, beyond what the parts have named.
+    fn name_unsupported(&self, signal: &Signal, tasks: &[Leader], unsupported: &mut Vec<String>) {
+        let has_timers = signal.first_posix_timer != 0 && signal.first_posix_timer != signal.posix_timers;
+        if has_timers {
+            unsupported.push("POSIX timers".into());
+        }
+        if signal.real_timer_state & HRTIMER_ENQUEUED != 0 || signal.it_real_incr != 0 {
+            unsupported.push("a running interval timer (ITIMER_REAL or alarm)".into());
+        }
+        if signal.virtual_expires != 0 || signal.profiling_expires != 0 {
+            unsupported.push("a running CPU-time interval timer".into());
+        }
+        for Leader { task, .. } in tasks.iter().filter(|t| !t.task.has_exited()) {
+            let tid = task.pid;
+            if task.ptrace != 0 {
+                let tracer = self.task(task.parent).map_or(0, |t| t.tgid);
+                unsupported.push(format!("thread {tid} is traced by PID {tracer}"));
+            }
+            if task.ptraced != task.ptraced_head {
+                unsupported.push(format!("thread {tid} traces others (ptrace)"));
+            }
+            if task.io_uring.is_some_and(|ctx| ctx != 0) {
+                unsupported.push("io_uring".into());
+            }
+            if task.perf_events.is_some_and(|next| Some(next) != task.perf_event_list) {
+                unsupported.push(format!("thread {tid} has performance events"));
+            }
+            if task.sem_undo.is_some_and(|list| list != 0) {
+                unsupported.push("System V semaphores with undo".into());
+            }
+            if task.dispatch_selector.is_some_and(|selector| selector != 0) {
+                unsupported.push(format!("thread {tid} uses syscall user dispatch"));
+            }
+            if task.io_bitmap.is_some_and(|bitmap| bitmap != 0) {
+                unsupported.push(format!("thread {tid} has I/O port permissions"));
+            }
+            if task.shadow_stack.is_some_and(|features| features != 0) {
+                unsupported.push(format!("thread {tid} has a shadow stack"));
+            }
+        }
+    }
+}
+
+/// The systemd unit that a cgroup path names: the last component that is a service, a scope or the like, but not a
+/// slice.
+fn unit_of(path: &Bytes) -> Option<String> {
+    const KINDS: [&str; 6] = [".service", ".scope", ".socket", ".mount", ".swap", ".timer"];
+    let text = std::str::from_utf8(path.as_bytes()).ok()?;
+    let unit = text.split('/').find(|part| KINDS.iter().any(|kind| part.ends_with(kind)))?;
+    Some(unit.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn units_are_named_by_the_cgroup() {
+        let unit = |path: &str| unit_of(&Bytes::from(path));
+        assert_eq!(unit("/system.slice/cron.service").as_deref(), Some("cron.service"));
+        // Delegated services have cgroups of their own below.
+        assert_eq!(unit("/system.slice/docker.service/payload").as_deref(), Some("docker.service"));
+        assert_eq!(unit("/user.slice/user-0.slice/session-1.scope").as_deref(), Some("session-1.scope"));
+        assert_eq!(unit("/init.scope").as_deref(), Some("init.scope"));
+        assert_eq!(unit("/"), None);
+        assert_eq!(unit("/user.slice"), None);
+    }
+}

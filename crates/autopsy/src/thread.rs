@@ -1,0 +1,385 @@
+//! Threads: registers and what else is per `task_struct` (include/linux/sched.h, arch/x86; 6.1 and 6.12).
+
+use std::collections::HashMap;
+
+use ktypes::KernelType;
+use snapshot::{
+    AltStack, Registers, Resume, Rseq, Scheduling, Seccomp, Severity, SyscallInFlight, Thread, ThreadState,
+};
+
+use crate::Autopsy;
+use crate::error::{Result, corrupt};
+use crate::process::{Leader, Task};
+
+/// More CPUs than any kernel is built for (CONFIG_NR_CPUS).
+const MAX_CPUS: u32 = 8192;
+/// The size that every rseq registration had before 6.3.
+const ORIG_RSEQ_SIZE: u32 = 32;
+/// static_prio of nice 0 (DEFAULT_PRIO).
+const DEFAULT_PRIO: i32 = 120;
+/// The bit of task_struct.atomic_flags (PFA_NO_NEW_PRIVS).
+const NO_NEW_PRIVS: u64 = 1;
+/// First word of every kernel stack (STACK_END_MAGIC, include/uapi/linux/magic.h): overwritten when it overflowed.
+const STACK_END_MAGIC: u64 = 0x57ac_6e9d;
+/// `__USER_CS`, `__USER32_CS` and `__USER_DS` (arch/x86/include/asm/segment.h).
+const USER_CS: u64 = 0x33;
+const USER32_CS: u64 = 0x23;
+const USER_DS: u64 = 0x2b;
+/// First address that no user program can have (five-level page tables).
+const USER_END: u64 = 1 << 56;
+/// Words of a kernel stack that are searched for where a thread sleeps.
+const WCHAN_WORDS: usize = 256;
+
+#[derive(KernelType)]
+#[kernel("rq")]
+struct RunQueue {
+    curr: u64,
+}
+
+/// Who was where when the kernel died.
+pub(crate) struct Cpus {
+    /// CPU on which a task (by address) was current.
+    pub current: HashMap<u64, u32>,
+    /// Bit map of the CPUs that were online.
+    online: Vec<u8>,
+    /// The CPU that panicked.
+    pub panicking: Option<u32>,
+    /// The task that was current there.
+    pub panicking_task: u64,
+}
+
+impl Cpus {
+    pub(crate) fn online_count(&self) -> u32 {
+        self.online.iter().map(|b| b.count_ones()).sum()
+    }
+
+    /// Online CPUs by number.
+    pub(crate) fn online(&self) -> impl Iterator<Item = u32> {
+        bits(&self.online)
+    }
+}
+
+/// Numbers of the bits that are set.
+fn bits(mask: &[u8]) -> impl Iterator<Item = u32> {
+    let bit = |(i, byte): (usize, &u8)| {
+        let byte = *byte;
+        (0..8).filter(move |b| byte >> b & 1 != 0).map(move |b| i as u32 * 8 + b)
+    };
+    mask.iter().enumerate().flat_map(bit)
+}
+
+/// Where the user's registers lie on a kernel stack.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StackLayout {
+    /// THREAD_SIZE.
+    pub size: u64,
+    /// Offset of the user's `pt_regs` from the stack's lowest address.
+    pub pt_regs: u64,
+}
+
+impl Autopsy<'_> {
+    /// Reads a thread.
+    pub(crate) fn thread(&self, member: &Leader, unsupported: &mut Vec<String>) -> Result<Thread> {
+        let Leader { addr, task } = member;
+        let tid = task.pid;
+        let (credentials, _) = self.credentials(task.real_cred)?;
+        let state = task.thread_state();
+        let on_cpu = self.cpu_of(*addr, task);
+        let mut thread = Thread {
+            tid,
+            comm: task.name(),
+            state,
+            on_cpu,
+            panicked: self.cpus().panicking_task == *addr,
+            regs: Registers::default(),
+            syscall: None,
+            wchan: None,
+            resume: Resume::UserMode,
+            fpu: Default::default(),
+            credentials,
+            blocked: task.blocked,
+            pending: self.pending_signals(task.pending)?,
+            altstack: AltStack { sp: task.sas_ss_sp, size: task.sas_ss_size, flags: task.sas_ss_flags },
+            robust_list: task.robust_list.unwrap_or(0),
+            clear_child_tid: task.clear_child_tid,
+            rseq: self.rseq(task),
+            scheduling: self.scheduling(task)?,
+            no_new_privs: task.atomic_flags & NO_NEW_PRIVS != 0,
+            pdeath_signal: task.pdeath_signal,
+            timer_slack_ns: task.timer_slack_ns,
+            personality: task.personality,
+            seccomp: match task.seccomp_mode {
+                Some(1) => Seccomp::Strict,
+                Some(2) => Seccomp::Filter { filters: task.seccomp_filters.unwrap_or(0).max(0) as u32 },
+                _ => Seccomp::Off,
+            },
+        };
+        if state == ThreadState::Dead || task.stack == 0 {
+            thread.state = ThreadState::Dead;
+            thread.resume = Resume::Exit { status: task.exit_code };
+            return Ok(thread);
+        }
+        thread.regs = self.registers(task, on_cpu)?;
+        if thread.regs.cs == USER32_CS {
+            unsupported.push(format!("thread {tid} runs 32-bit code"));
+        }
+        if thread.regs.orig_rax as i32 >= 0 {
+            let r = &thread.regs;
+            let nr = i64::from(r.orig_rax as u32);
+            thread.syscall = Some(SyscallInFlight { nr, args: [r.rdi, r.rsi, r.rdx, r.r10, r.r8, r.r9] });
+        }
+        thread.wchan = if on_cpu.is_none() { self.wchan(task) } else { None };
+        thread.fpu = self.fpu(*addr, task, on_cpu, thread.syscall.is_some())?;
+        Ok(thread)
+    }
+
+    fn rseq(&self, task: &Task) -> Option<Rseq> {
+        let addr = task.rseq.filter(|addr| *addr != 0)?;
+        let len = task.rseq_len.unwrap_or(ORIG_RSEQ_SIZE);
+        Some(Rseq { addr, len, signature: task.rseq_sig.unwrap_or(0) })
+    }
+
+    fn scheduling(&self, task: &Task) -> Result<Scheduling> {
+        // What the user asked for, where the kernel remembers it apart (since 6.2); otherwise what is in force.
+        let mask = if task.user_cpus_ptr != 0 { task.user_cpus_ptr } else { task.cpus_mask };
+        let mask = self.kernel.read_bytes(mask, self.cpu_mask_len())?;
+        let everywhere = self
+            .cpus()
+            .online()
+            .all(|cpu| mask.get(cpu as usize / 8).is_some_and(|b| b >> (cpu % 8) & 1 != 0));
+        Ok(Scheduling {
+            policy: task.policy,
+            nice: task.static_prio - DEFAULT_PRIO,
+            rt_priority: task.rt_priority,
+            reset_on_fork: task.sched_reset_on_fork,
+            affinity: if everywhere { Vec::new() } else { bits(&mask).collect() },
+        })
+    }
+
+    /// Bytes of a CPU mask that can have bits set.
+    fn cpu_mask_len(&self) -> usize {
+        let cpus = self.kernel.symbol("nr_cpu_ids").and_then(|addr| self.kernel.read_u32(addr));
+        cpus.unwrap_or(64).clamp(1, MAX_CPUS).div_ceil(64) as usize * 8
+    }
+
+    /// Which task was on which CPU.
+    pub(crate) fn cpus(&self) -> &Cpus {
+        self.cpus.get_or_init(|| {
+            let online = self.kernel.symbol("__cpu_online_mask");
+            let online = online.and_then(|addr| self.kernel.read_bytes(addr, self.cpu_mask_len()));
+            let mut cpus = Cpus {
+                current: HashMap::new(),
+                online: online.unwrap_or_default(),
+                panicking: None,
+                panicking_task: 0,
+            };
+            let run_queues = self.kernel.symbol("runqueues");
+            for cpu in bits(&cpus.online) {
+                let queue = run_queues.as_ref().map_err(|e| e.to_string()).and_then(|base| {
+                    let addr = self.kernel.per_cpu(*base, cpu).map_err(|e| e.to_string())?;
+                    self.kernel.read::<RunQueue>(addr).map_err(|e| e.to_string())
+                });
+                match queue {
+                    Ok(queue) => {
+                        cpus.current.insert(queue.curr, cpu);
+                    }
+                    Err(error) => {
+                        let text = format!("what CPU {cpu} was running is not known: {error}");
+                        self.find(Severity::Doubt, "thread", text);
+                    }
+                }
+            }
+            let cpu_of = |name| self.kernel.symbol(name).and_then(|addr| self.kernel.read_i32(addr)).ok();
+            let panicking =
+                ["panic_cpu", "crashing_cpu"].into_iter().filter_map(cpu_of).find(|cpu| *cpu >= 0);
+            cpus.panicking = panicking.map(|cpu| cpu as u32);
+            let on_it = cpus.current.iter().find(|(_, cpu)| Some(**cpu) == cpus.panicking);
+            cpus.panicking_task = on_it.map_or(0, |(task, _)| *task);
+            cpus
+        })
+    }
+
+    /// The CPU on which a task was running.
+    fn cpu_of(&self, addr: u64, task: &Task) -> Option<u32> {
+        let current = self.cpus().current.get(&addr).copied();
+        match (current, task.on_cpu != 0) {
+            (Some(cpu), _) => Some(cpu),
+            (None, true) => {
+                // Between the choice of the next task and the end of its switch: it still has, or not yet has, a CPU.
+                let text = format!("thread {} was being switched to or from a CPU", task.pid);
+                self.find(Severity::Note, "thread", text);
+                None
+            }
+            (None, false) => None,
+        }
+    }
+
+    /// THREAD_SIZE and the place of `pt_regs`, from the dead kernel's own first stack, tried on tasks.
+    pub(crate) fn stack_layout(&self) -> Result<StackLayout> {
+        let layout = self.stacks.get_or_init(|| self.find_stack_layout());
+        layout.ok_or_else(|| corrupt("kernel stack", 0, "its size cannot be found out"))
+    }
+
+    fn find_stack_layout(&self) -> Option<StackLayout> {
+        let symbol = |name| self.kernel.symbol_opt(name);
+        let start = symbol("__start_init_stack").or_else(|| symbol("init_stack"))?;
+        let end = symbol("__end_init_stack").or_else(|| symbol("__end_init_task"))?;
+        let size = end
+            .checked_sub(start)
+            .filter(|size| size.is_power_of_two() && (8192..=131_072).contains(size))?;
+        let regs = self.kernel.size_of("pt_regs").ok()?;
+        // TOP_OF_KERNEL_STACK_PADDING: 0, or 16 where the kernel can do FRED. The linker knows (since 6.7).
+        let told = symbol("__top_init_kernel_stack").and_then(|top| top.checked_sub(start));
+        let candidates = [told, Some(size - regs), size.checked_sub(regs + 16)];
+        let tasks: Vec<u64> = {
+            let link = self.kernel.offset_of("task_struct", "tasks").ok()?;
+            let head = self.kernel.symbol("init_task").ok()?.wrapping_add(link);
+            self.kernel.list_head(head, 4096).map_while(|n| n.ok()).map(|n| n.wrapping_sub(link)).collect()
+        };
+        let stacks: Vec<u64> = tasks
+            .iter()
+            .filter_map(|addr| self.kernel.read::<Task>(*addr).ok())
+            .filter(|task| !task.is_kernel_thread() && task.mm != 0 && task.stack != 0)
+            .map(|task| task.stack)
+            .take(32)
+            .collect();
+        let fits = |pt_regs: u64| {
+            let good = stacks.iter().filter(|stack| {
+                let words = self.kernel.read_bytes(stack.wrapping_add(pt_regs), regs as usize);
+                words.is_ok_and(|bytes| plausible(&decode(&bytes)))
+            });
+            good.count() * 2 > stacks.len() || stacks.is_empty()
+        };
+        let pt_regs = candidates.into_iter().flatten().find(|offset| fits(*offset))?;
+        Some(StackLayout { size, pt_regs })
+    }
+
+    /// The user's registers of a thread, as they were when it entered the kernel.
+    fn registers(&self, task: &Task, on_cpu: Option<u32>) -> Result<Registers> {
+        let layout = self.stack_layout()?;
+        if self.kernel.read_u64(task.stack)? != STACK_END_MAGIC {
+            let text = format!("thread {}: its kernel stack overflowed", task.pid);
+            self.find(Severity::Doubt, "thread", text);
+        }
+        let len = self.kernel.size_of("pt_regs")? as usize;
+        let bytes = self.kernel.read_bytes(task.stack.wrapping_add(layout.pt_regs), len)?;
+        let mut regs = decode(&bytes);
+        if !plausible(&regs) {
+            return Err(corrupt(
+                "pt_regs",
+                task.stack,
+                format!("of thread {} are not those of a program", task.pid),
+            ));
+        }
+        (regs.fs_base, regs.gs_base) = (task.fsbase, task.gsbase);
+        if let Some(cpu) = on_cpu
+            && let Some(live) = self.crash_registers(cpu, task.pid)
+        {
+            // The bases that the CPU had: the program may have changed them itself (WRFSBASE) since it was switched in.
+            (regs.fs_base, regs.gs_base) = (live[21], live[22]);
+        }
+        regs.ds = task.ds.into();
+        regs.es = task.es.into();
+        regs.fs = task.fsindex.into();
+        regs.gs = task.gsindex.into();
+        Ok(regs)
+    }
+
+    /// The registers that a CPU left in its NT_PRSTATUS note (`crash_save_cpu`); none if it never got there.
+    pub(crate) fn crash_registers(&self, cpu: u32, pid: i32) -> Option<[u64; 27]> {
+        let index = self.cpus().online().position(|n| n == cpu)?;
+        let notes = self.kernel.memory().core().prstatus();
+        let note = notes.iter().find(|note| note.cpu as usize == index)?;
+        // A CPU that never answered has no note, and then the numbers do not fit: the PID tells.
+        (note.pid == pid).then_some(note.regs)
+    }
+
+    /// The function in which a sleeping thread waits: the first return address on its stack outside the scheduler.
+    fn wchan(&self, task: &Task) -> Option<String> {
+        let layout = self.stack_layout().ok()?;
+        let top = task.stack.checked_add(layout.pt_regs)?;
+        let len = top.checked_sub(task.kernel_sp)?.min(WCHAN_WORDS as u64 * 8);
+        if task.kernel_sp < task.stack || len > layout.size {
+            return None;
+        }
+        let text = self.kernel.symbol("_stext").ok()?..self.kernel.symbol("_etext").ok()?;
+        let scheduler =
+            self.kernel.symbol("__sched_text_start").ok()?..self.kernel.symbol("__sched_text_end").ok()?;
+        let bytes = self.kernel.read_bytes(task.kernel_sp, len as usize).ok()?;
+        let words = bytes.as_chunks::<8>().0.iter().map(|w| u64::from_le_bytes(*w));
+        let is_return = |addr: &u64| text.contains(addr) && !scheduler.contains(addr);
+        let symbol =
+            words.filter(is_return).filter_map(|addr| self.kernel.symbolize(addr)).find(|(name, _)| {
+                !matches!(*name, "__switch_to" | "__switch_to_asm" | "finish_task_switch" | "ret_from_fork")
+            })?;
+        Some(symbol.0.to_owned())
+    }
+}
+
+/// `pt_regs` of x86-64: the order of `struct user_regs_struct`, up to ss. In the words of `cs` and `ss` FRED keeps more
+/// above the selectors.
+fn decode(bytes: &[u8]) -> Registers {
+    let (words, _) = bytes.as_chunks::<8>();
+    let word = |i: usize| words.get(i).map_or(0, |w| u64::from_le_bytes(*w));
+    Registers {
+        r15: word(0),
+        r14: word(1),
+        r13: word(2),
+        r12: word(3),
+        rbp: word(4),
+        rbx: word(5),
+        r11: word(6),
+        r10: word(7),
+        r9: word(8),
+        r8: word(9),
+        rax: word(10),
+        rcx: word(11),
+        rdx: word(12),
+        rsi: word(13),
+        rdi: word(14),
+        orig_rax: word(15),
+        rip: word(16),
+        cs: word(17) & 0xffff,
+        eflags: word(18),
+        rsp: word(19),
+        ss: word(20) & 0xffff,
+        ..Registers::default()
+    }
+}
+
+/// Whether these can be a program's registers.
+fn plausible(regs: &Registers) -> bool {
+    const RESERVED_ONE: u64 = 2;
+    const INTERRUPTS: u64 = 0x200;
+    (regs.cs == USER_CS || regs.cs == USER32_CS)
+        && regs.ss == USER_DS
+        && regs.eflags & (RESERVED_ONE | INTERRUPTS) == RESERVED_ONE | INTERRUPTS
+        && regs.rip < USER_END
+        && regs.rsp < USER_END
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn registers_of_the_kernel_are_refused() {
+        let user = Registers {
+            cs: 0x33,
+            ss: 0x2b,
+            eflags: 0x246,
+            rip: 0x40_1000,
+            rsp: 0x7fff_0000,
+            ..Default::default()
+        };
+        assert!(plausible(&user));
+        assert!(!plausible(&Registers { cs: 0x10, ss: 0x18, ..user }));
+        assert!(!plausible(&Registers { rip: 0xffff_ffff_8100_0000, ..user }));
+        assert!(!plausible(&Registers { eflags: 0, ..user }));
+    }
+
+    #[test]
+    fn masks_are_read_bit_by_bit() {
+        assert_eq!(bits(&[0b101, 0, 0x80]).collect::<Vec<_>>(), [0, 2, 23]);
+    }
+}
