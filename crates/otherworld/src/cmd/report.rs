@@ -1,0 +1,55 @@
+//! `otherworld report`
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use arm::{Config, Root, config};
+
+use crate::cli::Exit;
+use crate::report::Report;
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// A report's file; the latest one when it is left out.
+    file: Option<PathBuf>,
+    /// List the reports there are.
+    #[arg(long, conflicts_with = "file")]
+    list: bool,
+    /// Print the kernel log of the dead kernel too.
+    #[arg(long)]
+    log: bool,
+    /// For programs: the report as it is.
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: &Args) -> Result<Exit> {
+    let config = Config::load(&Root::default(), config::PATH.as_ref())?;
+    if args.list {
+        let mut names: Vec<String> = std::fs::read_dir(&config.report.dir)
+            .with_context(|| format!("no reports: {}", config.report.dir.display()))?
+            .filter_map(|e| Some(e.ok()?.path().display().to_string()))
+            .filter(|name| name.ends_with(".json") && !name.ends_with("latest.json"))
+            .collect();
+        names.sort();
+        super::print(&names.iter().map(|n| format!("{n}\n")).collect::<String>())?;
+        return Ok(Exit::Done);
+    }
+    let path = args.file.clone().unwrap_or_else(|| config.report.dir.join("latest.json"));
+    let bytes = std::fs::read(&path)
+        .with_context(|| format!("there is no report at {}; has this machine survived a panic?", path.display()))?;
+    if args.json {
+        super::print(&String::from_utf8_lossy(&bytes))?;
+        return Ok(Exit::Done);
+    }
+    let report: Report =
+        serde_json::from_slice(&bytes).with_context(|| format!("{} is not a report", path.display()))?;
+    let mut text = format!("{}, generation {}\n", report.started, report.generation) + &report.to_text();
+    if args.log {
+        for record in report.panic.iter().flat_map(|p| &p.log) {
+            text.push_str(&super::inspect::log_line(record));
+        }
+    }
+    super::print(&text)?;
+    Ok(Exit::Done)
+}

@@ -1,0 +1,294 @@
+//! The crash kernel's PID 1.
+//!
+//! It rebuilds the machine's surroundings (drivers, devices, file systems), has its [worker](crate::worker) read the dead kernel
+//! and rebuild the processes, writes the report, and stays as a small init. Everything that may crash or hang is done by a
+//! child, within a deadline; PID 1 itself only waits, mounts and writes.
+
+mod console;
+mod device;
+mod memory;
+mod modules;
+pub mod mounts;
+mod run;
+mod shutdown;
+mod stay;
+mod supervise;
+mod switch;
+mod sys;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use arm::Manifest;
+use arm::config::{FailureAction, FsckMode};
+use rustix::mount::MountFlags;
+use snapshot::Mount;
+
+use crate::protocol::{FromWorker, ToWorker};
+use crate::report::{MountFate, Report, State};
+use console::{mark, say};
+use memory::MemoryWatch;
+use supervise::Worker;
+
+/// Where the root file system is mounted before it becomes the root.
+pub const NEW_ROOT: &str = "/newroot";
+
+/// Runs the crash kernel's user space. Never returns: the end of PID 1 would be the next panic.
+pub fn main() -> ! {
+    let end = std::panic::catch_unwind(|| {
+        let mut life = Life::begin();
+        life.live()
+    });
+    let action = end.unwrap_or_else(|_| {
+        say("init has a bug: rebooting");
+        FailureAction::Reboot
+    });
+    shutdown::end(action)
+}
+
+/// What is known so far.
+struct Life {
+    report: Report,
+    memory: MemoryWatch,
+    began: Instant,
+    /// The machine's root file system is at `/`.
+    switched: bool,
+}
+
+impl Life {
+    fn begin() -> Self {
+        // Without these nothing else can be said or done; where one is missing, the steps below fail and say so.
+        let surroundings = sys::mount_api_file_systems();
+        console::open();
+        let mut life = Self {
+            report: Report { format: Report::FORMAT, started: crate::report::utc_now(), ..Report::default() },
+            memory: MemoryWatch::new(),
+            began: Instant::now(),
+            switched: false,
+        };
+        life.mark("init");
+        if let Err(error) = surroundings {
+            life.trouble(format!("{error:#}"));
+        }
+        life.report.crash_kernel.release = rustix::system::uname().release().to_string_lossy().into_owned();
+        life.report.generation = arm::generation(&arm::Root::default()).unwrap_or(0);
+        life
+    }
+
+    fn mark(&mut self, name: &str) {
+        let mark = mark(name);
+        self.report.timeline.push(mark);
+    }
+
+    fn trouble(&mut self, text: String) {
+        say(&text);
+        self.report.failures.push(text);
+    }
+
+    /// From the first step to the end of this kernel; returns how that is to be.
+    fn live(&mut self) -> FailureAction {
+        if !Path::new("/proc/vmcore").exists() {
+            self.trouble("there is no /proc/vmcore: this kernel was not started by a panic".into());
+        }
+        let manifest = match Manifest::load() {
+            Ok(manifest) => manifest,
+            Err(error) => {
+                self.trouble(format!("cannot read {}: {error}", Manifest::PATH));
+                self.mark("failed");
+                return self.give_up(FailureAction::Reboot, Duration::from_secs(10));
+            }
+        };
+        let config = manifest.config.clone();
+        let outcome = self.resurrect(&manifest);
+        if let Err(error) = &outcome {
+            self.trouble(format!("resurrection failed: {error:#}"));
+            self.report.state = State::Failed;
+            self.mark("failed");
+        }
+        self.finish_report(&manifest);
+        if outcome.is_err() && config.failure.action != FailureAction::Continue {
+            return self.give_up(config.failure.action, Duration::from_secs(config.failure.delay));
+        }
+        if !self.switched {
+            return self.give_up(FailureAction::Reboot, Duration::from_secs(config.failure.delay));
+        }
+        stay::stay(&config.after.start)
+    }
+
+    /// Gives people the time to read, then ends.
+    fn give_up(&self, action: FailureAction, delay: Duration) -> FailureAction {
+        if action == FailureAction::Shell && self.switched {
+            run::shell();
+            return FailureAction::Reboot;
+        }
+        say(&format!("{action:?} in {} s", delay.as_secs()).to_lowercase());
+        std::thread::sleep(delay);
+        action
+    }
+
+    fn resurrect(&mut self, manifest: &Manifest) -> Result<()> {
+        let deadlines = &manifest.config.deadlines;
+        let whole = self.began + Duration::from_secs(deadlines.whole);
+        let within = |seconds: u64| (Instant::now() + Duration::from_secs(seconds)).min(whole);
+
+        sys::keep_old_pids_free(manifest.pid_max);
+        modules::load(&manifest.modules, |text| say(&text));
+        // The dead kernel is read while the disk's driver is probing and its file system is checked.
+        let mut worker = Worker::start().context("cannot start the worker")?;
+
+        let Some(root) = manifest.devices.first() else { bail!("the manifest names no root device") };
+        let node = device::wait_for(root, within(deadlines.root_device))?;
+        if manifest.config.fsck.mode == FsckMode::Preen
+            && manifest.fsck.contains(&root.fs_type)
+            && let Err(error) = mounts::fsck(&node, &root.fs_type, within(deadlines.fsck))
+        {
+            bail!("{error:#}");
+        }
+
+        let survey = self.survey(&mut worker, within(deadlines.autopsy));
+        let old_mounts = survey.as_ref().map(|s| s.0.clone()).unwrap_or_default();
+        let root_mount = old_mounts.iter().rfind(|m| m.mountpoint.as_bytes() == b"/");
+        let flags = root_mount.map_or(MountFlags::empty(), |m| mounts::flags(m.flags));
+        mounts::mount_device(&node, Path::new(NEW_ROOT), &root.fs_type, flags, &root.options, within(deadlines.mount))
+            .with_context(|| format!("cannot mount {} as the root file system", node.display()))?;
+        self.mark("root-mounted");
+
+        let holding = survey.is_ok() && self.hand_over_root(&mut worker, within(deadlines.mount));
+        switch::root(Path::new(NEW_ROOT))?;
+        self.switched = true;
+        self.mount_the_rest(&old_mounts, manifest, whole);
+        sys::set_hostname(self.report.dead_kernel.as_ref().map(|k| k.nodename.as_bytes()).unwrap_or_default());
+        if let Err(error) = sys::loopback_up() {
+            self.trouble(format!("the loopback interface stays down: {error}"));
+        }
+        // Whatever comes next: how the machine died is on the disk from here on.
+        self.save_report(manifest);
+
+        let (_, highest_pid) = survey?;
+        if !holding {
+            bail!("the worker ended before the root file system was mounted");
+        }
+        sys::continue_pids_after(highest_pid);
+        worker.send(&ToWorker::Go)?;
+        self.watch(&mut worker, within(deadlines.resurrect))
+    }
+
+    /// Waits until the worker has read the dead kernel; the last words first.
+    fn survey(&mut self, worker: &mut Worker, deadline: Instant) -> Result<(Vec<Mount>, i32)> {
+        loop {
+            match worker.receive(deadline, &mut self.memory).context("reading the dead kernel")? {
+                FromWorker::Panic { kernel, panic } => {
+                    say(&format!("Linux {} died: {}", kernel.release, panic.message));
+                    self.report.dead_kernel = Some(*kernel);
+                    self.report.panic = Some(*panic);
+                }
+                FromWorker::Surveyed { mounts, highest_pid } => return Ok((mounts, highest_pid)),
+                other => self.side_matter(other)?,
+            }
+        }
+    }
+
+    /// The worker takes hold of the new root, so that it can follow when this process has moved it.
+    fn hand_over_root(&mut self, worker: &mut Worker, deadline: Instant) -> bool {
+        if worker.send(&ToWorker::RootMounted(NEW_ROOT.into())).is_err() {
+            return false;
+        }
+        loop {
+            match worker.receive(deadline, &mut self.memory) {
+                Ok(FromWorker::Holding) => return true,
+                Ok(other) => {
+                    if let Err(error) = self.side_matter(other) {
+                        self.trouble(format!("{error:#}"));
+                        return false;
+                    }
+                }
+                Err(error) => {
+                    self.trouble(format!("{error:#}"));
+                    return false;
+                }
+            }
+        }
+    }
+
+    fn mount_the_rest(&mut self, old: &[Mount], manifest: &Manifest, whole: Instant) {
+        let plan = mounts::plan(old, &manifest.devices);
+        for step in plan {
+            let done = mounts::carry_out(&step, manifest, whole);
+            let (mounted, note) = match done {
+                Ok(note) => (true, note),
+                Err(error) => (false, Some(format!("{error:#}"))),
+            };
+            if let (false, Some(note)) = (mounted, &note) {
+                say(&format!("{}: not mounted: {note}", step.mountpoint));
+            }
+            let (mountpoint, fs_type) = (step.mountpoint, step.fs_type);
+            self.report.mounts.push(MountFate { mountpoint, fs_type, mounted, note });
+        }
+    }
+
+    /// From `Go` until the worker has done what it can.
+    fn watch(&mut self, worker: &mut Worker, deadline: Instant) -> Result<()> {
+        loop {
+            match worker.receive(deadline, &mut self.memory).context("rebuilding the processes")? {
+                FromWorker::Done { processes, findings, pour, resurrection } => {
+                    use crate::report::FateKind::{Failed, GivenUp};
+                    let whole = !processes.iter().any(|p| matches!(p.fate, Failed | GivenUp));
+                    self.report.state = if whole { State::Complete } else { State::Partial };
+                    self.report.processes = processes;
+                    self.report.findings = findings;
+                    self.report.pour = pour;
+                    self.report.resurrection = resurrection;
+                    return worker.end(Duration::from_secs(5));
+                }
+                other => self.side_matter(other)?,
+            }
+        }
+    }
+
+    /// What the worker may say at any time.
+    fn side_matter(&mut self, message: FromWorker) -> Result<()> {
+        match message {
+            FromWorker::Mark(mark) => {
+                console::print_mark(&mark);
+                self.report.timeline.push(mark);
+            }
+            FromWorker::Note(text) => say(&text),
+            FromWorker::Failed { why, processes, findings } => {
+                self.report.processes = processes;
+                self.report.findings = findings;
+                bail!("{why}");
+            }
+            other => bail!("the worker said out of turn: {other:?}"),
+        }
+        Ok(())
+    }
+
+    /// Writes what is known to the disk, if there is one.
+    fn save_report(&mut self, manifest: &Manifest) {
+        self.memory.look();
+        self.report.crash_kernel.mem_total_kib = self.memory.total_kib;
+        self.report.crash_kernel.mem_available_min_kib = self.memory.least_available_kib;
+        if self.switched {
+            let settings = &manifest.config.report;
+            if let Err(error) = self.report.save(&settings.dir, settings.keep) {
+                self.trouble(format!("cannot write the report into {}: {error}", settings.dir.display()));
+            }
+        }
+    }
+
+    /// The report in its final form, on the disk and on the console.
+    fn finish_report(&mut self, manifest: &Manifest) {
+        self.mark("report-written");
+        self.save_report(manifest);
+        for line in self.report.to_text().lines() {
+            say(line);
+        }
+        if !self.switched {
+            // There is no disk to keep it on.
+            for record in self.report.panic.iter().flat_map(|p| p.log.iter().rev().take(60).rev()) {
+                say(&format!("[{:5}.{:06}] {}", record.ts_ns / 1_000_000_000, record.ts_ns / 1000 % 1_000_000, record.text));
+            }
+        }
+    }
+}

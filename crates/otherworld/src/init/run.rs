@@ -1,0 +1,66 @@
+//! Running helpers within a deadline.
+
+use std::io;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Instant;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+use super::console::say;
+
+/// Runs `command` to its end; kills it at the deadline. `None`: it was killed.
+pub fn within(command: &mut Command, deadline: Instant) -> io::Result<Option<ExitStatus>> {
+    let mut child = command.stdin(Stdio::null()).spawn()?;
+    wait(&mut child, deadline)
+}
+
+/// Waits for the end of `child`; kills it at the deadline. `None`: it was killed.
+pub fn wait(child: &mut Child, deadline: Instant) -> io::Result<Option<ExitStatus>> {
+    let Some(pid) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) else {
+        return child.wait().map(Some);
+    };
+    let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
+        match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&timeout)) {
+            Ok(0) => {
+                child.kill()?;
+                child.wait()?;
+                return Ok(None);
+            }
+            Ok(_) => return child.wait().map(Some),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
+/// A shell on the console, until it ends.
+pub fn shell() {
+    say("a shell; the machine reboots when it ends");
+    if let Err(error) = Command::new("/bin/sh").status() {
+        say(&format!("cannot start /bin/sh: {error}"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn a_helper_that_ends_is_waited_for() {
+        let status = within(Command::new("/bin/sh").args(["-c", "exit 3"]), Instant::now() + Duration::from_secs(20));
+        assert_eq!(status.unwrap().unwrap().code(), Some(3));
+    }
+
+    #[test]
+    fn a_helper_that_hangs_is_killed() {
+        let began = Instant::now();
+        let status = within(Command::new("/bin/sleep").arg("1000"), began + Duration::from_millis(50)).unwrap();
+        assert!(status.is_none());
+        assert!(began.elapsed() < Duration::from_secs(100));
+    }
+}

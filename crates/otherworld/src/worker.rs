@@ -1,0 +1,113 @@
+//! The process that reads the dead kernel and rebuilds its processes, on behalf of PID 1.
+//!
+//! It is a process of its own so that nothing that happens to it happens to PID 1: when it dies, the half-built processes die with
+//! it (they are traced with PTRACE_O_EXITKILL), and PID 1 goes on with the failure that the configuration asks for.
+
+use std::fs::File;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use arm::Manifest;
+use autopsy::Autopsy;
+use ktypes::Kernel;
+use snapshot::{Reason, Snapshot};
+use vmcore::Vmcore;
+
+use crate::protocol::{Channel, FromWorker, ToWorker};
+use crate::report::{Fate, FateKind, Mark, fates, uptime_ms};
+
+/// The hidden command that makes this program the worker.
+pub const COMMAND: &str = "resurrect-worker";
+/// The hidden command that mounts one file system.
+pub const MOUNT_COMMAND: &str = "mount-one";
+
+/// Does the whole work; every outcome is told to PID 1.
+pub fn run(channel_fd: i32) -> Result<()> {
+    // SAFETY: PID 1 made this descriptor for us and named it on the command line; nobody else knows it.
+    let socket = unsafe { OwnedFd::from_raw_fd(channel_fd) };
+    rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC).context("the channel to PID 1")?;
+    let channel = Channel::new(UnixStream::from(socket))?;
+    let mut worker = Worker { channel, findings: Vec::new(), processes: Vec::new() };
+    let outcome = worker.work();
+    if let Err(error) = outcome {
+        let (processes, findings) = (std::mem::take(&mut worker.processes), std::mem::take(&mut worker.findings));
+        worker.channel.send(&FromWorker::Failed { why: format!("{error:#}"), processes, findings })?;
+    }
+    Ok(())
+}
+
+struct Worker {
+    channel: Channel,
+    /// For the report, should the rest fail.
+    findings: Vec<snapshot::Finding>,
+    processes: Vec<Fate>,
+}
+
+impl Worker {
+    fn mark(&mut self, name: &str) -> Result<()> {
+        let mark = Mark { name: name.to_owned(), ms: uptime_ms() };
+        Ok(self.channel.send(&FromWorker::Mark(mark))?)
+    }
+
+    fn work(&mut self) -> Result<()> {
+        // The manifest lies in the initramfs, which will be out of reach.
+        let config = Manifest::load().context("reading the manifest")?.config;
+        let core = Vmcore::open(Path::new("/proc/vmcore"))?;
+        self.mark("vmcore-open")?;
+        let kernel = Kernel::open(core)?;
+        let autopsy = Autopsy::new(&kernel);
+        // How it died comes first: the rest may fail.
+        let last_words = FromWorker::Panic {
+            kernel: Box::new(autopsy.kernel_facts()),
+            panic: Box::new(autopsy.panic_report()),
+        };
+        self.channel.send(&last_words)?;
+        let mut snapshot = autopsy.snapshot()?;
+        snapshot::decide(&mut snapshot, &config.policy);
+        self.mark("snapshot-complete")?;
+        self.findings = snapshot.findings.clone();
+        self.processes = fates(&snapshot, |_| {
+            (FateKind::Failed, vec![Reason::new("aborted", "the resurrection ended before it was rebuilt")])
+        });
+        let highest_pid = snapshot.processes.iter().flat_map(|p| p.threads.iter().map(|t| t.tid).chain([p.pid])).max();
+        let surveyed =
+            FromWorker::Surveyed { mounts: snapshot.mounts.clone(), highest_pid: highest_pid.unwrap_or(300) };
+        self.channel.send(&surveyed)?;
+        self.enter_root()?;
+        self.resurrect(&kernel, &snapshot, &config)
+    }
+
+    /// Follows PID 1 into the root file system.
+    fn enter_root(&mut self) -> Result<()> {
+        let ToWorker::RootMounted(path) = self.next()? else { bail!("PID 1 spoke out of turn") };
+        // Held open, it can be entered when it is no longer reachable by name from the old root.
+        let root = File::open(&path).with_context(|| format!("cannot open {path}"))?;
+        self.channel.send(&FromWorker::Holding)?;
+        let ToWorker::Go = self.next()? else { bail!("PID 1 spoke out of turn") };
+        rustix::process::fchdir(&root).context("cannot enter the root file system")?;
+        rustix::process::chroot(".").context("cannot change the root")?;
+        rustix::process::chdir("/").context("cannot enter /")
+    }
+
+    /// Waits for PID 1, which has its own deadlines and does not outlive a failure of its own: this one is for neatness.
+    fn next(&mut self) -> Result<ToWorker> {
+        let long = Instant::now() + Duration::from_secs(3600);
+        self.channel.receive(long, || ()).context("waiting for PID 1")
+    }
+
+    fn resurrect(&mut self, _kernel: &Kernel, snapshot: &Snapshot, _config: &arm::Config) -> Result<()> {
+        let processes = fates(snapshot, |_| {
+            (FateKind::Failed, vec![Reason::new("not-built-in", "this build cannot rebuild processes yet")])
+        });
+        self.channel.send(&FromWorker::Done {
+            processes,
+            findings: snapshot.findings.clone(),
+            pour: None,
+            resurrection: serde_json::Value::Null,
+        })?;
+        Ok(())
+    }
+}
