@@ -1,1 +1,191 @@
-//! (in the making)
+//! Small programs that must survive a kernel panic, one per kind of kernel state.
+//!
+//! *In*: a machine that is going to crash. *Out*: per program one line that says whether its state was the same in
+//! the kernel that came after. *Never*: signals, helpers or knowledge from outside; a survivor notices the crash alone,
+//! and decides alone.
+//!
+//! # A survivor's life
+//!
+//! `survivors run NAME --out FILE`
+//!
+//! 1. It makes itself independent of who started it: own session, standard descriptors on `/dev/null`, every other
+//!    inherited descriptor closed, `/` as working directory, no blocked signals.
+//! 2. *Set up*: it builds its state, files in the directory `FILE.d/`.
+//! 3. *Ready*: it writes `ready NAME PID` to `FILE.ready` (created under another name, then renamed: who sees the file
+//!    sees it whole). From here on the machine may crash at any moment.
+//! 4. *Wait*: it looks at `/proc/sys/kernel/random/boot_id` between short sleeps (computing ones: rarely). As long as it is
+//!    unchanged, nothing has happened. A changed one means that it lives in another kernel.
+//! 5. *Check and verdict*: it appends one line to FILE, `pass NAME` or `fail NAME: reason`, syncs it to disk and ends with
+//!    exit code 0 or 1. A set-up that did not work is `fail NAME: set-up: …` and exit code 2, at any time.
+//!
+//! A survivor that was given up leaves no line. So FILE holds the whole truth: one line, or nothing.
+//!
+//! Options of `run`: `--damage` makes the survivor damage its own state just before checking (to see that it is able to
+//! fail); `--cpu N` pins it; `--period MS` is the length of the sleeps that are measured; `--tty PATH` the serial line;
+//! `--boot-id PATH` another file in the place of the boot id, with which the tests play the crash.
+//! `survivors start --dir DIR [NAME…]` starts several (all, without names) in the background, waits until they are
+//! ready, and leaves their files in DIR as `NAME`, `NAME.ready` and `NAME.d/`. `survivors list` prints the table.
+//!
+//! # Adding one
+//!
+//! One function `fn(&mut Stage) -> Result<()>` in the file of its kind (the kinds are those of `autopsy`, `snapshot` and
+//! `resurrect`), and one line in [`TABLE`]. It sets up, calls [`Stage::crash`], damages if told to, and
+//! checks; an error is the verdict `fail`. The test `every_survivor_passes_and_can_fail` then covers it.
+
+mod child;
+mod clock;
+mod credentials;
+mod epoll;
+mod file;
+mod fpu;
+mod fs;
+mod map;
+mod memory;
+mod pipe;
+mod prng;
+mod process;
+mod procfs;
+mod pty;
+mod rlimit;
+mod run;
+mod seccomp;
+mod signal;
+mod socket;
+mod stage;
+mod syscall;
+mod thread;
+mod tty;
+
+pub use run::{Paths, run};
+pub use stage::{Options, Stage};
+
+/// What is to become of a survivor in a resurrection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expect {
+    /// It goes on, and passes.
+    Survives,
+    /// It is given up by name, with a reason that contains this text, and leaves no line.
+    GivenUp(&'static str),
+}
+
+/// What a survivor asks of the machine beyond a file system and `/proc`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Needs {
+    /// Nothing.
+    Nothing,
+    /// To be started as root.
+    Root,
+    /// A CPU with AVX2 (and XSAVE).
+    Avx2,
+    /// A serial line that nobody else uses (`--tty`).
+    Tty,
+}
+
+/// One survivor.
+#[derive(Clone, Copy)]
+pub struct Survivor {
+    /// Its name: the kind, and what about it.
+    pub name: &'static str,
+    /// Kind of kernel state, as the files in `autopsy`, `snapshot` and `resurrect` are called.
+    pub kind: &'static str,
+    /// What its survival shows.
+    pub shows: &'static str,
+    /// What is to become of it.
+    pub expect: Expect,
+    /// What it asks for.
+    pub needs: Needs,
+    /// Set-up, wait and check.
+    pub body: fn(&mut Stage) -> anyhow::Result<()>,
+}
+
+/// Looks a survivor up by name.
+pub fn find(name: &str) -> Option<&'static Survivor> {
+    TABLE.iter().find(|survivor| survivor.name == name)
+}
+
+macro_rules! table {
+    ($($name:literal $kind:ident::$body:ident $expect:expr, $needs:ident, $shows:literal;)*) => {
+        /// All survivors.
+        pub const TABLE: &[Survivor] = &[$(Survivor {
+            name: $name,
+            kind: stringify!($kind),
+            shows: $shows,
+            expect: $expect,
+            needs: Needs::$needs,
+            body: $kind::$body,
+        }),*];
+    };
+}
+
+use Expect::{GivenUp, Survives};
+
+table! {
+    "memory-small" memory::small Survives, Nothing, "64 MiB of random 4 KiB pages";
+    "memory-huge" memory::huge Survives, Nothing, "64 MiB of random huge pages (MADV_HUGEPAGE)";
+    "memory-fork" memory::fork Survives, Nothing, "pages shared copy-on-write with a child, some written by either";
+    "memory-shared-anonymous" memory::shared_anonymous Survives, Nothing, "anonymous memory shared with a child stays shared";
+    "memory-file-private" memory::file_private Survives, Nothing, "private file mapping: pages written to and pages of the file";
+    "memory-file-shared" memory::file_shared Survives, Nothing, "shared file mapping: what was stored reaches the file";
+    "memory-protection" memory::protection Survives, Nothing, "PROT_NONE and read-only pages: contents, and no access";
+    "memory-growsdown" memory::growsdown Survives, Nothing, "MAP_GROWSDOWN mapping still grows";
+    "memory-advice" memory::advice Survives, Nothing, "madvise flags and mlock";
+    "memory-brk" memory::brk Survives, Nothing, "heap that was grown by brk, and grows on";
+    "memory-layout" memory::layout Survives, Nothing, "cmdline, environ, exe, auxv and the mm fields in /proc/self/stat";
+    "fpu-sleep" fpu::sleep Survives, Avx2, "x87, SSE, AVX registers and MXCSR across a sleep";
+    "fpu-loop" fpu::compute_loop Survives, Avx2, "all YMM registers in a loop that never enters the kernel";
+    "thread-tls" thread::tls Survives, Nothing, "threads with their TIDs, TLS, names and signal masks";
+    "thread-mutex" thread::mutex Survives, Nothing, "a mutex held and waited for, a condition variable waited on";
+    "thread-robust" thread::robust Survives, Nothing, "robust mutex: the next owner learns that the owner died";
+    "thread-join" thread::join Survives, Nothing, "pthread_join of a thread that exits later (clear_child_tid)";
+    "thread-rseq" thread::rseq Survives, Nothing, "rseq registration, and a thread caught in a critical section";
+    "signal-handlers" signal::handlers Survives, Nothing, "dispositions, flags and masks; a handler runs";
+    "signal-pending" signal::pending Survives, Nothing, "pending standard and queued real-time signals with values";
+    "signal-thread" signal::thread_directed Survives, Nothing, "a signal pending for one thread stays that thread's";
+    "signal-altstack" signal::altstack Survives, Nothing, "a handler runs on the alternate stack";
+    "rlimit-all" rlimit::all Survives, Nothing, "soft and hard resource limits";
+    "credentials-ids" credentials::ids Survives, Root, "real, effective, saved and fs ids; supplementary groups";
+    "credentials-capabilities" credentials::capabilities Survives, Root, "dropped, bounding, inheritable and ambient capabilities";
+    "credentials-no-new-privs" credentials::no_new_privs Survives, Nothing, "no_new_privs";
+    "fs-context" fs::context Survives, Nothing, "umask and working directory";
+    "fs-root" fs::root Survives, Root, "root directory after chroot";
+    "file-offset" file::offset Survives, Nothing, "position and mode of open files; O_PATH";
+    "file-append" file::append Survives, Nothing, "O_APPEND";
+    "file-shared-offset" file::shared_offset Survives, Nothing, "dup and fork share one position, open does not";
+    "file-cloexec" file::cloexec Survives, Nothing, "descriptor numbers and FD_CLOEXEC";
+    "file-unsynced" file::unsynced Survives, Nothing, "1 MiB appended and never synced";
+    "file-new" file::new Survives, Nothing, "a file that the disk has never seen";
+    "file-truncated" file::truncated Survives, Nothing, "a synced file rewritten shorter, never synced";
+    "file-directory" file::directory Survives, Nothing, "an open directory, half read";
+    "file-devices" file::devices Survives, Nothing, "/dev/null, zero, full and urandom";
+    "file-redirected" file::redirected Survives, Nothing, "standard input, output and error on files";
+    "file-deleted" file::deleted GivenUp("deleted"), Nothing, "an open file without a name";
+    "pipe-content" pipe::content Survives, Nothing, "bytes in a pipe, half read; its capacity";
+    "pipe-packet" pipe::packet Survives, Nothing, "packet mode keeps the borders";
+    "pipe-reader" pipe::reader Survives, Nothing, "a reader that is blocked on an empty pipe";
+    "pipe-writer" pipe::writer Survives, Nothing, "a writer that is blocked in the middle of 1 MiB";
+    "pipe-closed" pipe::closed Survives, Nothing, "end of file and EPIPE where the other end is gone";
+    "pipe-fifo" pipe::fifo Survives, Nothing, "a FIFO with bytes in it";
+    "tty-serial" tty::serial Survives, Tty, "controlling terminal: termios, session, foreground group";
+    "process-wait" process::wait Survives, Nothing, "a parent blocked in wait4 gets the exit code";
+    "process-zombie" process::zombie Survives, Nothing, "zombies keep their exit status";
+    "process-tree" process::tree Survives, Nothing, "three generations know their parents";
+    "process-group" process::group Survives, Nothing, "process groups, and a signal to one";
+    "process-session" process::session Survives, Nothing, "sessions";
+    "process-stopped" process::stopped Survives, Nothing, "a stopped job stays stopped until SIGCONT";
+    "process-attributes" process::attributes Survives, Nothing, "nice, affinity, oom_score_adj, timer slack, subreaper, pdeathsig, dumpable, THP, name, personality";
+    "clock-monotonic" clock::monotonic Survives, Nothing, "CLOCK_MONOTONIC and BOOTTIME never go back";
+    "clock-vdso" clock::vdso Survives, Nothing, "clock_gettime through the vDSO agrees with the system call";
+    "syscall-nanosleep" syscall::nanosleep Survives, Nothing, "nanosleep sleeps the rest";
+    "syscall-clock-nanosleep" syscall::clock_nanosleep Survives, Nothing, "clock_nanosleep sleeps the rest";
+    "syscall-clock-nanosleep-absolute" syscall::clock_nanosleep_absolute Survives, Nothing, "clock_nanosleep wakes at its time";
+    "syscall-poll" syscall::poll Survives, Nothing, "poll times out right";
+    "syscall-ppoll" syscall::ppoll Survives, Nothing, "ppoll times out right";
+    "syscall-select" syscall::select Survives, Nothing, "select times out right";
+    "syscall-futex" syscall::futex Survives, Nothing, "futex wait times out right";
+    "syscall-sigtimedwait" syscall::sigtimedwait Survives, Nothing, "sigtimedwait times out right";
+    "socket-tcp" socket::tcp GivenUp("socket"), Nothing, "a listening TCP socket";
+    "socket-unix" socket::unix_pair GivenUp("socket"), Nothing, "a pair of Unix sockets with bytes in it";
+    "epoll-pipe" epoll::pipe GivenUp("epoll"), Nothing, "an epoll that watches a pipe";
+    "pty-pair" pty::pair GivenUp("terminal"), Nothing, "a pseudo-terminal, both ends";
+    "seccomp-filter" seccomp::filter GivenUp("seccomp"), Nothing, "a seccomp filter";
+}

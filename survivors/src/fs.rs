@@ -1,0 +1,59 @@
+//! Where a process stands in the file system.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::stat::{Mode, umask};
+
+use crate::Stage;
+use crate::child::Child;
+use crate::procfs::same;
+
+/// Working directory and umask.
+pub fn context(stage: &mut Stage) -> Result<()> {
+    let dir = stage.path("here");
+    fs::create_dir(&dir)?;
+    fs::write(dir.join("landmark"), "here")?;
+    std::env::set_current_dir(&dir)?;
+    umask(Mode::from_bits_truncate(0o037));
+
+    let crash = stage.crash()?;
+    if crash.damage {
+        umask(Mode::from_bits_truncate(0o022));
+    }
+    same("working directory", &dir, &std::env::current_dir()?)?;
+    same("file by its relative name", &"here".to_owned(), &fs::read_to_string("landmark")?)?;
+    fs::write("made-after", "")?;
+    let mode = fs::metadata("made-after")?.permissions().mode() & 0o777;
+    same("mode of a new file", &0o640, &mode)
+}
+
+/// Root directory. In a child, which then sees no /proc; its parent tells it of the crash by making a file.
+pub fn root(stage: &mut Stage) -> Result<()> {
+    let jail = stage.path("jail");
+    fs::create_dir_all(jail.join("inside"))?;
+    fs::write(jail.join("landmark"), "jail")?;
+    let mut child = Child::fork(stage, "root", |_, ready| {
+        nix::unistd::chroot(&jail).context("chroot")?;
+        std::env::set_current_dir("/inside")?;
+        ready.announce()?;
+        let word = loop {
+            match fs::read_to_string("/word") {
+                Ok(word) if !word.is_empty() => break word,
+                _ => crate::stage::sleep(std::time::Duration::from_millis(200)),
+            }
+        };
+        if word == "damage" {
+            nix::unistd::chroot("/inside")?;
+        }
+        same("/landmark", &Some("jail".to_owned()), &fs::read_to_string("/landmark").ok())?;
+        same("working directory", &"/inside".into(), &std::env::current_dir()?)?;
+        ensure!(!fs::exists("/../proc/self")?, "the jail is open");
+        Ok(())
+    })?;
+
+    let crash = stage.crash()?;
+    fs::write(stage.path("jail/word"), if crash.damage { "damage" } else { "go" })?;
+    child.join()
+}

@@ -1,0 +1,216 @@
+//! Processes: who is whose child, and in which group, session and state.
+
+use anyhow::{Result, ensure};
+use nix::libc;
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::sys::signal::{Signal, kill, killpg, raise};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
+use nix::unistd::{Pid, getpgid, getpid, getppid, getsid, setpgid, setsid};
+
+use crate::Stage;
+use crate::child::{Child, end};
+use crate::procfs::{self, same};
+
+const SELF: Pid = Pid::from_raw(0);
+
+/// Blocked in wait4(2) for a child that ends after the crash.
+pub fn wait(stage: &mut Stage) -> Result<()> {
+    let mut child = Child::fork(stage, "wait", |stage, ready| {
+        ready.announce()?;
+        end(if stage.wait().damage { 43 } else { 42 })
+    })?;
+
+    stage.ready()?;
+    let status = waitpid(child.pid(), None)?;
+    child.forget();
+    same("status", &WaitStatus::Exited(child.pid(), 42), &status)?;
+    ensure!(stage.in_another_kernel(), "the child ended before the crash");
+    Ok(())
+}
+
+/// Two dead children that nobody has waited for: one exited, one was killed.
+pub fn zombie(stage: &mut Stage) -> Result<()> {
+    let mut exited = Child::fork(stage, "exited", |_, ready| {
+        ready.announce()?;
+        end(37)
+    })?;
+    let mut killed = Child::fork(stage, "killed", |_, ready| {
+        ready.announce()?;
+        raise(Signal::SIGTERM)?;
+        Ok(())
+    })?;
+    let look = |child: &Child, flags: WaitPidFlag| {
+        waitid(Id::Pid(child.pid()), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT | flags)
+    };
+    // Until they are dead.
+    look(&exited, WaitPidFlag::empty())?;
+    look(&killed, WaitPidFlag::empty())?;
+
+    let crash = stage.crash()?;
+    if crash.damage {
+        exited.wait()?;
+    }
+    let exited_status = look(&exited, WaitPidFlag::WNOHANG)?;
+    same("exited child", &WaitStatus::Exited(exited.pid(), 37), &exited_status)?;
+    same("its state", &"Z".to_owned(), &procfs::stat_field(exited.pid().as_raw(), 3)?)?;
+    same("exit code", &WaitStatus::Exited(exited.pid(), 37), &exited.wait()?)?;
+    same("killed child", &WaitStatus::Signaled(killed.pid(), Signal::SIGTERM, false), &killed.wait()?)
+}
+
+/// Parent, child, grandchild.
+pub fn tree(stage: &mut Stage) -> Result<()> {
+    let top = getpid();
+    let mut child = Child::fork(stage, "middle", |stage, ready| {
+        let (middle, before) = (getpid(), getppid());
+        let mut grandchild = Child::fork(stage, "bottom", |stage, ready| {
+            let own = getpid();
+            ready.announce()?;
+            if stage.wait().damage {
+                end(9);
+            }
+            same("grandchild's parent and PID", &(middle, own), &(getppid(), getpid()))
+        })?;
+        ready.announce()?;
+        stage.wait();
+        same("child's parent and PID", &(before, middle), &(getppid(), getpid()))?;
+        grandchild.join()
+    })?;
+
+    stage.crash()?;
+    same("PID", &top, &getpid())?;
+    child.join()
+}
+
+/// Two children in a group that the first one leads.
+pub fn group(stage: &mut Stage) -> Result<()> {
+    let mut leader = Child::fork(stage, "leader", |_, ready| {
+        setpgid(SELF, SELF)?;
+        ready.announce()?;
+        wait_for_death()
+    })?;
+    let group = leader.pid();
+    let mut member = Child::fork(stage, "member", |_, ready| {
+        setpgid(SELF, group)?;
+        ready.announce()?;
+        wait_for_death()
+    })?;
+    let own = getpgid(None)?;
+
+    let crash = stage.crash()?;
+    if crash.damage {
+        setpgid(member.pid(), member.pid())?;
+    }
+    let groups = (getpgid(Some(leader.pid()))?, getpgid(Some(member.pid()))?, getpgid(None)?);
+    same("groups of leader, member and parent", &(group, group, own), &groups)?;
+    killpg(group, Signal::SIGUSR1)?;
+    for child in [&mut leader, &mut member] {
+        same("child", &WaitStatus::Signaled(child.pid(), Signal::SIGUSR1, false), &child.wait()?)?;
+    }
+    Ok(())
+}
+
+fn wait_for_death() -> ! {
+    loop {
+        nix::unistd::pause();
+    }
+}
+
+/// A child that leads a session of its own.
+pub fn session(stage: &mut Stage) -> Result<()> {
+    let mut child = Child::fork(stage, "session", |stage, ready| {
+        let session = setsid()?;
+        ready.announce()?;
+        stage.wait();
+        same("child's session and group", &(session, session), &(getsid(None)?, getpgid(None)?))
+    })?;
+    let own = getsid(None)?;
+
+    let crash = stage.crash()?;
+    let expected = if crash.damage { own } else { child.pid() };
+    same("the child's session, seen from outside", &expected, &getsid(Some(child.pid()))?)?;
+    same("own session", &own, &getsid(None)?)?;
+    child.join()
+}
+
+/// Stopped it sleeps through everything.
+pub fn stopped(stage: &mut Stage) -> Result<()> {
+    let mut child = Child::fork(stage, "stopped", |stage, ready| {
+        ready.announce()?;
+        raise(Signal::SIGSTOP)?;
+        ensure!(stage.in_another_kernel(), "it went on before the crash");
+        Ok(())
+    })?;
+    let status = waitpid(child.pid(), Some(WaitPidFlag::WUNTRACED))?;
+    same("child", &WaitStatus::Stopped(child.pid(), Signal::SIGSTOP), &status)?;
+
+    let crash = stage.crash()?;
+    if crash.damage {
+        kill(child.pid(), Signal::SIGCONT)?;
+        child.join()?;
+    }
+    same("state", &"T".to_owned(), &procfs::stat_field(child.pid().as_raw(), 3)?)?;
+    kill(child.pid(), Signal::SIGCONT)?;
+    child.join()
+}
+
+/// Many small things that nobody misses until they are gone.
+pub fn attributes(stage: &mut Stage) -> Result<()> {
+    let mut child = Child::fork(stage, "attributes", |stage, ready| {
+        // The first CPU only: a crash kernel may have no other one.
+        let allowed = sched_getaffinity(SELF)?;
+        let mut first = CpuSet::new();
+        first.set((0..CpuSet::count()).find(|&cpu| allowed.is_set(cpu).unwrap_or(false)).unwrap_or(0))?;
+        sched_setaffinity(SELF, &first)?;
+        set_nice(7)?;
+        std::fs::write("/proc/self/oom_score_adj", "300")?;
+        prctl(libc::PR_SET_TIMERSLACK, 123_456)?;
+        prctl(libc::PR_SET_CHILD_SUBREAPER, 1)?;
+        prctl(libc::PR_SET_PDEATHSIG, Signal::SIGUSR2 as u64)?;
+        prctl(libc::PR_SET_THP_DISABLE, 1)?;
+        prctl(libc::PR_SET_NAME, c"renamed)( name".as_ptr() as u64)?;
+        prctl(libc::PR_SET_DUMPABLE, 0)?;
+        // SAFETY: sets a flag of this process that later mappings are placed by.
+        unsafe { libc::personality(libc::ADDR_NO_RANDOMIZE as u64) };
+        let look = || -> Result<_> {
+            let mut words = [0i32; 2];
+            prctl(libc::PR_GET_CHILD_SUBREAPER, &raw mut words[0] as u64)?;
+            prctl(libc::PR_GET_PDEATHSIG, &raw mut words[1] as u64)?;
+            Ok([
+                ("nice", procfs::stat_field(getpid().as_raw(), 19)?),
+                ("affinity", format!("{:?}", sched_getaffinity(SELF)?)),
+                ("oom_score_adj", std::fs::read_to_string("/proc/self/oom_score_adj")?),
+                ("timer slack", prctl(libc::PR_GET_TIMERSLACK, 0)?.to_string()),
+                ("subreaper", words[0].to_string()),
+                ("pdeathsig", words[1].to_string()),
+                ("THP disabled", prctl(libc::PR_GET_THP_DISABLE, 0)?.to_string()),
+                ("dumpable", prctl(libc::PR_GET_DUMPABLE, 0)?.to_string()),
+                ("name", procfs::status(&["Name"])?["Name"].clone()),
+                // SAFETY: this value means: only ask.
+                ("personality", unsafe { libc::personality(0xffff_ffff) }.to_string()),
+            ])
+        };
+        let before = look()?;
+        ready.announce()?;
+        if stage.wait().damage {
+            prctl(libc::PR_SET_TIMERSLACK, 1)?;
+        }
+        for (before, after) in before.iter().zip(&look()?) {
+            same(before.0, &before.1, &after.1)?;
+        }
+        Ok(())
+    })?;
+    stage.crash()?;
+    child.join()
+}
+
+fn set_nice(nice: libc::c_int) -> Result<()> {
+    // SAFETY: takes numbers only.
+    nix::errno::Errno::result(unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) })?;
+    Ok(())
+}
+
+fn prctl(option: libc::c_int, value: u64) -> Result<libc::c_int> {
+    // SAFETY: the options used here take a number, or (PR_SET_NAME, two PR_GET_…) the address of a valid string or int.
+    let result = unsafe { libc::prctl(option, value, 0u64, 0u64, 0u64) };
+    Ok(nix::errno::Errno::result(result)?)
+}

@@ -1,0 +1,146 @@
+//! System calls that were sleeping when the kernel died: they must sleep the rest, no less and no more.
+//!
+//! Measured by CLOCK_MONOTONIC. The time before the crash counts. The time while the machine was dead counts as far as the
+//! clock does: the main thread measures how long it was away by that same clock, and that much a sleep may last longer.
+//! A call that is simply started anew lasts longer than that, and is found out, unless it had only just begun.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use nix::errno::Errno;
+use nix::libc;
+use nix::poll::{PollFd, PollFlags, PollTimeout};
+use nix::sys::time::TimeSpec;
+use nix::time::{ClockId, ClockNanosleepFlags};
+use rustix::thread::futex;
+
+use crate::Stage;
+use crate::stage::{monotonic, sleep};
+
+/// Sleepers wake late on a busy machine, in QEMU above all.
+const LATE: Duration = Duration::from_millis(1500);
+/// A remaining time that was read from a dead kernel and set up anew may be rounded.
+const EARLY: Duration = Duration::from_millis(10);
+
+macro_rules! survivors {
+    ($($(#[$doc:meta])* $name:ident: $call:expr;)*) => {
+        $($(#[$doc])* pub fn $name(stage: &mut Stage) -> Result<()> { sleeper(stage, $call) })*
+    };
+}
+
+survivors! {
+    /// nanosleep(2)
+    nanosleep: |time| {
+        let request = timespec(time);
+        // SAFETY: reads one timespec.
+        let result = unsafe { libc::syscall(libc::SYS_nanosleep, &raw const request, 0) };
+        Errno::result(result).map(drop).context("nanosleep")
+    };
+    /// clock_nanosleep(2), relative
+    clock_nanosleep: |time| {
+        let request = TimeSpec::from_duration(time);
+        nix::time::clock_nanosleep(ClockId::CLOCK_MONOTONIC, ClockNanosleepFlags::empty(), &request)
+            .map(drop)
+            .context("clock_nanosleep")
+    };
+    /// clock_nanosleep(2), to a point of time
+    clock_nanosleep_absolute: |time| {
+        let until = TimeSpec::from_duration(monotonic() + time);
+        nix::time::clock_nanosleep(ClockId::CLOCK_MONOTONIC, ClockNanosleepFlags::TIMER_ABSTIME, &until)
+            .map(drop)
+            .context("clock_nanosleep")
+    };
+    /// poll(2)
+    poll: |time| {
+        let (reader, _writer) = nix::unistd::pipe()?;
+        let mut fds = [PollFd::new(std::os::fd::AsFd::as_fd(&reader), PollFlags::POLLIN)];
+        let timeout = PollTimeout::try_from(time)?;
+        let events = nix::poll::poll(&mut fds, timeout).context("poll")?;
+        ensure!(events == 0, "poll found {events} events on an empty pipe");
+        Ok(())
+    };
+    /// ppoll(2)
+    ppoll: |time| {
+        let (reader, _writer) = nix::unistd::pipe()?;
+        let mut fds = [PollFd::new(std::os::fd::AsFd::as_fd(&reader), PollFlags::POLLIN)];
+        let events = nix::poll::ppoll(&mut fds, Some(TimeSpec::from_duration(time)), None).context("ppoll")?;
+        ensure!(events == 0, "ppoll found {events} events on an empty pipe");
+        Ok(())
+    };
+    /// select(2), which is pselect6 to the kernel
+    select: |time| {
+        let mut timeout = nix::sys::time::TimeVal::new(time.as_secs() as i64, time.subsec_micros().into());
+        let events = nix::sys::select::select(None, None, None, None, &mut timeout).context("select")?;
+        ensure!(events == 0, "select found {events} events");
+        Ok(())
+    };
+    /// futex(2) FUTEX_WAIT with a timeout
+    futex: |time| {
+        let word = std::sync::atomic::AtomicU32::new(1);
+        let timeout = rustix::thread::Timespec {
+            tv_sec: time.as_secs() as i64,
+            tv_nsec: time.subsec_nanos().into(),
+        };
+        let result = futex::wait(&word, futex::Flags::PRIVATE, 1, Some(&timeout));
+        ensure!(result == Err(rustix::io::Errno::TIMEDOUT), "futex returned {result:?}");
+        Ok(())
+    };
+    /// rt_sigtimedwait(2)
+    sigtimedwait: |time| {
+        let mut set = nix::sys::signal::SigSet::empty();
+        set.add(nix::sys::signal::Signal::SIGUSR2);
+        let timeout = timespec(time);
+        // SAFETY: reads the set and the timespec.
+        let result = unsafe { libc::sigtimedwait(set.as_ref(), std::ptr::null_mut(), &raw const timeout) };
+        ensure!(
+            Errno::result(result) == Err(Errno::EAGAIN),
+            "sigtimedwait returned {result} ({})", Errno::last()
+        );
+        Ok(())
+    };
+}
+
+fn timespec(time: Duration) -> libc::timespec {
+    libc::timespec { tv_sec: time.as_secs() as i64, tv_nsec: time.subsec_nanos().into() }
+}
+
+/// Lets a thread sleep again and again; one of its sleeps meets the crash.
+fn sleeper(stage: &mut Stage, call: fn(Duration) -> Result<()>) -> Result<()> {
+    let period = stage.options().period;
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| -> Result<Duration> {
+            let mut longest = Duration::ZERO;
+            loop {
+                let start = monotonic();
+                call(period)?;
+                let elapsed = monotonic().saturating_sub(start);
+                ensure!(elapsed + EARLY >= period, "a sleep of {period:?} ended after {elapsed:?}");
+                longest = longest.max(elapsed);
+                if stop.load(Ordering::Relaxed) {
+                    return Ok(longest);
+                }
+            }
+        });
+        let crash = stage.crash();
+        stop.store(true, Ordering::Relaxed);
+        let crash = crash?;
+        let mut longest = match thread.join() {
+            Ok(result) => result?,
+            Err(_) => anyhow::bail!("the sleeping thread panicked"),
+        };
+        if crash.damage {
+            longest += crash.gap + 2 * LATE;
+        }
+        let allowed = period + crash.gap + LATE;
+        ensure!(
+            longest <= allowed,
+            "a sleep of {period:?} lasted {longest:?}, this process was away {:?}",
+            crash.gap
+        );
+        // The caller may look at its clocks at once: they go on.
+        sleep(Duration::from_millis(1));
+        Ok(())
+    })
+}
