@@ -9,7 +9,7 @@ use vmcore::{KernelMemory, PageTables, PhysicalMemory, SpecialEntries, Vmcore, V
 use crate::btf::{Btf, Member, TypeId};
 use crate::kallsyms::{Kallsyms, Tables};
 use crate::layout::{Binder, Layout};
-use crate::modules::Modules;
+use crate::modules::{self, Modules};
 use crate::{Decoder, Error, KernelType, Result, maple, page, xarray};
 
 /// The most bytes that one read returns: 16 MiB. Larger lengths come from damaged structures.
@@ -32,6 +32,7 @@ pub struct Kernel {
     symbols: Kallsyms,
     pub(crate) btf: Arc<Btf>,
     modules: OnceLock<Modules>,
+    module_btfs: OnceLock<Vec<Btf>>,
     layouts: RwLock<HashMap<RustTypeId, Arc<Layout>>>,
     per_cpu_offsets: OnceLock<Vec<u64>>,
     pub(crate) vmemmap: u64,
@@ -105,6 +106,7 @@ impl Kernel {
             symbols,
             btf,
             modules: OnceLock::new(),
+            module_btfs: OnceLock::new(),
             layouts: RwLock::default(),
             per_cpu_offsets: OnceLock::new(),
             vmemmap,
@@ -194,7 +196,17 @@ impl Kernel {
         self.symbols.len()
     }
 
-    pub(crate) fn modules(&self) -> &Modules {
+    /// A symbol of the kernel itself, without a look at the modules.
+    pub(crate) fn own_symbol(&self, name: &str) -> Option<u64> {
+        self.symbols.lookup(name)
+    }
+
+    /// The name of the module whose code or data an address is part of.
+    pub fn module_of(&self, addr: u64) -> Option<&str> {
+        self.modules().module_of(addr)
+    }
+
+    fn modules(&self) -> &Modules {
         self.modules.get_or_init(|| Modules::read(self))
     }
 
@@ -380,7 +392,8 @@ impl Kernel {
         if let Some(id) = self.btf.find_struct(name) {
             return Some((&self.btf, id));
         }
-        self.modules().btfs(self).find_map(|btf| Some((btf, btf.find_struct(name)?)))
+        let modules = self.module_btfs.get_or_init(|| modules::btfs(self, &self.btf));
+        modules.iter().find_map(|btf| Some((btf, btf.find_struct(name)?)))
     }
 
     /// The kernel's own BTF.

@@ -108,6 +108,11 @@ fn names_and_addresses_agree() {
         assert_eq!(kernel.size_of("page").unwrap(), info.size("page").unwrap());
         assert_eq!(kernel.size_of("zone").unwrap(), info.size("zone").unwrap());
         assert_eq!(kernel.enum_value_in("pageflags", "PG_lru").unwrap(), info.number("PG_lru").unwrap());
+        // The number of swap areas is the length of this array.
+        let spaces = kernel.symbol("swapper_spaces").unwrap();
+        let max = u64::from(kernel.pte_format().special.max_swapfiles);
+        assert_eq!(kernel.symbolize(spaces + max * 8 - 1), Some(("swapper_spaces", max * 8 - 1)));
+        assert_ne!(kernel.symbolize(spaces + max * 8).unwrap().0, "swapper_spaces");
         println!("levels {}, {:x?}", kernel.memory().levels(), kernel.pte_format());
         println!("cpus {:?} of {:?}", kernel.online_cpus().unwrap(), kernel.possible_cpus().unwrap());
     });
@@ -167,6 +172,33 @@ fn tasks_and_their_memory() {
         }
         println!("{vmas} VMAs, {entries} entries, {} MiB in {:?}: {kinds:?}", bytes >> 20, start.elapsed());
         assert!(!kinds.contains_key("Unknown"));
+    });
+}
+
+#[test]
+fn modules_have_names_and_types() {
+    each_core(|kernel| {
+        let start = Instant::now();
+        // The lab's machines have their disk through this module.
+        let probe = kernel.symbol("virtblk_probe").unwrap();
+        println!("modules in {:?}", start.elapsed());
+        assert_eq!(kernel.symbol_at(probe), Some("virtblk_probe"));
+        assert_eq!(kernel.symbolize(probe + 3), Some(("virtblk_probe", 3)));
+        assert_eq!(kernel.module_of(probe), Some("virtio_blk"));
+        let ops = kernel.symbol("virtio_mq_ops").unwrap();
+        assert_eq!(
+            (kernel.symbol_at(ops), kernel.module_of(ops)),
+            (Some("virtio_mq_ops"), Some("virtio_blk"))
+        );
+        assert_eq!(kernel.module_of(kernel.symbol("panic").unwrap()), None);
+        let start = Instant::now();
+        let size = kernel.size_of("virtio_blk").unwrap();
+        println!("types of modules in {:?}", start.elapsed());
+        assert!(kernel.offset_of("virtio_blk", "tag_set.ops").unwrap() < size);
+        // A type of the module's that is made of types of the kernel's.
+        let tag_set = kernel.member("virtio_blk", "tag_set").unwrap();
+        assert_eq!(tag_set.size, kernel.size_of("blk_mq_tag_set").unwrap());
+        assert!(kernel.size_of("no_such_type").is_err());
     });
 }
 
