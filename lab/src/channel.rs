@@ -226,6 +226,12 @@ impl Channel {
         self.call(&Request::Seed, bytes, PROMPT).map(drop)
     }
 
+    /// Loads a crash kernel from files of the guest.
+    pub fn load_crash_kernel(&mut self, kernel: &str, initramfs: &str, cmdline: &str) -> Result<()> {
+        let cmdline = cmdline.to_owned();
+        self.call(&Request::LoadCrashKernel { kernel: kernel.into(), initramfs: initramfs.into(), cmdline }, &[], PROMPT).map(drop)
+    }
+
     /// Writes all dirty pages to the guest's disk.
     pub fn sync(&mut self) -> Result<()> {
         self.call(&Request::Sync, &[], PROMPT).map(drop)

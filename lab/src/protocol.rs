@@ -146,6 +146,15 @@ pub enum Request {
     },
     /// Feeds the payload into the kernel's random number generator and makes it take notice.
     Seed,
+    /// Loads a crash kernel (kexec_file_load), in place of the one that is loaded.
+    LoadCrashKernel {
+        /// Kernel image in the guest.
+        kernel: PathBuf,
+        /// Initramfs in the guest.
+        initramfs: PathBuf,
+        /// Its command line.
+        cmdline: String,
+    },
     /// sync(2).
     Sync,
     /// Crashes the kernel; see [`Panic`].

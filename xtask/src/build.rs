@@ -15,8 +15,6 @@ pub struct Binaries {
     pub dir: PathBuf,
     /// The product.
     pub otherworld: PathBuf,
-    /// The lab's agent.
-    pub agent: PathBuf,
     /// The survivors (test programs), by name.
     pub survivors: Vec<PathBuf>,
 }
@@ -41,36 +39,60 @@ pub fn cargo() -> Command {
 
 /// Builds them (or finds that they are up to date).
 pub fn static_binaries() -> Result<Binaries> {
-    crate::ui::note("building the static binaries");
-    let cargo_target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(target_dir, PathBuf::from);
-    let output = cargo()
-        .args(["build", "--release", "--quiet", "--target", TARGET, "--bins"])
-        .args(["-p", "otherworld", "-p", "survivors", "-p", "lab", "--message-format", "json-render-diagnostics"])
-        .env("RUSTFLAGS", "-C target-feature=+crt-static")
-        .env("CARGO_TARGET_DIR", &cargo_target)
-        .stderr(std::process::Stdio::inherit())
-        .output()
-        .context("cannot run cargo")?;
-    if !output.status.success() {
-        bail!("building the static binaries failed");
-    }
     let dir = target_dir().join("static");
     fs::create_dir_all(dir.join("survivors"))?;
     let mut survivors = Vec::new();
-    for line in String::from_utf8_lossy(&output.stdout).lines() {
-        let message: serde_json::Value = serde_json::from_str(line)?;
-        let Some(executable) = message["executable"].as_str().map(PathBuf::from) else { continue };
-        let name = executable.file_name().context("an executable without a name")?.to_owned();
-        let package = message["manifest_path"].as_str().unwrap_or_default();
-        let is_survivor = Path::new(package).parent().is_some_and(|dir| dir.ends_with("survivors"));
-        let to = if is_survivor { dir.join("survivors").join(&name) } else { dir.join(&name) };
-        copy_if_changed(&executable, &to)?;
-        if is_survivor {
+    for executable in build_static(&["otherworld", "survivors"])? {
+        let to = if executable.package == "survivors" { dir.join("survivors") } else { dir.clone() };
+        let to = to.join(executable.path.file_name().context("an executable without a name")?);
+        copy_if_changed(&executable.path, &to)?;
+        if executable.package == "survivors" {
             survivors.push(to);
         }
     }
     survivors.sort();
-    Ok(Binaries { otherworld: dir.join("otherworld"), agent: dir.join("lab-agent"), survivors, dir })
+    Ok(Binaries { otherworld: dir.join("otherworld"), survivors, dir })
+}
+
+/// Builds the lab's agent; its path.
+pub fn agent() -> Result<PathBuf> {
+    let dir = target_dir().join("static");
+    fs::create_dir_all(&dir)?;
+    let built = build_static(&["lab"])?;
+    let built = built.first().context("the lab has no agent")?;
+    copy_if_changed(&built.path, &dir.join("lab-agent"))?;
+    Ok(dir.join("lab-agent"))
+}
+
+struct Executable {
+    package: String,
+    path: PathBuf,
+}
+
+fn build_static(packages: &[&str]) -> Result<Vec<Executable>> {
+    crate::ui::note(&format!("building static binaries: {}", packages.join(", ")));
+    let mut cargo = cargo();
+    cargo.args(["build", "--release", "--quiet", "--target", TARGET, "--bins", "--message-format", "json-render-diagnostics"]);
+    for package in packages {
+        cargo.args(["-p", package]);
+    }
+    let output = cargo
+        .env("RUSTFLAGS", "-C target-feature=+crt-static")
+        .stderr(std::process::Stdio::inherit())
+        .output()
+        .context("cannot run cargo")?;
+    if !output.status.success() {
+        bail!("building {} failed", packages.join(", "));
+    }
+    let mut executables = Vec::new();
+    for line in String::from_utf8_lossy(&output.stdout).lines() {
+        let message: serde_json::Value = serde_json::from_str(line)?;
+        let Some(path) = message["executable"].as_str().map(PathBuf::from) else { continue };
+        let manifest = Path::new(message["manifest_path"].as_str().unwrap_or_default());
+        let package = manifest.parent().and_then(Path::file_name).unwrap_or_default().to_string_lossy().into_owned();
+        executables.push(Executable { package, path });
+    }
+    Ok(executables)
 }
 
 /// Copies through a temporary name, so that a parallel reader never sees half a file.

@@ -118,6 +118,9 @@ struct Boot {
     /// What to start from.
     #[arg(long, value_enum, default_value = "booted")]
     layer: Layer,
+    /// When installing: resurrect all processes that can be, instead of the user demo's.
+    #[arg(long)]
+    all: bool,
     /// Copies the current static binaries into the guest.
     #[arg(long)]
     install: bool,
@@ -229,15 +232,16 @@ impl Boot {
             cmdline: self.cmdline.clone(),
             ..MachineConfig::new(self.kernel, global.accel())
         };
+        let installation = if self.all { Installation::for_all() } else { Installation::for_demo() };
         let snapshot = match self.layer {
             Layer::Booted => lab.booted(&config)?,
             Layer::Programs => workload::prepared(&lab, &config)?,
-            Layer::Armed => guest::armed(&lab, &lab.booted(&config)?, &Installation::for_demo())?,
-            Layer::Demo => guest::armed(&lab, &workload::prepared(&lab, &config)?, &Installation::for_demo())?,
+            Layer::Armed => guest::armed(&lab, &lab.booted(&config)?, &installation)?,
+            Layer::Demo => guest::armed(&lab, &workload::prepared(&lab, &config)?, &installation)?,
         };
         let mut guest = lab.start(&snapshot, &self.name)?;
         if self.install {
-            guest::install(&lab, &mut guest.agent, self.kernel, &Installation::for_demo())?;
+            guest::install(&lab, &mut guest.agent, self.kernel, &installation)?;
         }
         ui::finish();
         let Guest { machine, agent, dir, .. } = &mut guest;

@@ -58,8 +58,7 @@ impl Global {
 
     /// The lab, with its agent built.
     fn lab(&self) -> anyhow::Result<Lab> {
-        let binaries = build::static_binaries()?;
-        let lab = Lab::open(&build::target_dir().join("lab"), &binaries.agent)?.on_progress(ui::note);
+        let lab = Lab::open(&build::target_dir().join("lab"), &build::agent()?)?.on_progress(ui::note);
         Ok(if self.refresh { lab.refresh() } else { lab })
     }
 }

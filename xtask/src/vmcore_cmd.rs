@@ -9,8 +9,10 @@ use anyhow::Result;
 use clap::Args;
 use lab::{MachineConfig, Panic, Program, Series};
 
-use crate::guest::{self, Installation};
 use crate::{Global, build, ui, workload};
+
+/// The crash kernel's command line; its initramfs is the lab's own, which only starts the agent.
+const CRASH_CMDLINE: &str = "console=ttyS0 maxcpus=1 reset_devices panic=1 quiet cgroup_disable=memory";
 
 /// Makes `vmcore-K` (/proc/vmcore of a crashed guest in which the demo's programs ran) and `proc-K/` (its /proc just before).
 #[derive(Debug, Args)]
@@ -36,29 +38,32 @@ impl Vmcore {
                 crashkernel_mib: self.memory / 2,
                 ..MachineConfig::new(series, global.accel())
             };
-            let prepared = workload::prepared(&lab, &config)?;
-            // Nothing is selected: the crash kernel only starts the agent.
-            let config = format!("[failure]\naction = \"continue\"\n[after]\nstart = [\"{}\"]\n", guest::AGENT_COMMAND);
-            let armed = guest::armed(&lab, &prepared, &Installation { config, saver: true })?;
-            let mut guest = lab.start(&armed, &format!("vmcore-{series}"))?;
-            let pids = workload::start(&mut guest.agent)?;
-            guest.agent.spawn(&Program { controlling_tty: true, ..Program::new(["bash", "-i"]).stdin("/dev/ttyS1").stdout("/dev/ttyS1") })?;
-            guest.agent.wait(&pids, Duration::from_secs(5))?;
+            let input = workload::with_input(&lab, &config)?;
+            let release = lab.kernel(series)?.release;
+            let mut guest = lab.start(&input, &format!("vmcore-{series}"))?;
+            let agent = &mut guest.agent;
+            agent.push(&lab::saver::build(&release, lab.cache())?, "/root/saver.ko", 0o644)?;
+            agent.push(&lab.boot_initramfs(&input)?, "/root/initramfs", 0o644)?;
+            agent.shell("insmod /root/saver.ko", Duration::from_secs(60))?;
+            agent.load_crash_kernel(&format!("/boot/vmlinuz-{release}"), "/root/initramfs", CRASH_CMDLINE)?;
+            let pids = workload::start(agent)?;
+            agent.spawn(&Program { controlling_tty: true, ..Program::new(["bash", "-i"]).stdin("/dev/ttyS1").stdout("/dev/ttyS1") })?;
+            agent.wait(&pids, Duration::from_secs(5))?;
             ui::note("recording /proc");
-            let record = guest.agent.record()?;
+            let record = agent.record()?;
             let to = build::workspace().join(&self.to);
             std::fs::create_dir_all(&to)?;
             let proc_dir = to.join(format!("proc-{series}"));
             let _ = std::fs::remove_dir_all(&proc_dir);
             record.write_to(&proc_dir)?;
-            guest.agent.panic(&Panic::default())?;
+            agent.panic(&Panic::default())?;
             ui::note("waiting for the crash kernel");
-            guest.agent.wait_hello(true, Duration::from_secs(120))?;
+            agent.wait_hello(true, Duration::from_secs(120))?;
             ui::note("copying /proc/vmcore");
             let path = to.join(format!("vmcore-{series}"));
             let part = to.join(format!(".vmcore-{series}"));
             let mut file = File::create(&part)?;
-            guest.agent.read_pieces("/proc/vmcore", |piece| file.write_all(piece))?;
+            agent.read_pieces("/proc/vmcore", |piece| file.write_all(piece))?;
             drop(file);
             std::fs::rename(part, &path)?;
             ui::line(path.display().to_string());

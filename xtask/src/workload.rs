@@ -125,25 +125,32 @@ impl Reference {
     }
 }
 
-/// A booted guest with the programs and their input in place, in which the uninterrupted run has taken place; its outputs are
-/// in the snapshot's directory.
-pub fn prepared(lab: &Lab, config: &MachineConfig) -> Result<Snapshot> {
+/// A booted guest with the programs and their input in place.
+pub fn with_input(lab: &Lab, config: &MachineConfig) -> Result<Snapshot> {
     let booted = lab.booted(config)?;
-    let mut inputs = Key::new("programs").with(&INPUT_BYTES.to_string()).with(&format!("{WORKLOADS:?}"));
+    let mut inputs = Key::new("input").with(&INPUT_BYTES.to_string());
     for (name, text) in FILES {
         inputs = inputs.with(name).with(text);
     }
-    let snapshot = lab.derive(&booted, "programs", &inputs, |agent, machine| {
-        lab.note("the programs' uninterrupted run (once, for reference)");
+    let snapshot = lab.derive(&booted, "input", &inputs, |agent, _| {
+        lab.note("making the programs' input (once)");
         for (name, text) in FILES {
             agent.write_file(format!("{DIR}/{name}"), 0o644, text.as_bytes())?;
         }
-        agent.shell(&format!("cd {DIR} && python3 input.py {INPUT_BYTES} input && chown -R demo: {DIR}"), SET_UP_DEADLINE)?;
-        let reference = machine.dir.join("reference");
+        let script = format!("cd {DIR} && python3 input.py {INPUT_BYTES} input && chown -R demo: {DIR}");
+        agent.shell(&script, SET_UP_DEADLINE).map(drop)
+    })?;
+    Ok(snapshot)
+}
+
+/// The same guest after the programs' uninterrupted run in it; its outputs are in the snapshot's directory, no longer in the guest.
+pub fn prepared(lab: &Lab, config: &MachineConfig) -> Result<Snapshot> {
+    let input = with_input(lab, config)?;
+    let snapshot = lab.derive(&input, "programs", &Key::new("programs").with(&format!("{WORKLOADS:?}")), |agent, machine| {
+        lab.note("the programs' uninterrupted run (once, for reference)");
         let failed = |error: anyhow::Error| lab::Error::Guest(format!("{error:#}"));
-        run_reference(agent, &reference).map_err(failed)?;
-        agent.shell(&format!("cd {DIR} && rm -f *.out input.xz stderr.*"), SET_UP_DEADLINE)?;
-        Ok(())
+        run_reference(agent, &machine.dir.join("reference")).map_err(failed)?;
+        agent.shell(&format!("cd {DIR} && rm -f *.out input.xz stderr.*"), SET_UP_DEADLINE).map(drop)
     })?;
     Ok(snapshot)
 }

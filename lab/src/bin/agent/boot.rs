@@ -31,9 +31,12 @@ TasksMax=infinity
 WantedBy=multi-user.target
 ";
 
-/// Does it all; comes back only with the reason why it could not.
+/// Does it all; comes back only with the reason why it could not. As a crash kernel's `/init` it hands over to the agent instead
+/// of systemd: that is how the lab looks at `/proc/vmcore` without Otherworld.
 pub fn run() -> io::Error {
+    let crash_kernel = || Path::new("/proc/vmcore").exists();
     match prepare() {
+        Ok(()) if crash_kernel() => Command::new(AGENT).arg("serve").exec(),
         Ok(()) => Command::new("/sbin/init").exec(),
         Err(error) => error,
     }
@@ -100,7 +103,8 @@ fn install(root: &Path) -> io::Result<()> {
     let wants = at("/etc/systemd/system/multi-user.target.wants");
     fs::create_dir_all(&wants)?;
     let link = wants.join("lab-agent.service");
-    if !link.exists() {
+    // The link's target is an absolute path of the guest, not of here.
+    if link.symlink_metadata().is_err() {
         std::os::unix::fs::symlink("/etc/systemd/system/lab-agent.service", link)?;
     }
     Ok(())

@@ -12,14 +12,14 @@ mod spawn;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    if std::process::id() == 1 {
-        let error = boot::run();
-        println!("lab: init failed: {error}");
-        boot::power_off();
-    }
     let done = match std::env::args().nth(1).as_deref() {
         Some("serve") => serve::run(),
         Some("spawn") => spawn::helper(),
+        // The kernel passes words of its command line that it does not know to /init.
+        _ if std::process::id() == 1 => {
+            println!("lab: init failed: {}", boot::run());
+            boot::power_off();
+        }
         _ => Err(std::io::Error::other("usage: lab-agent serve | spawn")),
     };
     match done {

@@ -1,5 +1,6 @@
 //! Answering the host.
 
+use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 use lab::protocol::{Frame, PORT_NAME, Panic, Program, Request, Response, read_frame, write_frame};
 use lab::record::Record;
 use nix::errno::Errno;
+use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::signal::{Signal, kill};
@@ -21,6 +23,8 @@ use nix::unistd::Pid;
 
 use crate::spawn;
 
+/// linux/kexec.h
+const KEXEC_FILE_ON_CRASH: libc::c_ulong = 2;
 const PORT_DEADLINE: Duration = Duration::from_secs(60);
 /// How long output is collected from a program's descendants after it has ended.
 const OUTPUT_GRACE: Duration = Duration::from_secs(2);
@@ -140,6 +144,9 @@ fn handle(port: &Port, frame: Frame<Request>) -> io::Result<(Response, Vec<u8>)>
             Ok(done(()))
         }
         Request::Seed => seed(&frame.payload).map(done),
+        Request::LoadCrashKernel { kernel, initramfs, cmdline } => {
+            load_crash_kernel(&kernel, &initramfs, &cmdline).map(done)
+        }
         Request::Sync => {
             nix::unistd::sync();
             Ok(done(()))
@@ -230,7 +237,7 @@ fn wait_all(pids: &[i32], timeout: Duration) -> io::Result<Vec<i32>> {
     let mut alive = Vec::new();
     for &pid in pids {
         // SAFETY: pidfd_open takes two integers and returns a new descriptor or −1.
-        let fd = match Errno::result(unsafe { nix::libc::syscall(nix::libc::SYS_pidfd_open, pid, 0) }) {
+        let fd = match Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) }) {
             Ok(fd) => fd,
             Err(Errno::ESRCH) => continue,
             Err(error) => return Err(error.into()),
@@ -266,6 +273,23 @@ fn seed(bytes: &[u8]) -> io::Result<()> {
     // SAFETY: no argument.
     unsafe { rnd_reseed(random.as_raw_fd()) }?;
     Ok(())
+}
+
+fn load_crash_kernel(kernel: &Path, initramfs: &Path, cmdline: &str) -> io::Result<()> {
+    let (kernel, initramfs) = (File::open(kernel)?, File::open(initramfs)?);
+    let cmdline = CString::new(cmdline)?;
+    // SAFETY: two open descriptors, a string and its length with the final NUL.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_kexec_file_load,
+            kernel.as_raw_fd(),
+            initramfs.as_raw_fd(),
+            cmdline.as_bytes_with_nul().len(),
+            cmdline.as_ptr(),
+            KEXEC_FILE_ON_CRASH,
+        )
+    };
+    Errno::result(result).map(drop).map_err(io::Error::from)
 }
 
 fn crash(port: &Port, id: u32, panic: &Panic) -> io::Result<(Response, Vec<u8>)> {
