@@ -9,8 +9,7 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::termios::{
-    BaudRate, InputFlags, SetArg, SpecialCharacterIndices, cfmakeraw, cfsetspeed, tcgetattr, tcgetsid,
-    tcsetattr,
+    InputFlags, SetArg, SpecialCharacterIndices, cfmakeraw, tcgetattr, tcgetsid, tcsetattr,
 };
 use nix::unistd::{Pid, getsid, setpgid, tcgetpgrp, tcsetpgrp};
 use rustix::termios::{Winsize, tcgetwinsize, tcsetwinsize};
@@ -41,8 +40,11 @@ pub fn serial(stage: &mut Stage) -> Result<()> {
     termios.control_chars[SpecialCharacterIndices::VMIN as usize] = 3;
     termios.control_chars[SpecialCharacterIndices::VTIME as usize] = 7;
     termios.control_chars[SpecialCharacterIndices::VINTR as usize] = b'q';
-    cfsetspeed(&mut termios, BaudRate::B38400)?;
     tcsetattr(&tty, SetArg::TCSANOW, &termios)?;
+    // Not nix's cfsetspeed: the libc crate wants a versioned symbol for it, which a static link does not have.
+    let mut speed = rustix::termios::tcgetattr(&tty)?;
+    speed.set_speed(38_400)?;
+    rustix::termios::tcsetattr(&tty, rustix::termios::OptionalActions::Now, &speed)?;
     tcsetwinsize(&tty, Winsize { ws_row: 33, ws_col: 101, ws_xpixel: 7, ws_ypixel: 8 })?;
 
     let mut child = Child::fork(stage, "foreground", |stage, ready| {
