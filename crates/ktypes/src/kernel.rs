@@ -81,7 +81,8 @@ impl Kernel {
         };
         let page_offset = variable("page_offset_base", 0xffff_8880_0000_0000, 0xff11_0000_0000_0000)?;
         let vmemmap = variable("vmemmap_base", 0xffff_ea00_0000_0000, 0xffd4_0000_0000_0000)?;
-        memory.set_direct_map(page_offset);
+        let vmalloc = variable("vmalloc_base", 0xffff_c900_0000_0000, 0xffa0_0000_0000_0000)?;
+        memory.set_direct_map(page_offset..vmalloc);
 
         let btf = Arc::new(read_btf(&memory, &symbols, &release)?);
         let offset = |type_name: &str, path: &str| {

@@ -9,7 +9,8 @@ pub(crate) struct Tables {
     pub count: u32,
 }
 
-/// Some tokens of more than one character, in place of bytes that no name uses.
+/// Tokens of more than one character, in place of bytes that do not occur in UTF-8.
+const FIRST_TOKEN: u8 = 0xf8;
 const TOKENS: [&str; 6] = ["init", "task", "_struct", "kernel_", "__", "sys_"];
 
 /// `symbols` are (name, type, address); addresses at or above `base` are written relative to it,
@@ -21,8 +22,8 @@ pub(crate) fn encode(symbols: &[(String, char, u64)], base: u64) -> Tables {
     let mut token_index = Vec::new();
     for byte in 0..=255u8 {
         token_index.extend((token_table.len() as u16).to_le_bytes());
-        match TOKENS.get(usize::from(byte.wrapping_sub(128))) {
-            Some(token) if byte >= 128 => token_table.extend(token.as_bytes()),
+        match TOKENS.get(usize::from(byte.wrapping_sub(FIRST_TOKEN))) {
+            Some(token) if byte >= FIRST_TOKEN => token_table.extend(token.as_bytes()),
             _ if byte != 0 => token_table.push(byte),
             _ => {}
         }
@@ -46,17 +47,18 @@ pub(crate) fn encode(symbols: &[(String, char, u64)], base: u64) -> Tables {
     Tables { names, token_table, token_index, offsets, count: symbols.len() as u32 }
 }
 
-fn compress(mut name: &str) -> Vec<u8> {
+fn compress(name: &str) -> Vec<u8> {
+    let mut rest = name.as_bytes();
     let mut bytes = Vec::new();
-    while let Some(first) = name.as_bytes().first() {
-        match TOKENS.iter().position(|token| name.starts_with(token)) {
+    while let Some((first, tail)) = rest.split_first() {
+        match TOKENS.iter().position(|token| rest.starts_with(token.as_bytes())) {
             Some(token) => {
-                bytes.push(128 + token as u8);
-                name = &name[TOKENS[token].len()..];
+                bytes.push(FIRST_TOKEN + token as u8);
+                rest = &rest[TOKENS[token].len()..];
             }
             None => {
                 bytes.push(*first);
-                name = &name[1..];
+                rest = tail;
             }
         }
     }

@@ -62,12 +62,12 @@ use types::{Enum, Named, Types};
 
 const PAGE: u64 = 4096;
 /// The image's variables, tables and page tables lie here.
-const IMAGE_PHYS: u64 = 2 << 20;
-const IMAGE_SIZE: u64 = 4 << 20;
+const IMAGE_PHYS: u64 = 1 << 20;
+const IMAGE_SIZE: u64 = 2 << 20;
 /// `_text`; the image is at another place in physical memory, as with KASLR.
 const IMAGE_VA: u64 = KERNEL_TEXT_START + 0x3500_0000;
 /// Objects, pages and page tables come from here on.
-const HEAP_PHYS: u64 = 8 << 20;
+const HEAP_PHYS: u64 = IMAGE_PHYS + IMAGE_SIZE;
 const PRESENT_RW: u64 = 0x3;
 const PRESENT_RW_USER: u64 = 0x67;
 
@@ -119,7 +119,9 @@ impl Value for &[u8] {
 /// A fake dead kernel in the making.
 #[derive(Clone)]
 pub struct Synth {
+    /// The RAM that is in use; the rest is zero.
     ram: Vec<u8>,
+    ram_size: u64,
     types: Types,
     symbols: Vec<(String, char, u64)>,
     without: BTreeSet<String>,
@@ -170,9 +172,10 @@ impl Synth {
         Synth::with(5, 32 << 20)
     }
 
-    fn with(levels: u8, ram: usize) -> Synth {
+    fn with(levels: u8, ram_size: u64) -> Synth {
         let mut synth = Synth {
-            ram: vec![0; ram],
+            ram: vec![0; HEAP_PHYS as usize],
+            ram_size,
             types: Types::default(),
             symbols: Vec::new(),
             without: BTreeSet::new(),
@@ -221,7 +224,7 @@ impl Synth {
             synth.write_u64(offsets + u64::from(cpu) * 8, area);
         }
         // struct pages of all RAM, mapped as the kernel does.
-        let pages = ram as u64 / PAGE * 64;
+        let pages = ram_size / PAGE * 64;
         let array = synth.alloc_phys(pages, PAGE);
         for offset in (0..pages).step_by(PAGE as usize) {
             let va = synth.vmemmap() + offset;
@@ -400,7 +403,8 @@ impl Synth {
     pub fn alloc_phys(&mut self, size: u64, align: u64) -> u64 {
         let addr = self.heap_next.next_multiple_of(align.max(8));
         self.heap_next = addr + size;
-        assert!(self.heap_next <= self.ram.len() as u64, "synth: the RAM is full");
+        assert!(self.heap_next <= self.ram_size, "synth: the RAM is full");
+        self.ram.resize(self.heap_next as usize, 0);
         addr
     }
 
@@ -440,8 +444,7 @@ impl Synth {
     /// # Panics
     /// If it is not mapped.
     pub fn phys(&self, va: u64) -> u64 {
-        let ram = self.ram.len() as u64;
-        if va.wrapping_sub(self.page_offset()) < ram {
+        if va.wrapping_sub(self.page_offset()) < self.ram_size {
             return va - self.page_offset();
         }
         if va.wrapping_sub(IMAGE_VA) < IMAGE_SIZE {
@@ -695,17 +698,33 @@ impl Synth {
             tables.insert(name, addr);
         }
         let info = done.info_text(&tables);
-        (done.ram, info)
+        // Untouched memory costs nothing.
+        let mut ram = vec![0; done.ram_size as usize];
+        ram[..done.ram.len()].copy_from_slice(&done.ram);
+        (ram, info)
     }
 
     /// The dead kernel in memory. Can be called again after changes.
     pub fn build(&self) -> Vmcore {
-        let (ram, info) = self.finish();
+        self.build_damaged(|_| {})
+    }
+
+    /// The dead kernel in memory, after `damage` has been done to its physical memory (the slice's
+    /// index is the physical address), the tables for names and types included.
+    pub fn build_damaged(&self, damage: impl FnOnce(&mut [u8])) -> Vmcore {
+        let (mut ram, info) = self.finish();
+        damage(&mut ram);
         Vmcore::from_memory(
             Box::new(FlatMemory::new(vec![(0, ram)])),
             VmcoreInfo::new(info.as_bytes()),
             self.prstatus.clone(),
         )
+    }
+
+    /// Where the kernel's image is in physical memory: page tables and variables at its
+    /// beginning, then BTF, then the tables of kallsyms.
+    pub fn image(&self) -> std::ops::Range<u64> {
+        IMAGE_PHYS..IMAGE_PHYS + IMAGE_SIZE
     }
 
     /// The dead kernel as an ELF core like those of `/proc/vmcore`, with a second PT_LOAD for the

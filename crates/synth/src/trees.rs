@@ -53,7 +53,7 @@ impl Synth {
     }
 
     /// A maple node of some type (0 dense, 1 leaf_64, 2 range_64, 3 arange_64) with slots of
-    /// `(last index, entry)`; returns the tagged pointer that goes into a slot above it.
+    /// `(last index, entry)`, where u64::MAX stands for the end of what the node covers; returns the tagged pointer that goes into a slot above it.
     pub fn maple_node(&mut self, kind: u64, slots: &[(u64, u64)]) -> u64 {
         let node = self.alloc_bytes(self.size_of("maple_node"), 256);
         let (name, pivots) = match kind {
@@ -63,8 +63,8 @@ impl Synth {
         };
         for (i, (last, entry)) in slots.iter().enumerate() {
             self.set(name, node, &format!("slot[{i}]"), *entry);
-            // The pivot of the last slot used is left out where the node's end says the same.
-            if i < pivots && (i + 1 < slots.len() || *last != u64::MAX) {
+            // A pivot of 0 behind the first slot says that the slot reaches to the node's end.
+            if i < pivots && (i == 0 || *last != u64::MAX) {
                 self.set(name, node, &format!("pivot[{i}]"), *last);
             }
         }

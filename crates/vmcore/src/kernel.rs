@@ -54,16 +54,16 @@ impl KernelMemory {
         })
     }
 
-    /// Tells where the direct map of all RAM begins (the variable `page_offset_base`).
-    pub fn set_direct_map(&mut self, page_offset: u64) {
-        let ram_end = self.core.ranges().last().map_or(0, |range| range.end());
-        self.direct_map = page_offset..page_offset.saturating_add(ram_end);
+    /// Tells where the direct map of all RAM lies: from the variable `page_offset_base` up to
+    /// anything below `vmalloc_base`.
+    pub fn set_direct_map(&mut self, direct_map: std::ops::Range<u64>) {
+        self.direct_map = direct_map;
     }
 
     /// Tells where the image really begins and ends (`_text` and `_end`), so that addresses in its
     /// mapping's unused rest are not taken for memory.
     pub fn set_image(&mut self, image: std::ops::Range<u64>) {
-        self.image = image;
+        self.image = image.start.max(KERNEL_TEXT_START)..image.end;
     }
 
     /// The core behind it.
