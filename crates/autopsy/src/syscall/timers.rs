@@ -1,0 +1,272 @@
+//! Timeouts of sleeping threads: the timers that would have woken them, and restart blocks.
+//!
+//! `hrtimer_cpu_base`, `hrtimer_clock_base`, `hrtimer_sleeper` (include/linux/hrtimer_defs.h, hrtimer.h;
+//! kernel/time/hrtimer.c) and `restart_block` (include/linux/restart_block.h). The same in 6.1 and 6.12.
+
+use std::collections::HashMap;
+
+use ktypes::{Kernel, KernelType, Result};
+use snapshot::Clocks;
+
+/// A timer per task would be many; a longer tree is a damaged one.
+const MAX_TIMERS: usize = 1 << 20;
+/// Most clock bases that a CPU can have (there are eight).
+const MAX_BASES: u64 = 64;
+
+// include/uapi/linux/time.h
+const CLOCK_REALTIME: i32 = 0;
+const CLOCK_MONOTONIC: i32 = 1;
+const CLOCK_BOOTTIME: i32 = 7;
+const CLOCK_REALTIME_ALARM: i32 = 8;
+const CLOCK_BOOTTIME_ALARM: i32 = 9;
+
+/// A point in time on one of the kernel's clocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Expiry {
+    /// CLOCK_*.
+    pub clock: i32,
+    /// Nanoseconds on that clock (of the initial time namespace).
+    pub ns: i64,
+}
+
+impl Expiry {
+    pub(super) fn monotonic(ns: i64) -> Expiry {
+        Expiry { clock: CLOCK_MONOTONIC, ns }
+    }
+
+    /// Nanoseconds left, negative when over; `None` for clocks whose time is not known.
+    pub fn remaining(self, now: &Clocks) -> Option<i64> {
+        let now = match self.clock {
+            CLOCK_REALTIME | CLOCK_REALTIME_ALARM => now.realtime_ns,
+            CLOCK_MONOTONIC => now.monotonic_ns,
+            CLOCK_BOOTTIME | CLOCK_BOOTTIME_ALARM => now.boottime_ns,
+            _ => return None,
+        };
+        Some(self.ns.saturating_sub(now))
+    }
+}
+
+#[derive(KernelType)]
+#[kernel("hrtimer_clock_base")]
+struct ClockBase {
+    clockid: i32,
+    #[kernel("active.rb_root", address)]
+    active: u64,
+}
+
+#[derive(KernelType)]
+#[kernel("hrtimer")]
+struct Timer {
+    function: u64,
+    #[kernel("_softexpires")]
+    soft_expires: i64,
+    base: u64,
+}
+
+/// The timers that wake tasks, of all CPUs.
+#[derive(Clone, Debug, Default)]
+pub struct Timers {
+    /// By the task's address.
+    sleepers: HashMap<u64, Expiry>,
+    /// What could not be read, for findings.
+    pub damage: Vec<String>,
+}
+
+impl Timers {
+    /// Reads the timer queues of all possible CPUs (`hrtimer_bases`): every queued timer with the function
+    /// `hrtimer_wakeup` belongs to a `hrtimer_sleeper`. A damaged queue is noted in [`damage`](Self::damage).
+    ///
+    /// # Errors
+    /// When a symbol or a layout is missing.
+    pub fn read(kernel: &Kernel) -> Result<Timers> {
+        let per_cpu = kernel.symbol("hrtimer_bases")?;
+        let wakeup = kernel.symbol("hrtimer_wakeup")?;
+        let bases = kernel.member("hrtimer_cpu_base", "clock_base")?;
+        let base_size = kernel.size_of("hrtimer_clock_base")?.max(1);
+        let to_node = kernel.offset_of("hrtimer", "node.node")?;
+        let to_timer = kernel.offset_of("hrtimer_sleeper", "timer")?;
+        let to_task = kernel.offset_of("hrtimer_sleeper", "task")?;
+        kernel.check::<ClockBase>()?;
+        kernel.check::<Timer>()?;
+
+        let mut timers = Timers::default();
+        for cpu in kernel.possible_cpus()? {
+            let first = kernel.per_cpu(per_cpu, cpu)?.wrapping_add(bases.offset);
+            for index in 0..(bases.size / base_size).min(MAX_BASES) {
+                let read_base = || -> Result<Vec<(u64, Expiry)>> {
+                    let mut found = Vec::new();
+                    let base: ClockBase = kernel.read(first.wrapping_add(index * base_size))?;
+                    for node in kernel.rb_tree(base.active, MAX_TIMERS) {
+                        let addr = node?.wrapping_sub(to_node);
+                        let timer: Timer = kernel.read(addr)?;
+                        if timer.function == wakeup {
+                            let sleeper = addr.wrapping_sub(to_timer);
+                            let task = kernel.read_u64(sleeper.wrapping_add(to_task))?;
+                            found.push((task, Expiry { clock: base.clockid, ns: timer.soft_expires }));
+                        }
+                    }
+                    Ok(found)
+                };
+                match read_base() {
+                    Ok(found) => timers.sleepers.extend(found),
+                    Err(error) => timers.damage.push(format!("timer queue {index} of CPU {cpu}: {error}")),
+                }
+            }
+        }
+        Ok(timers)
+    }
+
+    /// When the timer of a sleeping task (by its address) would have woken it.
+    pub fn of_task(&self, task: u64) -> Option<Expiry> {
+        self.sleepers.get(&task).copied()
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.sleepers.len()
+    }
+
+    /// Whether no task sleeps with a timeout.
+    pub fn is_empty(&self) -> bool {
+        self.sleepers.is_empty()
+    }
+}
+
+/// The timer of a `hrtimer_sleeper` on a task's own kernel stack: the only trace of one that has just fired (it is no
+/// longer queued). `words` is the live part of the stack, from `base` on.
+pub(super) fn on_stack(kernel: &Kernel, base: u64, words: &[u64]) -> Option<Expiry> {
+    let wakeup = kernel.symbol_opt("hrtimer_wakeup")?;
+    let to_function = kernel.offset_of("hrtimer", "function").ok()?;
+    let index = words.iter().position(|word| *word == wakeup)?;
+    let addr = base.wrapping_add(index as u64 * 8).wrapping_sub(to_function);
+    let timer: Timer = kernel.read(addr).ok()?;
+    let clock: ClockBase = kernel.read(timer.base).ok()?;
+    Some(Expiry { clock: clock.clockid, ns: timer.soft_expires })
+}
+
+/// What a `restart_block` continues.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RestartBlock {
+    /// A sleep until then. On a CPU-time clock the clock is that one, and the time left cannot be told.
+    Nanosleep {
+        #[allow(missing_docs)]
+        until: Expiry,
+        /// Where the program wants to know the time left; 0: nowhere.
+        rmtp: u64,
+    },
+    /// poll(2); `None`: without a timeout.
+    Poll(Option<Expiry>),
+    /// futex(2) waiting with a timeout; the clock is CLOCK_MONOTONIC unless the operation says otherwise.
+    Futex {
+        /// Nanoseconds.
+        until_ns: i64,
+    },
+    /// None is set, or one of a kind that is not known here.
+    Other,
+}
+
+/// `restart_block` as it stands in the task; the union's members by their names.
+#[derive(Clone, Copy, Debug, Default, KernelType)]
+#[kernel("restart_block")]
+pub(super) struct RawRestartBlock {
+    #[kernel("fn")]
+    pub function: u64,
+    #[kernel("nanosleep.clockid")]
+    pub sleep_clock: i32,
+    #[kernel("nanosleep.type")]
+    pub sleep_type: u32,
+    #[kernel("nanosleep.rmtp")]
+    pub sleep_rmtp: u64,
+    #[kernel("nanosleep.expires")]
+    pub sleep_expires: i64,
+    #[kernel("poll.has_timeout")]
+    pub poll_has_timeout: i32,
+    #[kernel("poll.tv_sec")]
+    pub poll_sec: i64,
+    #[kernel("poll.tv_nsec")]
+    pub poll_nsec: i64,
+    #[kernel("futex.time")]
+    pub futex_time: i64,
+}
+
+impl RawRestartBlock {
+    /// By the name of its function.
+    pub(super) fn interpret(&self, function: Option<&str>) -> RestartBlock {
+        let sleep = |clock| RestartBlock::Nanosleep {
+            until: Expiry { clock, ns: self.sleep_expires },
+            // TT_NONE: the member holds nothing.
+            rmtp: if self.sleep_type == 0 { 0 } else { self.sleep_rmtp },
+        };
+        match function {
+            Some("hrtimer_nanosleep_restart" | "posix_cpu_nsleep_restart") => sleep(self.sleep_clock),
+            // enum alarmtimer_type: ALARM_REALTIME, ALARM_BOOTTIME.
+            Some("alarm_timer_nsleep_restart") => {
+                sleep(if self.sleep_clock == 0 { CLOCK_REALTIME_ALARM } else { CLOCK_BOOTTIME_ALARM })
+            }
+            Some("do_restart_poll") => RestartBlock::Poll((self.poll_has_timeout != 0).then(|| {
+                Expiry::monotonic(self.poll_sec.saturating_mul(1_000_000_000).saturating_add(self.poll_nsec))
+            })),
+            Some("futex_wait_restart") => RestartBlock::Futex { until_ns: self.futex_time },
+            _ => RestartBlock::Other,
+        }
+    }
+}
+
+/// The restart block of a task.
+pub(super) fn restart_block(kernel: &Kernel, task: u64) -> Result<RestartBlock> {
+    let addr = task.wrapping_add(kernel.offset_of("task_struct", "restart_block")?);
+    let raw: RawRestartBlock = kernel.read(addr)?;
+    Ok(raw.interpret(kernel.symbol_at(raw.function)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: Clocks = Clocks { realtime_ns: 1_000_000, monotonic_ns: 2_000, boottime_ns: 30_000 };
+
+    #[test]
+    fn remaining_time_is_counted_on_the_timers_own_clock() {
+        let left = |clock, ns| Expiry { clock, ns }.remaining(&NOW);
+        assert_eq!(left(CLOCK_REALTIME, 1_000_500), Some(500));
+        assert_eq!(left(CLOCK_MONOTONIC, 2_500), Some(500));
+        assert_eq!(left(CLOCK_BOOTTIME, 30_001), Some(1));
+        assert_eq!(left(CLOCK_MONOTONIC, 1_999), Some(-1), "over");
+        assert_eq!(left(CLOCK_MONOTONIC, i64::MIN), Some(i64::MIN), "nonsense does not overflow");
+        assert_eq!(left(2, 5), None, "CLOCK_PROCESS_CPUTIME_ID");
+        assert_eq!(left(11, 5), None, "CLOCK_TAI");
+    }
+
+    #[test]
+    fn restart_blocks_are_told_by_their_function() {
+        let raw = RawRestartBlock {
+            sleep_clock: CLOCK_BOOTTIME,
+            sleep_type: 1,
+            sleep_rmtp: 0x7000,
+            sleep_expires: 99,
+            poll_has_timeout: 1,
+            poll_sec: 3,
+            poll_nsec: 7,
+            futex_time: 42,
+            ..Default::default()
+        };
+        let until = Expiry { clock: CLOCK_BOOTTIME, ns: 99 };
+        let sleep = RestartBlock::Nanosleep { until, rmtp: 0x7000 };
+        assert_eq!(raw.interpret(Some("hrtimer_nanosleep_restart")), sleep);
+        let unwanted = RawRestartBlock { sleep_type: 0, ..raw };
+        let sleep = RestartBlock::Nanosleep { until, rmtp: 0 };
+        assert_eq!(unwanted.interpret(Some("hrtimer_nanosleep_restart")), sleep);
+        let poll = RestartBlock::Poll(Some(Expiry::monotonic(3_000_000_007)));
+        assert_eq!(raw.interpret(Some("do_restart_poll")), poll);
+        let endless = RawRestartBlock { poll_has_timeout: 0, ..raw };
+        assert_eq!(endless.interpret(Some("do_restart_poll")), RestartBlock::Poll(None));
+        assert_eq!(raw.interpret(Some("futex_wait_restart")), RestartBlock::Futex { until_ns: 42 });
+        assert_eq!(raw.interpret(Some("do_no_restart_syscall")), RestartBlock::Other);
+        assert_eq!(raw.interpret(None), RestartBlock::Other);
+        let alarm = RawRestartBlock { sleep_clock: 1, ..raw };
+        assert!(matches!(
+            alarm.interpret(Some("alarm_timer_nsleep_restart")),
+            RestartBlock::Nanosleep { until: Expiry { clock: CLOCK_BOOTTIME_ALARM, .. }, .. }
+        ));
+    }
+}
