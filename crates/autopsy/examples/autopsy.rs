@@ -1,4 +1,4 @@
-//! Prints what a core tells, as JSON: `cargo run --example autopsy -- CORE`.
+//! Prints what a core tells, as JSON: `cargo run --example autopsy -- CORE [--quiet]`.
 
 use std::time::Instant;
 
@@ -19,6 +19,8 @@ fn main() -> anyhow::Result<()> {
     for finding in &snapshot.findings {
         eprintln!("{:?} {:?} {}: {}", finding.severity, finding.pid, finding.object, finding.text);
     }
-    serde_json::to_writer(std::io::stdout().lock(), &snapshot)?;
+    if std::env::args().nth(2).as_deref() != Some("--quiet") {
+        serde_json::to_writer(std::io::stdout().lock(), &snapshot)?;
+    }
     Ok(())
 }

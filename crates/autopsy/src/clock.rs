@@ -63,6 +63,19 @@ impl Autopsy<'_> {
         Ok(Clocks { realtime_ns: ns(realtime)?, monotonic_ns: ns(monotonic)?, boottime_ns: ns(boottime)? })
     }
 
+    /// The clocks, read once; zero with a finding if they cannot be read.
+    pub(crate) fn now(&self) -> &Clocks {
+        self.now.get_or_init(|| {
+            let subject = self.set_subject(None);
+            let clocks = self.clocks().unwrap_or_else(|error| {
+                self.find(Severity::Doubt, "clock", format!("the clocks cannot be read: {error}"));
+                Clocks::default()
+            });
+            self.set_subject(subject);
+            clocks
+        })
+    }
+
     /// The address of the timekeeper in `tk_core`: a structure without a name that holds a sequence counter and, aligned
     /// for its 64-bit members, the timekeeper.
     fn timekeeper(&self) -> Result<u64> {

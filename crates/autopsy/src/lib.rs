@@ -28,7 +28,7 @@ mod process;
 mod saver;
 mod signal;
 mod socket;
-mod syscall;
+pub mod syscall;
 mod thread;
 mod tty;
 
@@ -40,8 +40,8 @@ use std::collections::{BTreeMap, HashMap};
 
 use ktypes::Kernel;
 use snapshot::{
-    AddressSpace, AddressSpaceId, FileId, Finding, Inode, InodeId, OpenFile, Pid, Pipe, PipeId, Severity,
-    Snapshot, Tty, TtyId,
+    AddressSpace, AddressSpaceId, Clocks, FileId, Finding, Inode, InodeId, OpenFile, Pid, Pipe, PipeId,
+    Severity, Snapshot, Tty, TtyId,
 };
 
 /// Reads everything.
@@ -70,6 +70,9 @@ pub struct Autopsy<'k> {
     pub(crate) stacks: OnceCell<Option<thread::StackLayout>>,
     pub(crate) xstate: OnceCell<Option<fpu::XstateLayout>>,
     pub(crate) saver: OnceCell<Option<saver::Saver>>,
+    pub(crate) timers: OnceCell<syscall::Timers>,
+    pub(crate) known_tasks: OnceCell<Vec<syscall::KnownTask>>,
+    pub(crate) now: OnceCell<Clocks>,
 }
 
 impl<'k> Autopsy<'k> {
@@ -90,6 +93,9 @@ impl<'k> Autopsy<'k> {
             stacks: OnceCell::new(),
             xstate: OnceCell::new(),
             saver: OnceCell::new(),
+            timers: OnceCell::new(),
+            known_tasks: OnceCell::new(),
+            now: OnceCell::new(),
         }
     }
 
@@ -100,10 +106,7 @@ impl<'k> Autopsy<'k> {
     pub fn snapshot(self) -> Result<Snapshot> {
         let kernel = self.kernel_facts();
         let panic = self.panic_report();
-        let clocks = self.clocks().unwrap_or_else(|error| {
-            self.find(Severity::Doubt, "clock", format!("the clocks cannot be read: {error}"));
-            Default::default()
-        });
+        let clocks = *self.now();
         let mounts = self.mounts().unwrap_or_else(|error| {
             self.find(Severity::Broken, "fs", format!("the mount table cannot be read: {error}"));
             Vec::new()

@@ -132,6 +132,8 @@ pub(crate) struct Frames<'k> {
     page_size: usize,
     layout: PageLayout,
     bits: PageBits,
+    /// How page-table entries of this kernel are to be read.
+    format: PteFormat,
     blocks: RefCell<HashMap<u64, Block>>,
     /// Page frame of the page of zeroes that reads of untouched memory get.
     zero_pfn: u64,
@@ -194,6 +196,7 @@ impl<'k> Frames<'k> {
                 uptodate: bit("PG_uptodate")?,
                 poisoned: bit("PG_hwpoison").unwrap_or(0),
             },
+            format: kernel.pte_format(),
             blocks: RefCell::default(),
             zero_pfn: zero.map_or(u64::MAX, |phys| phys >> PAGE_SHIFT),
             huge_zero_pfn: huge.unwrap_or(u64::MAX),
@@ -257,7 +260,6 @@ fn word(bytes: &[u8], at: usize) -> u64 {
 /// Collects the pages of one mapping into runs.
 struct Collector<'a, 'k> {
     frames: &'a Frames<'k>,
-    format: PteFormat,
     ranges: &'a [vmcore::PhysRange],
     /// Only anonymous pages count: the others are the file's.
     file: bool,
@@ -273,7 +275,7 @@ impl Collector<'_, '_> {
         let to = (entry.va + entry.size.bytes()).min(end);
         let count = to.saturating_sub(from) >> PAGE_SHIFT;
         let skip = (from - entry.va) >> PAGE_SHIFT;
-        match entry.kind(&self.format) {
+        match entry.kind(&self.frames.format) {
             EntryKind::Present { phys }
             | EntryKind::ProtNone { phys }
             | EntryKind::Migration { phys, .. }
@@ -560,7 +562,6 @@ impl Autopsy<'_> {
     fn pages(&self, mm: &Mm, vma: &mut Vma) -> Result<()> {
         let mut collector = Collector {
             frames: self.frames()?,
-            format: self.kernel.pte_format(),
             ranges: self.kernel.phys().ranges(),
             file: matches!(vma.kind, VmaKind::File { .. }),
             pages: Vec::new(),
@@ -578,23 +579,6 @@ impl Autopsy<'_> {
         vma.pages = collector.pages;
         vma.swapped = collector.swapped;
         vma.lost_pages = collector.lost;
-        Ok(())
-    }
-
-    /// Bytes of a process's memory, through its page tables: present pages only.
-    pub(crate) fn read_user(&self, mm: u64, addr: u64, buf: &mut [u8]) -> Result<()> {
-        let pgd = self.kernel.read_u64(mm.wrapping_add(self.kernel.offset_of("mm_struct", "pgd")?))?;
-        let tables = self.kernel.page_tables(pgd)?;
-        let mut done = 0;
-        while done < buf.len() {
-            let at = addr.wrapping_add(done as u64);
-            if at >= USER_END {
-                return Err(corrupt("user memory", at, "is no address of a program"));
-            }
-            let n = ((PAGE_SIZE - at % PAGE_SIZE) as usize).min(buf.len() - done);
-            self.kernel.phys().read_phys(tables.translate(at)?, &mut buf[done..done + n])?;
-            done += n;
-        }
         Ok(())
     }
 }

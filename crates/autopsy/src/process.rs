@@ -13,6 +13,7 @@ use snapshot::{
 
 use crate::Autopsy;
 use crate::error::{Error, Result, corrupt};
+use crate::syscall::KnownTask;
 
 /// PID_MAX_LIMIT of 64-bit kernels.
 const MAX_TASKS: usize = 4 << 20;
@@ -63,7 +64,6 @@ pub(crate) struct Task {
     pub pdeath_signal: i32,
     pub jobctl: u64,
     pub personality: u32,
-    pub in_execve: bool,
     pub restore_sigmask: bool,
     pub atomic_flags: u64,
     pub pid: i32,
@@ -72,14 +72,11 @@ pub(crate) struct Task {
     /// The tracer, while traced.
     pub parent: u64,
     pub thread_pid: u64,
-    #[kernel(address)]
-    pub children: u64,
     pub group_leader: u64,
     #[kernel("ptraced.next")]
     pub ptraced: u64,
     #[kernel("ptraced", address)]
     pub ptraced_head: u64,
-    pub vfork_done: u64,
     pub clear_child_tid: u64,
     pub start_boottime: u64,
     pub real_cred: u64,
@@ -145,8 +142,6 @@ pub(crate) struct Task {
     pub fpu: u64,
     #[kernel("thread.fpu.fpstate")]
     pub fpstate: u64,
-    #[kernel("restart_block", address)]
-    pub restart_block: u64,
 }
 
 impl Task {
@@ -287,10 +282,19 @@ pub struct TaskSummary {
     pub threads: i32,
 }
 
-/// A leader of the task list.
-pub(crate) struct Leader {
+/// A thread and where its `task_struct` is.
+#[derive(Clone)]
+pub(crate) struct Member {
     pub addr: u64,
     pub task: Task,
+}
+
+/// A thread group.
+struct Group {
+    leader: Task,
+    signal: Signal,
+    /// Leader first, then by TID.
+    members: Vec<Member>,
 }
 
 impl Autopsy<'_> {
@@ -299,7 +303,7 @@ impl Autopsy<'_> {
     /// # Errors
     /// When neither the task list nor the PID table can be read.
     pub fn tasks(&self) -> Result<Vec<TaskSummary>> {
-        let summary = |leader: Leader| TaskSummary {
+        let summary = |leader: Member| TaskSummary {
             task: leader.addr,
             pid: leader.task.pid,
             ppid: self.parent_pid(&leader.task),
@@ -316,9 +320,8 @@ impl Autopsy<'_> {
     /// # Errors
     /// When neither the task list nor the PID table can be read.
     pub fn processes(&self) -> Result<Vec<Process>> {
-        let leaders = self.leaders()?;
-        let user = leaders.iter().filter(|l| !l.task.is_kernel_thread());
-        Ok(user.filter_map(|leader| self.process_of(leader)).collect())
+        let groups = self.groups()?;
+        Ok(groups.iter().filter_map(|group| self.process_of(group)).collect())
     }
 
     /// One user process; `None` if there is none with this PID, or it cannot be read (a finding says why).
@@ -326,17 +329,46 @@ impl Autopsy<'_> {
     /// # Errors
     /// When neither the task list nor the PID table can be read.
     pub fn process(&self, pid: Pid) -> Result<Option<Process>> {
-        let leaders = self.leaders()?;
-        let leader = leaders.iter().find(|l| l.task.pid == pid && !l.task.is_kernel_thread());
-        Ok(leader.and_then(|l| self.process_of(l)))
+        let groups = self.groups()?;
+        let group = groups.iter().find(|group| group.leader.pid == pid);
+        Ok(group.and_then(|group| self.process_of(group)))
+    }
+
+    /// The thread groups of all user processes; makes their threads known to each other.
+    fn groups(&self) -> Result<Vec<Group>> {
+        let mut groups = Vec::new();
+        for leader in self.leaders()?.into_iter().filter(|l| !l.task.is_kernel_thread()) {
+            let before = self.set_subject(Some(leader.task.pid));
+            match self.group(&leader) {
+                Ok(group) => groups.push(group),
+                Err(error) => self.lost(&leader.task, &error),
+            }
+            self.set_subject(before);
+        }
+        let known = |member: &Member| KnownTask {
+            addr: member.addr,
+            tid: member.task.pid,
+            tgid: member.task.tgid,
+            parent: member.task.real_parent,
+            started: !member.task.is_new(),
+            start_boottime_ns: i64::try_from(member.task.start_boottime).unwrap_or(i64::MAX),
+        };
+        let all = groups.iter().flat_map(|group| &group.members).map(known).collect();
+        self.known_tasks.get_or_init(|| all);
+        Ok(groups)
+    }
+
+    fn lost(&self, task: &Task, error: &Error) {
+        let text = format!("process {} ({}) is lost: {error}", task.pid, task.name());
+        self.find(Severity::Broken, "process", text);
     }
 
     /// The leaders of all thread groups.
-    pub(crate) fn leaders(&self) -> Result<Vec<Leader>> {
-        let mut leaders: BTreeMap<Pid, Leader> = BTreeMap::new();
+    pub(crate) fn leaders(&self) -> Result<Vec<Member>> {
+        let mut leaders: BTreeMap<Pid, Member> = BTreeMap::new();
         let mut add = |addr: u64| match self.leader(addr) {
             Ok(task) => {
-                leaders.entry(task.pid).or_insert(Leader { addr, task });
+                leaders.entry(task.pid).or_insert(Member { addr, task });
             }
             Err(error) => self.find(Severity::Broken, "process", format!("a task is lost: {error}")),
         };
@@ -487,45 +519,38 @@ impl Autopsy<'_> {
     }
 
     /// A process, or a finding that says why not.
-    fn process_of(&self, leader: &Leader) -> Option<Process> {
-        let pid = leader.task.pid;
-        let before = self.set_subject(Some(pid));
-        let process = match self.read_process(leader) {
-            Ok(process) => process,
-            Err(error) => {
-                let text = format!("process {pid} ({}) is lost: {error}", leader.task.name());
-                self.find(Severity::Broken, "process", text);
-                None
-            }
-        };
+    fn process_of(&self, group: &Group) -> Option<Process> {
+        let before = self.set_subject(Some(group.leader.pid));
+        let process = self.read_process(group).unwrap_or_else(|error| {
+            self.lost(&group.leader, &error);
+            None
+        });
         self.set_subject(before);
         process
     }
 
     /// Reads a process; `Ok(None)` for one that had not begun to run.
-    fn read_process(&self, leader: &Leader) -> Result<Option<Process>> {
-        let task = &leader.task;
+    fn read_process(&self, group: &Group) -> Result<Option<Process>> {
+        let Group { leader: task, signal, members } = group;
         if task.is_new() {
             // Its parent is still inside fork, which will be issued again.
             return Ok(None);
         }
-        let signal: Signal = self.kernel.read(task.signal)?;
-        let tasks = self.thread_group(leader, &signal)?;
-        let living: Vec<&Leader> =
-            tasks.iter().filter(|t| !t.task.has_exited() && !t.task.is_exiting()).collect();
-        let representative = living.first().map_or(task, |t| &t.task);
+        let mut living = members.iter().filter(|m| !m.task.has_exited() && !m.task.is_exiting()).peekable();
+        let alive = living.peek().is_some();
+        let representative = living.next().map_or(task, |member| &member.task);
         let mut unsupported = Vec::new();
-        let state = self.process_state(task, &signal, !living.is_empty());
+        let state = self.process_state(task, signal, alive);
         let mut threads: Vec<Thread> = Vec::new();
         let gone = matches!(state, ProcessState::Zombie { .. });
-        for member in &tasks {
+        for member in members {
             if member.task.is_worker() {
                 unsupported.push(format!(
                     "kernel worker thread {} ({})",
                     member.task.pid,
                     member.task.name()
                 ));
-            } else if !member.task.is_new() && (!gone || member.addr == leader.addr) {
+            } else if !member.task.is_new() && (!gone || member.task.pid == task.pid) {
                 threads.push(self.thread(member, &mut unsupported)?);
             }
         }
@@ -598,7 +623,7 @@ impl Autopsy<'_> {
                 process.address_space = None;
             }
         }
-        self.name_unsupported(&signal, &tasks, &mut unsupported);
+        self.name_unsupported(signal, members, &mut unsupported);
         unsupported.sort();
         unsupported.dedup();
         process.unsupported = unsupported;
@@ -611,9 +636,10 @@ impl Autopsy<'_> {
     }
 
     /// All threads of a group: leader first, then by TID.
-    fn thread_group(&self, leader: &Leader, signal: &Signal) -> Result<Vec<Leader>> {
+    fn group(&self, leader: &Member) -> Result<Group> {
+        let signal: Signal = self.kernel.read(leader.task.signal)?;
         let link = self.kernel.offset_of("task_struct", "thread_node")?;
-        let mut group = vec![Leader { addr: leader.addr, task: leader.task.clone() }];
+        let mut members = vec![leader.clone()];
         for node in self.list(signal.thread_head, MAX_TASKS)? {
             let addr = node.wrapping_sub(link);
             if addr == leader.addr {
@@ -627,10 +653,10 @@ impl Autopsy<'_> {
                     format!("thread {} belongs to another process", task.pid),
                 ));
             }
-            group.push(Leader { addr, task });
+            members.push(Member { addr, task });
         }
-        group[1..].sort_by_key(|t| t.task.pid);
-        Ok(group)
+        members[1..].sort_by_key(|member| member.task.pid);
+        Ok(Group { leader: leader.task.clone(), signal, members })
     }
 
     fn process_state(&self, leader: &Task, signal: &Signal, alive: bool) -> ProcessState {
@@ -688,8 +714,15 @@ impl Autopsy<'_> {
         self.kernfs_path(cgroup.kn)
     }
 
+    /// Whether a `sem_undo_list` (ipc/sem.c) has entries.
+    fn has_semaphore_undo(&self, list: u64) -> bool {
+        let head =
+            self.kernel.offset_of("sem_undo_list", "list_proc").map(|offset| list.wrapping_add(offset));
+        head.and_then(|head| Ok(self.kernel.read_u64(head)? != head)).unwrap_or(true)
+    }
+
     /// State that this version does not bring back, beyond what the parts have named.
-    fn name_unsupported(&self, signal: &Signal, tasks: &[Leader], unsupported: &mut Vec<String>) {
+    fn name_unsupported(&self, signal: &Signal, tasks: &[Member], unsupported: &mut Vec<String>) {
         let has_timers = signal.first_posix_timer != 0 && signal.first_posix_timer != signal.posix_timers;
         if has_timers {
             unsupported.push("POSIX timers".into());
@@ -700,7 +733,7 @@ impl Autopsy<'_> {
         if signal.virtual_expires != 0 || signal.profiling_expires != 0 {
             unsupported.push("a running CPU-time interval timer".into());
         }
-        for Leader { task, .. } in tasks.iter().filter(|t| !t.task.has_exited()) {
+        for Member { task, .. } in tasks.iter().filter(|t| !t.task.has_exited()) {
             let tid = task.pid;
             if task.ptrace != 0 {
                 let tracer = self.task(task.parent).map_or(0, |t| t.tgid);
@@ -715,7 +748,8 @@ impl Autopsy<'_> {
             if task.perf_events.is_some_and(|next| Some(next) != task.perf_event_list) {
                 unsupported.push(format!("thread {tid} has performance events"));
             }
-            if task.sem_undo.is_some_and(|list| list != 0) {
+            // Threads share the list whether or not there is anything in it.
+            if task.sem_undo.is_some_and(|list| list != 0 && self.has_semaphore_undo(list)) {
                 unsupported.push("System V semaphores with undo".into());
             }
             if task.dispatch_selector.is_some_and(|selector| selector != 0) {

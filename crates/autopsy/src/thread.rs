@@ -7,9 +7,12 @@ use snapshot::{
     AltStack, Registers, Resume, Rseq, Scheduling, Seccomp, Severity, SyscallInFlight, Thread, ThreadState,
 };
 
+use vmcore::PrStatus;
+
 use crate::Autopsy;
 use crate::error::{Result, corrupt};
-use crate::process::{Leader, Task};
+use crate::process::{Member, Task};
+use crate::syscall::{self, Timers};
 
 /// More CPUs than any kernel is built for (CONFIG_NR_CPUS).
 const MAX_CPUS: u32 = 8192;
@@ -27,6 +30,9 @@ const USER32_CS: u64 = 0x23;
 const USER_DS: u64 = 0x2b;
 /// First address that no user program can have (five-level page tables).
 const USER_END: u64 = 1 << 56;
+/// Where `struct user_regs_struct` has the segment bases.
+const FS_BASE: usize = 21;
+const GS_BASE: usize = 22;
 /// Words of a kernel stack that are searched for where a thread sleeps.
 const WCHAN_WORDS: usize = 256;
 
@@ -49,10 +55,6 @@ pub(crate) struct Cpus {
 }
 
 impl Cpus {
-    pub(crate) fn online_count(&self) -> u32 {
-        self.online.iter().map(|b| b.count_ones()).sum()
-    }
-
     /// Online CPUs by number.
     pub(crate) fn online(&self) -> impl Iterator<Item = u32> {
         bits(&self.online)
@@ -79,8 +81,8 @@ pub(crate) struct StackLayout {
 
 impl Autopsy<'_> {
     /// Reads a thread.
-    pub(crate) fn thread(&self, member: &Leader, unsupported: &mut Vec<String>) -> Result<Thread> {
-        let Leader { addr, task } = member;
+    pub(crate) fn thread(&self, member: &Member, unsupported: &mut Vec<String>) -> Result<Thread> {
+        let Member { addr, task } = member;
         let tid = task.pid;
         let (credentials, _) = self.credentials(task.real_cred)?;
         let state = task.thread_state();
@@ -123,14 +125,53 @@ impl Autopsy<'_> {
         if thread.regs.cs == USER32_CS {
             unsupported.push(format!("thread {tid} runs 32-bit code"));
         }
-        if thread.regs.orig_rax as i32 >= 0 {
-            let r = &thread.regs;
-            let nr = i64::from(r.orig_rax as u32);
-            thread.syscall = Some(SyscallInFlight { nr, args: [r.rdi, r.rsi, r.rdx, r.r10, r.r8, r.r9] });
+        (thread.syscall, thread.resume) = self.resume(*addr, task, &thread)?;
+        thread.blocked = signal_mask(task, &thread);
+        if task.is_exiting() {
+            thread.resume = Resume::Exit { status: task.exit_code };
         }
         thread.wchan = if on_cpu.is_none() { self.wchan(task) } else { None };
         thread.fpu = self.fpu(*addr, task, on_cpu, thread.syscall.is_some())?;
         Ok(thread)
+    }
+
+    /// The call that a thread was in, and how the thread goes on.
+    fn resume(&self, addr: u64, task: &Task, thread: &Thread) -> Result<(Option<SyscallInFlight>, Resume)> {
+        let layout = self.stack_layout()?;
+        let live = thread.on_cpu.and_then(|cpu| self.crash_registers(cpu, task.pid));
+        let (stack_pointer, instruction_pointer) = match (thread.on_cpu, live) {
+            (None, _) => (Some(task.kernel_sp), None),
+            (Some(_), live) => (live.map(|r| r[PrStatus::RSP]), live.map(|r| r[PrStatus::RIP])),
+        };
+        let context = syscall::Context {
+            task: addr,
+            registers: &thread.regs,
+            panicked: thread.panicked,
+            on_cpu: thread.on_cpu.is_some(),
+            stack: task.stack..task.stack.saturating_add(layout.pt_regs),
+            stack_pointer,
+            instruction_pointer,
+            now: *self.now(),
+            timers: self.timers(),
+            tasks: self.known_tasks.get().map_or(&[], Vec::as_slice),
+        };
+        Ok(syscall::resume(self.kernel, &context))
+    }
+
+    /// Everybody who slept with a timeout.
+    fn timers(&self) -> &Timers {
+        self.timers.get_or_init(|| {
+            let subject = self.set_subject(None);
+            let timers = Timers::read(self.kernel).unwrap_or_else(|error| {
+                self.find(Severity::Doubt, "syscall", format!("the timers cannot be read: {error}"));
+                Timers::default()
+            });
+            for damage in &timers.damage {
+                self.find(Severity::Doubt, "syscall", damage.clone());
+            }
+            self.set_subject(subject);
+            timers
+        })
     }
 
     fn rseq(&self, task: &Task) -> Option<Rseq> {
@@ -272,11 +313,13 @@ impl Autopsy<'_> {
             ));
         }
         (regs.fs_base, regs.gs_base) = (task.fsbase, task.gsbase);
-        if let Some(cpu) = on_cpu
-            && let Some(live) = self.crash_registers(cpu, task.pid)
-        {
-            // The bases that the CPU had: the program may have changed them itself (WRFSBASE) since it was switched in.
-            (regs.fs_base, regs.gs_base) = (live[21], live[22]);
+        // The bases that the CPU had: the program may have changed them itself (WRFSBASE) since it was switched in.
+        if let Some(cpu) = on_cpu {
+            let note = self.crash_registers(cpu, task.pid).map(|live| (live[FS_BASE], live[GS_BASE]));
+            let slot = || self.saver()?.slot(cpu).filter(|slot| slot.pid == task.pid);
+            if let Some(bases) = note.or_else(|| slot().map(|slot| (slot.fs_base, slot.gs_base))) {
+                (regs.fs_base, regs.gs_base) = bases;
+            }
         }
         regs.ds = task.ds.into();
         regs.es = task.es.into();
@@ -313,6 +356,24 @@ impl Autopsy<'_> {
                 !matches!(*name, "__switch_to" | "__switch_to_asm" | "finish_task_switch" | "ret_from_fork")
             })?;
         Some(symbol.0.to_owned())
+    }
+}
+
+/// The signal mask to go on with: not the one that a call had put in force for its own duration.
+fn signal_mask(task: &Task, thread: &Thread) -> u64 {
+    const RT_SIGTIMEDWAIT: i64 = 128;
+    const RT_SIGSUSPEND: i64 = 130;
+    if task.restore_sigmask {
+        return task.saved_sigmask;
+    }
+    match thread.syscall.map(|call| call.nr) {
+        // It says that the mask is to be restored only when it returns (kernel/signal.c, sigsuspend()).
+        Some(RT_SIGSUSPEND) if thread.on_cpu.is_none() && thread.state == ThreadState::Sleeping => {
+            task.saved_sigmask
+        }
+        // While it waits it lets through what it waits for (do_sigtimedwait()).
+        Some(RT_SIGTIMEDWAIT) if task.real_blocked != 0 => task.real_blocked,
+        _ => task.blocked,
     }
 }
 

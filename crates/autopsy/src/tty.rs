@@ -73,7 +73,6 @@ struct Driver {
 struct NTty {
     read_head: u64,
     commit_head: u64,
-    canon_head: u64,
     read_tail: u64,
     read_buf: [u8; BUFFER],
     read_flags: [u64; BUFFER / 64],
@@ -154,7 +153,7 @@ impl Autopsy<'_> {
 
 /// The unread bytes of a line discipline, as they were typed.
 ///
-/// Head and tail run freely over the ring. In canonical mode the unfinished line beyond `canon_head` counts, too: whoever
+/// Head and tail run freely over the ring. In canonical mode the unfinished line beyond the last newline counts, too: whoever
 /// types it again gets the same state. What stands there for an end-of-file character is turned back into `eof`.
 fn unread(data: &NTty, canonical: bool, eof: u8) -> Option<Vec<u8>> {
     let head = if canonical { data.read_head } else { data.commit_head };
@@ -181,7 +180,6 @@ mod tests {
         let mut data = NTty {
             read_head: tail.wrapping_add(text.len() as u64),
             commit_head: tail.wrapping_add(text.len() as u64),
-            canon_head: tail,
             read_tail: tail,
             read_buf: [b'#'; BUFFER],
             read_flags: [0; BUFFER / 64],
