@@ -91,7 +91,9 @@ pub fn replace_file(path: &Path, data: &[u8], mode: u32) -> io::Result<()> {
         std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&temporary)?;
     file.write_all(data)?;
     file.sync_all()?;
-    std::fs::rename(&temporary, path)
+    std::fs::rename(&temporary, path)?;
+    // The new name must be on the disk too: a panic may come at any time, that is what all this is for.
+    std::fs::File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
 }
 
 #[cfg(test)]

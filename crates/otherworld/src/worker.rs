@@ -4,6 +4,7 @@
 //! it (they are traced with PTRACE_O_EXITKILL), and PID 1 goes on with the failure that the configuration asks for.
 
 use std::fs::File;
+use std::ops::Deref;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -13,11 +14,11 @@ use anyhow::{Context, Result, bail};
 use arm::Manifest;
 use autopsy::Autopsy;
 use ktypes::Kernel;
-use snapshot::{Reason, Snapshot};
+use snapshot::{PhysMap, PhysMem, PhysMemError, PhysRange, Reason, Snapshot, StableBytes};
 use vmcore::Vmcore;
 
 use crate::protocol::{Channel, FromWorker, ToWorker};
-use crate::report::{Fate, FateKind, Mark, fates, uptime_ms};
+use crate::report::{Fate, FateKind, Mark, Pour, fates, uptime_ms};
 
 /// The hidden command that makes this program the worker.
 pub const COMMAND: &str = "resurrect-worker";
@@ -98,16 +99,103 @@ impl Worker {
         self.channel.receive(long, || ()).context("waiting for PID 1")
     }
 
-    fn resurrect(&mut self, _kernel: &Kernel, snapshot: &Snapshot, _config: &arm::Config) -> Result<()> {
-        let processes = fates(snapshot, |_| {
-            (FateKind::Failed, vec![Reason::new("not-built-in", "this build cannot rebuild processes yet")])
-        });
+    fn resurrect(&mut self, kernel: &Kernel, snapshot: &Snapshot, config: &arm::Config) -> Result<()> {
+        let options = resurrect::Options {
+            deadline: Duration::from_secs(config.deadlines.resurrect),
+            process_deadline: Duration::from_secs(config.deadlines.process),
+        };
+        let memory = DeadMemory::new(kernel.vmcore());
+        let mut report = resurrect::resurrect(snapshot, &memory, &options, &mut Told(&mut self.channel))?;
+        let pour = Pour { bytes: report.poured_bytes, us: report.pour_time.as_micros() as u64 };
+        let processes = std::mem::take(&mut report.outcomes).into_iter().map(fate).collect();
         self.channel.send(&FromWorker::Done {
             processes,
             findings: snapshot.findings.clone(),
-            pour: None,
-            resurrection: serde_json::Value::Null,
+            pour: Some(pour),
+            resurrection: serde_json::to_value(&report)?,
         })?;
         Ok(())
+    }
+}
+
+fn fate(outcome: resurrect::Outcome) -> Fate {
+    let (fate, reasons) = match outcome.fate {
+        resurrect::Fate::Resumed { losses } if losses.is_empty() => (FateKind::Resurrected, losses),
+        resurrect::Fate::Resumed { losses } => (FateKind::ResurrectedWithLosses, losses),
+        resurrect::Fate::GaveUp { reasons } => (FateKind::GivenUp, reasons),
+        resurrect::Fate::NotSelected { why } => (FateKind::NotSelected, vec![Reason::new("not-selected", why)]),
+        resurrect::Fate::Failed { step, reason } => {
+            (FateKind::Failed, vec![Reason::new("failed", format!("{step}: {reason}"))])
+        }
+    };
+    Fate { pid: outcome.pid, comm: outcome.comm, fate, reasons }
+}
+
+/// Tells PID 1 how it goes. Should PID 1 be gone, nothing matters any more: errors are left alone.
+struct Told<'a>(&'a mut Channel);
+
+impl resurrect::Progress for Told<'_> {
+    fn step(&mut self, step: resurrect::Step<'_>) {
+        use resurrect::Step;
+        let mark = |name: &str| FromWorker::Mark(Mark { name: name.to_owned(), ms: uptime_ms() });
+        let message = match step {
+            Step::FilesReopened => mark("files-reopened"),
+            Step::Skeletons { .. } => mark("skeletons"),
+            Step::Poured { .. } => mark("poured"),
+            Step::Released => mark("released"),
+            Step::Back { pid, comm } => FromWorker::Note(format!("back: {pid} {comm}")),
+            Step::Lost { pid, comm, why } => FromWorker::Note(format!("lost: {pid} {comm}: {why}")),
+            Step::Rebuilt { .. } => return,
+        };
+        _ = self.0.send(&message);
+    }
+}
+
+/// The dead machine's memory, as the rebuilding half asks for it.
+struct DeadMemory<'a> {
+    core: &'a Vmcore,
+    ranges: Vec<PhysRange>,
+}
+
+impl<'a> DeadMemory<'a> {
+    fn new(core: &'a Vmcore) -> Self {
+        let ranges = core.ranges().iter().map(|r| PhysRange { start: r.start, len: r.len }).collect();
+        Self { core, ranges }
+    }
+}
+
+/// A part of the core that is mapped, or borrowed, for as long as this lives.
+struct Window<'a>(vmcore::PhysMap<'a>);
+
+impl Deref for Window<'_> {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+// SAFETY: the bytes are those of a memory map that the window holds a share of, or of somebody else's slice; both stay where they are
+// when the window moves.
+unsafe impl StableBytes for Window<'_> {}
+
+fn no_memory(error: vmcore::Error, addr: u64, len: u64) -> PhysMemError {
+    match error {
+        vmcore::Error::Io { source, .. } => PhysMemError::Io { addr, len, source },
+        _ => PhysMemError::NotPresent { addr, len },
+    }
+}
+
+impl PhysMem for DeadMemory<'_> {
+    fn ranges(&self) -> &[PhysRange] {
+        &self.ranges
+    }
+
+    fn map(&self, addr: u64, len: usize) -> Result<PhysMap<'_>, PhysMemError> {
+        let window = self.core.map_phys(addr, len).map_err(|e| no_memory(e, addr, len as u64))?;
+        PhysMap::owned(Window(window), 0..len).ok_or(PhysMemError::NotPresent { addr, len: len as u64 })
+    }
+
+    fn read(&self, addr: u64, buf: &mut [u8]) -> Result<(), PhysMemError> {
+        self.core.read_phys(addr, buf).map_err(|e| no_memory(e, addr, buf.len() as u64))
     }
 }

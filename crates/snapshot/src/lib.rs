@@ -38,7 +38,7 @@ pub use finding::{Finding, Severity};
 pub use fs::{FsContext, Mount, MountFlags, Timestamp};
 pub use memory::{AddressSpace, AddressSpaceId, MmLayout, PageRun, Prot, SwapRun, Vma, VmaFlags, VmaKind};
 pub use panic::{Frame, Kernel, LogRecord, Panic, vdso_fingerprint};
-pub use physmem::{PAGE_SIZE, PhysMap, PhysMem, PhysMemError, PhysRange};
+pub use physmem::{PAGE_SIZE, PhysMap, PhysMem, PhysMemError, PhysRange, StableBytes};
 pub use pipe::{Pipe, PipeBuffer, PipeEnd, PipeId};
 pub use process::{Namespaces, Process, ProcessState, Rlimit};
 pub use signal::{AltStack, PendingSignal, SigAction, SignalState};

@@ -32,10 +32,14 @@ pub trait PhysMem {
     }
 }
 
+/// Whatever keeps bytes alive.
+trait Keep {}
+impl<T> Keep for T {}
+
 /// Bytes of the dead machine's memory; unmapped when dropped.
 pub struct PhysMap<'a> {
     bytes: &'a [u8],
-    _owner: Option<Box<dyn std::any::Any>>,
+    _owner: Option<Box<dyn Keep + 'a>>,
 }
 
 impl<'a> PhysMap<'a> {
@@ -43,15 +47,13 @@ impl<'a> PhysMap<'a> {
     pub fn borrowed(bytes: &'a [u8]) -> Self {
         Self { bytes, _owner: None }
     }
-}
 
-impl PhysMap<'static> {
     /// Bytes that `owner` (a mapping) keeps alive, a part of them given by `range`.
     ///
     /// `None` when `range` does not lie in the owner's bytes.
     pub fn owned<O>(owner: O, range: std::ops::Range<usize>) -> Option<Self>
     where
-        O: Deref<Target = [u8]> + StableBytes + 'static,
+        O: Deref<Target = [u8]> + StableBytes + 'a,
     {
         let owner = Box::new(owner);
         let part: *const [u8] = owner.get(range)?;

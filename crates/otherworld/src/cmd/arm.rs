@@ -37,10 +37,10 @@ pub fn run(args: &Args) -> Result<Exit> {
         let possible = checks.iter().all(|c| c.ok || !c.required);
         return Ok(if possible { Exit::Done } else { Exit::NotPossible });
     }
-    let spinner = super::spinner("building the crash initramfs and loading the crash kernel");
-    let armed = arm::arm(&root, &config, &Options { init, config_path: args.config.clone() });
-    spinner.finish_and_clear();
-    let armed = armed?;
+    let options = Options { init, config_path: args.config.clone() };
+    let armed = super::with_spinner("building the crash initramfs and loading the crash kernel", || {
+        arm::arm(&root, &config, &options)
+    })?;
     let mut text = format!(
         "armed: {} with an initramfs of {} KiB\n",
         armed.kernel.display(),

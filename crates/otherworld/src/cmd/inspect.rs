@@ -59,45 +59,46 @@ pub fn run(args: &Args) -> Result<Exit> {
     if let Some(truncation) = core.truncated() {
         tracing::warn!("{truncation}");
     }
-    let spinner = super::spinner("reading the dead kernel");
+    let text = super::with_spinner("reading the dead kernel", || answer(args, core))?;
+    super::print(&text)?;
+    Ok(Exit::Done)
+}
+
+fn answer(args: &Args, core: Vmcore) -> Result<String> {
     let kernel = Kernel::open(core)?;
     let autopsy = Autopsy::new(&kernel);
-    let text = match &args.what {
+    let what = match &args.what {
         // These need no process to be readable.
         What::Dmesg => {
             let log = autopsy.kernel_log()?;
-            if args.json { json(&log)? } else { log.iter().map(log_line).collect() }
+            return if args.json { json(&log) } else { Ok(log.iter().map(log_line).collect()) };
         }
         What::Panic => {
             let panic = Panic { log: Vec::new(), ..autopsy.panic_report() };
-            if args.json { json(&panic)? } else { panic_text(&panic) }
+            return if args.json { json(&panic) } else { Ok(panic_text(&panic)) };
         }
-        what => {
-            let snapshot = autopsy.snapshot()?;
-            for finding in &snapshot.findings {
-                let process = finding.pid.map(|p| format!("process {p}: ")).unwrap_or_default();
-                tracing::info!("{:?}: {process}{}: {}", finding.severity, finding.object, finding.text);
-            }
-            match what {
-                What::Maps { pid } => {
-                    let process = find(&snapshot, *pid)?;
-                    let id = process.address_space.context("a zombie has no memory")?;
-                    let mm = snapshot.address_spaces.get(&id).context("its mappings could not be read")?;
-                    if args.json { json(mm)? } else { maps(&snapshot, mm) }
-                }
-                What::Files { pid } => {
-                    let process = find(&snapshot, *pid)?;
-                    if args.json { json(&files_json(&snapshot, process))? } else { files(&snapshot, process) }
-                }
-                What::Snapshot => json(&snapshot)?,
-                _ if args.json => json(&snapshot.processes)?,
-                _ => ps(&snapshot),
-            }
-        }
+        what => what,
     };
-    spinner.finish_and_clear();
-    super::print(&text)?;
-    Ok(Exit::Done)
+    let snapshot = autopsy.snapshot()?;
+    for finding in &snapshot.findings {
+        let process = finding.pid.map(|p| format!("process {p}: ")).unwrap_or_default();
+        tracing::info!("{:?}: {process}{}: {}", finding.severity, finding.object, finding.text);
+    }
+    match what {
+        What::Maps { pid } => {
+            let process = find(&snapshot, *pid)?;
+            let id = process.address_space.context("a zombie has no memory")?;
+            let mm = snapshot.address_spaces.get(&id).context("its mappings could not be read")?;
+            if args.json { json(mm) } else { Ok(maps(&snapshot, mm)) }
+        }
+        What::Files { pid } => {
+            let process = find(&snapshot, *pid)?;
+            if args.json { json(&files_json(&snapshot, process)) } else { Ok(files(&snapshot, process)) }
+        }
+        What::Snapshot => json(&snapshot),
+        _ if args.json => json(&snapshot.processes),
+        _ => Ok(ps(&snapshot)),
+    }
 }
 
 fn json(value: &impl serde::Serialize) -> Result<String> {

@@ -47,9 +47,22 @@ pub fn print(text: &str) -> Result<()> {
     }
 }
 
-/// A spinner with `message` on a terminal, for what may take more than a second.
-pub fn spinner(message: &str) -> indicatif::ProgressBar {
-    let bar = indicatif::ProgressBar::new_spinner().with_message(message.to_owned());
-    bar.enable_steady_tick(std::time::Duration::from_millis(120));
-    bar
+/// Does `work`; when it takes longer than a second, a terminal shows a spinner with `message`.
+pub fn with_spinner<T>(message: &'static str, work: impl FnOnce() -> T) -> T {
+    use std::sync::mpsc;
+    use std::time::Duration;
+    let (done, ended) = mpsc::channel::<()>();
+    let spinner = std::thread::spawn(move || {
+        if ended.recv_timeout(Duration::from_secs(1)) == Err(mpsc::RecvTimeoutError::Timeout) {
+            let bar = indicatif::ProgressBar::new_spinner().with_message(message);
+            bar.enable_steady_tick(Duration::from_millis(250));
+            // Until the sender is dropped.
+            _ = ended.recv();
+            bar.finish_and_clear();
+        }
+    });
+    let result = work();
+    drop(done);
+    _ = spinner.join();
+    result
 }

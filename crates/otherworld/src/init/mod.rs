@@ -26,7 +26,7 @@ use rustix::mount::MountFlags;
 use snapshot::Mount;
 
 use crate::protocol::{FromWorker, ToWorker};
-use crate::report::{MountFate, Report, State};
+use crate::report::{Mark, MountFate, Report, State, uptime_ms};
 use console::{mark, say};
 use memory::MemoryWatch;
 use supervise::Worker;
@@ -54,6 +54,8 @@ struct Life {
     began: Instant,
     /// The machine's root file system is at `/`.
     switched: bool,
+    /// Processes of the dead kernel run: whatever fails from here on must not cost them their lives.
+    released: bool,
 }
 
 impl Life {
@@ -66,6 +68,7 @@ impl Life {
             memory: MemoryWatch::new(),
             began: Instant::now(),
             switched: false,
+            released: false,
         };
         life.mark("init");
         if let Err(error) = surroundings {
@@ -79,6 +82,11 @@ impl Life {
     fn mark(&mut self, name: &str) {
         let mark = mark(name);
         self.report.timeline.push(mark);
+    }
+
+    /// For the report's timeline only.
+    fn note_time(&mut self, name: &str) {
+        self.report.timeline.push(Mark { name: name.to_owned(), ms: uptime_ms() });
     }
 
     fn trouble(&mut self, text: String) {
@@ -103,11 +111,11 @@ impl Life {
         let outcome = self.resurrect(&manifest);
         if let Err(error) = &outcome {
             self.trouble(format!("resurrection failed: {error:#}"));
-            self.report.state = State::Failed;
+            self.report.state = if self.released { State::Partial } else { State::Failed };
             self.mark("failed");
         }
         self.finish_report(&manifest);
-        if outcome.is_err() && config.failure.action != FailureAction::Continue {
+        if outcome.is_err() && !self.released && config.failure.action != FailureAction::Continue {
             return self.give_up(config.failure.action, Duration::from_secs(config.failure.delay));
         }
         if !self.switched {
@@ -134,17 +142,21 @@ impl Life {
 
         sys::keep_old_pids_free(manifest.pid_max);
         modules::load(&manifest.modules, |text| say(&text));
+        self.note_time("modules-loaded");
         // The dead kernel is read while the disk's driver is probing and its file system is checked.
         let mut worker = Worker::start().context("cannot start the worker")?;
 
         let Some(root) = manifest.devices.first() else { bail!("the manifest names no root device") };
         let node = device::wait_for(root, within(deadlines.root_device))?;
+        self.note_time("root-device");
         if manifest.config.fsck.mode == FsckMode::Preen
             && manifest.fsck.contains(&root.fs_type)
             && let Err(error) = mounts::fsck(&node, &root.fs_type, within(deadlines.fsck))
         {
             bail!("{error:#}");
         }
+
+        self.note_time("root-checked");
 
         let survey = self.survey(&mut worker, within(deadlines.autopsy));
         let old_mounts = survey.as_ref().map(|s| s.0.clone()).unwrap_or_default();
@@ -232,14 +244,21 @@ impl Life {
         loop {
             match worker.receive(deadline, &mut self.memory).context("rebuilding the processes")? {
                 FromWorker::Done { processes, findings, pour, resurrection } => {
-                    use crate::report::FateKind::{Failed, GivenUp};
-                    let whole = !processes.iter().any(|p| matches!(p.fate, Failed | GivenUp));
-                    self.report.state = if whole { State::Complete } else { State::Partial };
+                    use crate::report::FateKind::{Failed, GivenUp, NotSelected};
+                    let lost = processes.iter().any(|p| matches!(p.fate, Failed | GivenUp));
+                    let back = processes.iter().any(|p| !matches!(p.fate, Failed | GivenUp | NotSelected));
+                    self.report.state = if lost { State::Partial } else { State::Complete };
                     self.report.processes = processes;
                     self.report.findings = findings;
                     self.report.pour = pour;
                     self.report.resurrection = resurrection;
-                    return worker.end(Duration::from_secs(5));
+                    if let Err(error) = worker.end(Duration::from_secs(5)) {
+                        self.trouble(format!("{error:#}"));
+                    }
+                    if !back {
+                        bail!("no process has come back");
+                    }
+                    return Ok(());
                 }
                 other => self.side_matter(other)?,
             }
@@ -251,6 +270,7 @@ impl Life {
         match message {
             FromWorker::Mark(mark) => {
                 console::print_mark(&mark);
+                self.released |= mark.name == "released";
                 self.report.timeline.push(mark);
             }
             FromWorker::Note(text) => say(&text),
