@@ -6,6 +6,8 @@
 
 use std::sync::Arc;
 
+use vmcore::PhysMap;
+
 use crate::{Error, Result};
 
 const MAGIC: u16 = 0xeb9f;
@@ -43,7 +45,7 @@ pub type TypeId = u32;
 
 /// A parsed BTF section with an index of its names.
 pub struct Btf {
-    data: Vec<u8>,
+    data: Bytes,
     /// Start of each type's record in `data`; index 0 is type `first_id`.
     types: Vec<u32>,
     strings: std::ops::Range<usize>,
@@ -51,6 +53,22 @@ pub struct Btf {
     first_id: TypeId,
     first_string: u32,
     base: Option<Arc<Btf>>,
+}
+
+/// The section's bytes. The kernel's own are some 5 MiB in one piece: they are not copied.
+enum Bytes {
+    Owned(Vec<u8>),
+    Mapped(PhysMap<'static>),
+}
+
+impl std::ops::Deref for Bytes {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        match self {
+            Bytes::Owned(bytes) => bytes,
+            Bytes::Mapped(bytes) => bytes,
+        }
+    }
 }
 
 /// Where a member is.
@@ -96,6 +114,15 @@ impl Record {
 impl Btf {
     /// Parses a section, and indexes it. A module's BTF continues the types and strings of `base`.
     pub fn parse(data: Vec<u8>, base: Option<Arc<Btf>>) -> Result<Btf> {
+        Btf::parse_bytes(Bytes::Owned(data), base)
+    }
+
+    /// The same of bytes that stay where they are, in the core.
+    pub(crate) fn parse_mapped(data: PhysMap<'static>) -> Result<Btf> {
+        Btf::parse_bytes(Bytes::Mapped(data), None)
+    }
+
+    fn parse_bytes(data: Bytes, base: Option<Arc<Btf>>) -> Result<Btf> {
         let bad = |why: &str| Error::BadBtf(why.into());
         let u32_at = |at: usize| -> Option<usize> {
             Some(u32::from_le_bytes(*data.get(at..)?.first_chunk()?) as usize)

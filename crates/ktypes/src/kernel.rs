@@ -605,6 +605,9 @@ fn read_btf(memory: &KernelMemory, symbols: &Kallsyms, release: &str) -> Result<
         .checked_sub(start)
         .filter(|len| *len > 0 && *len <= MAX_BTF)
         .ok_or_else(|| no_btf(format!("it lies from {start:#x} to {end:#x}")))?;
+    if let Some(data) = memory.map_virt(start, len as usize).ok().and_then(|map| map.to_static()) {
+        return Btf::parse_mapped(data);
+    }
     let mut data = vec![0; len as usize];
     memory.read_virt(start, &mut data).map_err(|error| no_btf(error.to_string()))?;
     Btf::parse(data, None)

@@ -58,6 +58,15 @@ impl<'a> PhysMap<'a> {
         PhysMap(Inner::Borrowed(bytes))
     }
 
+    /// The same bytes for as long as they are wanted: the mapping stays until then. `None` for
+    /// borrowed bytes.
+    pub fn to_static(&self) -> Option<PhysMap<'static>> {
+        match &self.0 {
+            Inner::Borrowed(_) => None,
+            Inner::Window(map, range) => Some(PhysMap(Inner::Window(map.clone(), range.clone()))),
+        }
+    }
+
     /// `range` must lie within the mapping.
     pub(crate) fn window(map: Arc<Mmap>, range: Range<usize>) -> Self {
         debug_assert!(range.start <= range.end && range.end <= map.len());
