@@ -176,8 +176,8 @@ trait Facts {
     fn futex_woken(&self) -> bool;
     /// What a restart would continue.
     fn restart_block(&self) -> RestartBlock;
-    /// Whether one of these functions is on the live stack.
-    fn is_within(&self, functions: &[&str]) -> bool;
+    /// Whether the thread is taking down an inode without names.
+    fn is_removing_inode(&self) -> bool;
     /// The started child (or, with CLONE_THREAD, thread) of the clone in flight.
     fn child(&self, thread: bool) -> Option<Pid>;
     /// Whether an execve has begun to take the old program apart; `None` if that cannot be told.
@@ -299,7 +299,7 @@ fn decide_by_class(thread: &Thread, facts: &dyn Facts, row: &Row) -> Resume {
         },
         // A file system's transaction is written when no call is within it any more: what such a call has changed in the
         // dead kernel's memory is not on the disk, and it is done anew. But the last inode is taken down after that.
-        Class::Name if facts.is_within(&["evict"]) => {
+        Class::Name if facts.is_removing_inode() => {
             finish(0, "the name was gone, the inode was being removed")
         }
         Class::Name => Resume::Restart,
@@ -597,6 +597,16 @@ struct Inode {
 }
 
 #[derive(KernelType)]
+#[kernel("inode")]
+struct DyingInode {
+    #[kernel(address)]
+    i_state: u64,
+    i_nlink: u32,
+    i_count: i32,
+    i_sb: u64,
+}
+
+#[derive(KernelType)]
 #[kernel("tty_struct")]
 struct Tty {
     write_buf: u64,
@@ -756,11 +766,10 @@ impl Facts for Dead<'_> {
         timers::restart_block(self.kernel, self.ctx.task).unwrap_or(RestartBlock::Other)
     }
 
-    fn is_within(&self, functions: &[&str]) -> bool {
-        let words = self.live().words.iter().chain(&self.ctx.instruction_pointer);
-        let mut names = words.filter_map(|addr| self.kernel.symbolize(*addr));
-        // A return address is never the first of its function.
-        names.any(|(name, offset)| offset != 0 && functions.contains(&name))
+    fn is_removing_inode(&self) -> bool {
+        // The return address alone may be left over from an earlier call.
+        self.is_within("evict")
+            && self.live().words.iter().any(|word| self.is_being_removed(*word).unwrap_or(false))
     }
 
     fn child(&self, thread: bool) -> Option<Pid> {
@@ -781,13 +790,12 @@ impl Facts for Dead<'_> {
             return None;
         }
         // kernel_clone() holds the child's address while it waits for a vfork to end.
-        if self.live().words.contains(&youngest.addr) && !self.is_within(&["copy_process"]) {
+        if self.live().words.contains(&youngest.addr) && !self.is_within("copy_process") {
             return Some(youngest.tid);
         }
         // A few instructions from waking the child to the end of the call.
         let recent = self.ctx.now.boottime_ns.saturating_sub(youngest.start_boottime_ns) < JUST_STARTED;
-        (recent && self.is_within(&["kernel_clone"]) && !self.is_within(&["copy_process"]))
-            .then_some(youngest.tid)
+        (recent && self.is_within("kernel_clone") && !self.is_within("copy_process")).then_some(youngest.tid)
     }
 
     fn past_no_return(&self, filename: u64) -> Option<bool> {
@@ -796,6 +804,32 @@ impl Facts for Dead<'_> {
 }
 
 impl Dead<'_> {
+    /// Whether a return address into the function is on the live stack, or the CPU was in it.
+    fn is_within(&self, function: &str) -> bool {
+        let words = self.live().words.iter().chain(&self.ctx.instruction_pointer);
+        let mut symbols = words.filter_map(|addr| self.kernel.symbolize(*addr));
+        // A return address is never the first of its function.
+        symbols.any(|(name, offset)| offset != 0 && name == function)
+    }
+
+    /// Whether an address is that of an inode in evict() (fs/inode.c): without names and references, not yet cleared.
+    fn is_being_removed(&self, addr: u64) -> Option<bool> {
+        if addr >> 63 == 0 || addr % 8 != 0 {
+            return None;
+        }
+        let inode: DyingInode = self.kernel.read(addr).ok()?;
+        let state = self.kernel.read_u32(inode.i_state).ok()?;
+        // I_FREEING and I_CLEAR moved when i_state became a u32 (in 6.12; an unsigned long before).
+        let (freeing, clear) = match self.kernel.member("inode", "i_state").ok()?.size {
+            4 => (1 << 7, 1 << 8),
+            _ => (1 << 5, 1 << 6),
+        };
+        let in_evict = state & (freeing | clear) == freeing && inode.i_nlink == 0 && inode.i_count == 0;
+        // What else could look like that has no file system.
+        let s_type = inode.i_sb.wrapping_add(self.kernel.offset_of("super_block", "s_type").ok()?);
+        Some(in_evict && self.kernel.read_u64(s_type).ok()? >> 63 != 0)
+    }
+
     /// A parent's address is that of a thread of the process (`real_parent` is the thread that called fork).
     fn is_ours(&self, parent: u64, tgid: Pid) -> bool {
         parent == self.ctx.task || self.ctx.tasks.iter().any(|task| task.addr == parent && task.tgid == tgid)
@@ -895,7 +929,7 @@ mod tests {
         expiry: Option<Expiry>,
         woken: bool,
         block: Option<RestartBlock>,
-        within: Vec<&'static str>,
+        removing: bool,
         child: Option<Pid>,
         past: Option<bool>,
     }
@@ -928,8 +962,8 @@ mod tests {
         fn restart_block(&self) -> RestartBlock {
             self.block.unwrap_or(RestartBlock::Other)
         }
-        fn is_within(&self, functions: &[&str]) -> bool {
-            self.within.iter().any(|name| functions.contains(name))
+        fn is_removing_inode(&self) -> bool {
+            self.removing
         }
         fn child(&self, _: bool) -> Option<Pid> {
             self.child
@@ -1264,7 +1298,7 @@ mod tests {
         assert_eq!(go(&thread("close", &[1]), &open), Resume::Restart);
         assert_eq!(returns(&go(&thread("close", &[9]), &open)), Some(0));
         assert_eq!(go(&thread("unlink", &[1]), &open), Resume::Restart);
-        let evicting = Fake { within: vec!["evict"], ..Fake::default() };
+        let evicting = Fake { removing: true, ..Fake::default() };
         assert_eq!(returns(&go(&thread("unlinkat", &[1]), &evicting)), Some(0));
         assert_eq!(go(&on_cpu(thread("lseek", &[1, 0, 1])), &open), Resume::Restart, "asks only");
         assert_eq!(go(&thread("lseek", &[1, 9, 1]), &open), Resume::Restart, "waits for the lock");
