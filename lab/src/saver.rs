@@ -60,7 +60,7 @@ fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
 pub const MODULE_FILE: &str = "otherworld_saver.ko";
 
 const SOURCE_DIR: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../kmod");
-const SOURCES: [&str; 3] = ["Makefile", "otherworld_saver.c", "otherworld_saver.h"];
+const SOURCES: [&str; 4] = ["Kbuild", "Makefile", "otherworld_saver.c", "otherworld_saver.h"];
 
 /// Builds the register saver for `kernel_release` (as `uname -r` prints it, such as `6.1.0-56-cloud-amd64`).
 ///
