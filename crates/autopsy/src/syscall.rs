@@ -222,7 +222,10 @@ fn decide(thread: &Thread, facts: &dyn Facts) -> (SyscallInFlight, Resume) {
     if call.nr & X32 != 0 {
         return (call, impossible("a system call of the x32 ABI"));
     }
-    if thread.result == -ERESTART_RESTARTBLOCK || thread.result == -ENOSYS && call.nr == NR_RESTART_SYSCALL {
+    let unfinished = matches!(-thread.result, ENOSYS | ERESTARTSYS | ERESTARTNOINTR | ERESTARTNOHAND);
+    if thread.result == -ERESTART_RESTARTBLOCK
+        || unfinished && call.nr == NR_RESTART_SYSCALL && !thread.panicked
+    {
         return continue_restart_block(thread, facts);
     }
     let resume = match -thread.result {
@@ -763,7 +766,9 @@ impl Facts for Dead<'_> {
     }
 
     fn restart_block(&self) -> RestartBlock {
-        timers::restart_block(self.kernel, self.ctx.task).unwrap_or(RestartBlock::Other)
+        let regs = self.ctx.registers;
+        let args = [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9];
+        timers::restart_block(self.kernel, self.ctx.task, &args).unwrap_or(RestartBlock::Other)
     }
 
     fn is_removing_inode(&self) -> bool {

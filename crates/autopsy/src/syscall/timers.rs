@@ -185,13 +185,17 @@ pub(super) struct RawRestartBlock {
     pub poll_sec: i64,
     #[kernel("poll.tv_nsec")]
     pub poll_nsec: i64,
+    #[kernel("futex.uaddr")]
+    pub futex_uaddr: u64,
+    #[kernel("futex.val")]
+    pub futex_val: u32,
     #[kernel("futex.time")]
     pub futex_time: i64,
 }
 
 impl RawRestartBlock {
-    /// By the name of its function.
-    pub(super) fn interpret(&self, function: Option<&str>) -> RestartBlock {
+    /// By the name of its function. `args` are those of the call in flight.
+    pub(super) fn interpret(&self, function: Option<&str>, args: &[u64; 6]) -> RestartBlock {
         let sleep = |clock| RestartBlock::Nanosleep {
             until: Expiry { clock, ns: self.sleep_expires },
             // TT_NONE: the member holds nothing.
@@ -207,16 +211,24 @@ impl RawRestartBlock {
                 Expiry::monotonic(self.poll_sec.saturating_mul(1_000_000_000).saturating_add(self.poll_nsec))
             })),
             Some("futex_wait_restart") => RestartBlock::Futex { until_ns: self.futex_time },
+            // futex_wait_restart() takes its own name out before it waits again, and leaves the rest.
+            Some("do_no_restart_syscall")
+                if self.futex_uaddr == args[0]
+                    && self.futex_uaddr != 0
+                    && self.futex_val == args[2] as u32 =>
+            {
+                RestartBlock::Futex { until_ns: self.futex_time }
+            }
             _ => RestartBlock::Other,
         }
     }
 }
 
-/// The restart block of a task.
-pub(super) fn restart_block(kernel: &Kernel, task: u64) -> Result<RestartBlock> {
+/// The restart block of a task that is, or was, in a call with these arguments.
+pub(super) fn restart_block(kernel: &Kernel, task: u64, args: &[u64; 6]) -> Result<RestartBlock> {
     let addr = task.wrapping_add(kernel.offset_of("task_struct", "restart_block")?);
     let raw: RawRestartBlock = kernel.read(addr)?;
-    Ok(raw.interpret(kernel.symbol_at(raw.function)))
+    Ok(raw.interpret(kernel.symbol_at(raw.function), args))
 }
 
 #[cfg(test)]
@@ -224,6 +236,8 @@ mod tests {
     use super::*;
 
     const NOW: Clocks = Clocks { realtime_ns: 1_000_000, monotonic_ns: 2_000, boottime_ns: 30_000 };
+
+    const ARGS: [u64; 6] = [0x5000, 0, 7, 0x6000, 0, 0];
 
     #[test]
     fn remaining_time_is_counted_on_the_timers_own_clock() {
@@ -252,20 +266,25 @@ mod tests {
         };
         let until = Expiry { clock: CLOCK_BOOTTIME, ns: 99 };
         let sleep = RestartBlock::Nanosleep { until, rmtp: 0x7000 };
-        assert_eq!(raw.interpret(Some("hrtimer_nanosleep_restart")), sleep);
+        assert_eq!(raw.interpret(Some("hrtimer_nanosleep_restart"), &ARGS), sleep);
         let unwanted = RawRestartBlock { sleep_type: 0, ..raw };
         let sleep = RestartBlock::Nanosleep { until, rmtp: 0 };
-        assert_eq!(unwanted.interpret(Some("hrtimer_nanosleep_restart")), sleep);
+        assert_eq!(unwanted.interpret(Some("hrtimer_nanosleep_restart"), &ARGS), sleep);
         let poll = RestartBlock::Poll(Some(Expiry::monotonic(3_000_000_007)));
-        assert_eq!(raw.interpret(Some("do_restart_poll")), poll);
+        assert_eq!(raw.interpret(Some("do_restart_poll"), &ARGS), poll);
         let endless = RawRestartBlock { poll_has_timeout: 0, ..raw };
-        assert_eq!(endless.interpret(Some("do_restart_poll")), RestartBlock::Poll(None));
-        assert_eq!(raw.interpret(Some("futex_wait_restart")), RestartBlock::Futex { until_ns: 42 });
-        assert_eq!(raw.interpret(Some("do_no_restart_syscall")), RestartBlock::Other);
-        assert_eq!(raw.interpret(None), RestartBlock::Other);
+        assert_eq!(endless.interpret(Some("do_restart_poll"), &ARGS), RestartBlock::Poll(None));
+        assert_eq!(raw.interpret(Some("futex_wait_restart"), &ARGS), RestartBlock::Futex { until_ns: 42 });
+        assert_eq!(raw.interpret(Some("do_no_restart_syscall"), &ARGS), RestartBlock::Other);
+        assert_eq!(raw.interpret(None, &ARGS), RestartBlock::Other);
+        let waiting_again = RawRestartBlock { futex_uaddr: 0x5000, futex_val: 7, ..raw };
+        let futex = RestartBlock::Futex { until_ns: 42 };
+        assert_eq!(waiting_again.interpret(Some("do_no_restart_syscall"), &ARGS), futex);
+        let other_value = RawRestartBlock { futex_val: 8, ..waiting_again };
+        assert_eq!(other_value.interpret(Some("do_no_restart_syscall"), &ARGS), RestartBlock::Other);
         let alarm = RawRestartBlock { sleep_clock: 1, ..raw };
         assert!(matches!(
-            alarm.interpret(Some("alarm_timer_nsleep_restart")),
+            alarm.interpret(Some("alarm_timer_nsleep_restart"), &ARGS),
             RestartBlock::Nanosleep { until: Expiry { clock: CLOCK_BOOTTIME_ALARM, .. }, .. }
         ));
     }
