@@ -147,6 +147,7 @@ impl Autopsy<'_> {
             path: path.path,
         };
         self.inode(file.f_inode, &inode, &open.path)?;
+        self.mount_ids.borrow_mut().insert(id, self.mount_id(file.f_path.mnt)?);
         self.files.borrow_mut().insert(id, open);
         Ok(())
     }

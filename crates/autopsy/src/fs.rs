@@ -158,6 +158,11 @@ impl Autopsy<'_> {
         Ok((addr, self.kernel.read(addr)?))
     }
 
+    /// The number of a mount, as in /proc/PID/mountinfo.
+    pub(crate) fn mount_id(&self, vfsmount: u64) -> Result<i32> {
+        Ok(self.mount_of(vfsmount)?.1.mnt_id)
+    }
+
     /// The path as `d_path()` makes it for a reader whose root is that of the mount namespace.
     pub(crate) fn path(&self, path: &Path) -> Result<FullPath> {
         let key = (path.mnt, path.dentry);

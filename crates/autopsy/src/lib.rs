@@ -20,6 +20,7 @@ mod error;
 mod file;
 mod fpu;
 mod fs;
+pub mod ground_truth;
 mod inode;
 mod memory;
 mod panic;
@@ -34,6 +35,7 @@ mod tty;
 
 pub use error::{Error, Result};
 pub use process::TaskSummary;
+pub use syscall::name as syscall_name;
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::{BTreeMap, HashMap};
@@ -65,6 +67,7 @@ pub struct Autopsy<'k> {
     pub(crate) ttys: RefCell<BTreeMap<TtyId, Tty>>,
     pub(crate) address_spaces: RefCell<BTreeMap<AddressSpaceId, AddressSpace>>,
     pub(crate) paths: RefCell<HashMap<(u64, u64), fs::FullPath>>,
+    pub(crate) mount_ids: RefCell<BTreeMap<FileId, i32>>,
     pub(crate) frames: OnceCell<memory::Frames<'k>>,
     pub(crate) cpus: OnceCell<thread::Cpus>,
     pub(crate) stacks: OnceCell<Option<thread::StackLayout>>,
@@ -88,6 +91,7 @@ impl<'k> Autopsy<'k> {
             ttys: RefCell::default(),
             address_spaces: RefCell::default(),
             paths: RefCell::default(),
+            mount_ids: RefCell::default(),
             frames: OnceCell::new(),
             cpus: OnceCell::new(),
             stacks: OnceCell::new(),
@@ -104,6 +108,11 @@ impl<'k> Autopsy<'k> {
     /// # Errors
     /// See [`autopsy`](crate::autopsy).
     pub fn snapshot(self) -> Result<Snapshot> {
+        self.take_snapshot()
+    }
+
+    /// Everything that is in the tables moves into the snapshot.
+    pub(crate) fn take_snapshot(&self) -> Result<Snapshot> {
         let kernel = self.kernel_facts();
         let panic = self.panic_report();
         let clocks = *self.now();
@@ -119,12 +128,12 @@ impl<'k> Autopsy<'k> {
             clocks,
             mounts,
             processes,
-            address_spaces: self.address_spaces.into_inner(),
-            files: self.files.into_inner(),
-            inodes: self.inodes.into_inner(),
-            pipes: self.pipes.into_inner(),
-            ttys: self.ttys.into_inner(),
-            findings: self.findings.into_inner(),
+            address_spaces: self.address_spaces.take(),
+            files: self.files.take(),
+            inodes: self.inodes.take(),
+            pipes: self.pipes.take(),
+            ttys: self.ttys.take(),
+            findings: self.findings.take(),
         })
     }
 

@@ -358,6 +358,12 @@ impl Autopsy<'_> {
         Ok(groups)
     }
 
+    /// Addresses, TIDs and PIDs of all user threads.
+    pub(crate) fn user_threads(&self) -> Result<Vec<(u64, Pid, Pid)>> {
+        let members = self.groups()?.into_iter().flat_map(|group| group.members);
+        Ok(members.map(|member| (member.addr, member.task.pid, member.task.tgid)).collect())
+    }
+
     fn lost(&self, task: &Task, error: &Error) {
         let text = format!("process {} ({}) is lost: {error}", task.pid, task.name());
         self.find(Severity::Broken, "process", text);
