@@ -28,7 +28,7 @@ use snapshot::{Clocks, Pid, Registers, Resume, SyscallInFlight};
 
 use iov_iter::{Buffers, Layout, Progress, Search, Stack, Wanted};
 use table::{Class, Row, Shape, Transfer, row_of};
-pub use table::{TABLE, name};
+pub use table::name;
 use timers::RestartBlock;
 pub use timers::{Expiry, Timers};
 
@@ -918,6 +918,7 @@ fn futex_woken(stack: Stack<'_>, task: u64, offsets: FutexQ) -> bool {
 mod tests {
     use std::collections::HashMap;
 
+    use super::table::TABLE;
     use super::*;
 
     const NOW: Clocks = Clocks { realtime_ns: 5_000_000, monotonic_ns: 1_000, boottime_ns: 1_000 };
