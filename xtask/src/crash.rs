@@ -108,7 +108,7 @@ pub fn once(lab: &Lab, snapshot: &Snapshot, prepared: &Snapshot, name: &str, see
 }
 
 /// Panics; the console's line of it, or none if a program had ended before.
-fn crash(guest: &mut Guest, panic: &Panic, watch: &mut dyn Watch) -> Result<Option<Line>> {
+pub fn crash(guest: &mut Guest, panic: &Panic, watch: &mut dyn Watch) -> Result<Option<Line>> {
     let from = guest.machine.console.len();
     guest.agent.panic(panic)?;
     let start = Instant::now();
@@ -130,35 +130,14 @@ fn crash(guest: &mut Guest, panic: &Panic, watch: &mut dyn Watch) -> Result<Opti
 
 /// From the panic to the end of the programs.
 fn follow(guest: &mut Guest, pids: &[i32], panic: &Line, outcome: &mut Outcome, watch: &mut dyn Watch) -> Result<()> {
-    let mut next = guest.machine.console.len().saturating_sub(1);
-    // The panic's own line may not be the last any more.
-    while next > 0 && guest.machine.console.lines(next).first().is_some_and(|line| line.ms >= panic.ms) {
-        next -= 1;
-    }
-    let deadline = Instant::now() + AGENT_DEADLINE;
-    let hello = loop {
-        drain(guest, &mut next, panic.ms, outcome, watch);
-        if let Some(failed) = outcome.timeline.iter().find(|moment| moment.name == "failed") {
-            bail!("the resurrection failed {} ms after the panic (see console.log)", failed.since_panic_ms);
-        }
-        match guest.agent.wait_hello(true, Duration::from_millis(100)) {
-            Ok(hello) => break hello,
-            Err(Error::Timeout { .. }) if Instant::now() < deadline => {}
-            Err(error) => {
-                drain(guest, &mut next, panic.ms, outcome, watch);
-                return Err(error.into());
-            }
-        }
-    };
-    drain(guest, &mut next, panic.ms, outcome, watch);
-    debug_assert!(hello.crash_kernel);
+    let mut next = wait_agent(guest, panic, &mut outcome.timeline, watch)?;
     fetch_report(guest)?;
     let deadline = Instant::now() + FINISH_DEADLINE;
     let mut left = pids.to_vec();
     while !left.is_empty() {
         watch.finishing(left.len());
         left = guest.agent.wait(&left, Duration::from_millis(250))?;
-        drain(guest, &mut next, panic.ms, outcome, watch);
+        drain(guest, &mut next, panic.ms, &mut outcome.timeline, watch);
         if Instant::now() > deadline {
             bail!("processes {left:?} did not end within {} s", FINISH_DEADLINE.as_secs());
         }
@@ -166,8 +145,33 @@ fn follow(guest: &mut Guest, pids: &[i32], panic: &Line, outcome: &mut Outcome, 
     Ok(())
 }
 
+/// From the panic to the first words of the crash kernel's agent, which is started when all else is done; the number of the
+/// console's next line.
+pub fn wait_agent(guest: &mut Guest, panic: &Line, timeline: &mut Vec<Moment>, watch: &mut dyn Watch) -> Result<usize> {
+    let console = guest.machine.console.clone();
+    let mut next = console.lines(0).iter().position(|line| line == panic).unwrap_or(0);
+    let deadline = Instant::now() + AGENT_DEADLINE;
+    loop {
+        drain(guest, &mut next, panic.ms, timeline, watch);
+        if let Some(failed) = timeline.iter().find(|moment| moment.name == "failed") {
+            bail!("the resurrection failed {} ms after the panic (see console.log)", failed.since_panic_ms);
+        }
+        match guest.agent.wait_hello(true, Duration::from_millis(100)) {
+            Ok(_) => {
+                drain(guest, &mut next, panic.ms, timeline, watch);
+                return Ok(next);
+            }
+            Err(Error::Timeout { .. }) if Instant::now() < deadline => {}
+            Err(error) => {
+                drain(guest, &mut next, panic.ms, timeline, watch);
+                return Err(error.into());
+            }
+        }
+    }
+}
+
 /// Takes what the console has said since.
-fn drain(guest: &Guest, next: &mut usize, panic_ms: u64, outcome: &mut Outcome, watch: &mut dyn Watch) {
+fn drain(guest: &Guest, next: &mut usize, panic_ms: u64, timeline: &mut Vec<Moment>, watch: &mut dyn Watch) {
     for line in guest.machine.console.lines(*next) {
         *next += 1;
         let since_panic_ms = line.ms.saturating_sub(panic_ms);
@@ -176,7 +180,7 @@ fn drain(guest: &Guest, next: &mut usize, panic_ms: u64, outcome: &mut Outcome, 
             Some(name) => {
                 let moment = Moment { name: name.to_owned(), since_panic_ms };
                 watch.moment(&moment);
-                outcome.timeline.push(moment);
+                timeline.push(moment);
             }
             None => watch.console(since_panic_ms, text),
         }
@@ -184,12 +188,9 @@ fn drain(guest: &Guest, next: &mut usize, panic_ms: u64, outcome: &mut Outcome, 
 }
 
 /// Copies the newest report out of the guest.
-fn fetch_report(guest: &mut Guest) -> Result<()> {
-    let newest = guest.agent.shell("ls -t /var/lib/otherworld/reports/*.json 2>/dev/null | head -1", Duration::from_secs(30))?;
-    if !newest.trim().is_empty() {
-        let report = guest.agent.read_file(newest.trim())?;
-        fs::write(guest.dir.join("report.json"), report)?;
-    }
+pub fn fetch_report(guest: &mut Guest) -> Result<()> {
+    let report = guest.agent.read_file("/var/lib/otherworld/reports/latest.json").context("there is no report")?;
+    fs::write(guest.dir.join("report.json"), report)?;
     Ok(())
 }
 

@@ -29,6 +29,12 @@ impl Installation {
         Self { config, saver: true }
     }
 
+    /// Resurrects what runs this program, whoever runs it, and what the unprivileged user runs.
+    pub fn for_programs(exe: &str) -> Self {
+        let demo = Self::for_demo();
+        Self { config: format!("[[select]]\nexe = \"{exe}\"\n\n{}", demo.config), ..demo }
+    }
+
     /// Resurrects all that can be.
     pub fn for_all() -> Self {
         let config = format!("all = true\n\n[[never]]\nexe = \"/usr/local/lib/lab/agent\"\n\n[after]\nstart = [\"{AGENT_COMMAND}\"]\n");

@@ -11,6 +11,7 @@ mod demo;
 mod ground_truth;
 mod guest;
 mod lab_cmd;
+mod survive;
 mod test;
 mod ui;
 mod vmcore_cmd;
@@ -71,6 +72,8 @@ enum Command {
     Test(test::Test),
     /// Panics a guest at random moments, many times, and counts the programs whose output is right.
     CrashRuns(crash_runs::CrashRuns),
+    /// Takes one small program per kind of kernel state through a panic.
+    Survivors(survive::Survivors),
     /// Compares what the running kernel says in /proc with what is read from its memory after the panic, and with what the
     /// resurrected processes show.
     GroundTruth(ground_truth::GroundTruth),
@@ -90,6 +93,7 @@ fn main() -> ExitCode {
         Command::Demo(command) => command.run(&cli.global),
         Command::Test(command) => command.run(&cli.global),
         Command::CrashRuns(command) => command.run(&cli.global),
+        Command::Survivors(command) => command.run(&cli.global),
         Command::GroundTruth(command) => command.run(&cli.global),
         Command::Bench(command) => command.run(&cli.global),
         Command::Vmcore(command) => command.run(&cli.global),

@@ -5,6 +5,7 @@ use clap::Args;
 use lab::Series;
 
 use crate::crash_runs::{CrashRuns, Tally};
+use crate::survive::Survivors;
 use crate::{Global, build, ui};
 
 /// Runs the unit tests (cargo nextest if it is there, else cargo test), then the tests in virtual machines. The last line counts
@@ -31,6 +32,9 @@ impl Test {
         let mut sum = Tally::default();
         for series in crate::series_or_all(self.kernel) {
             let tally = CrashRuns::new(series, if self.quick { 1 } else { 3 }).campaign(global)?;
+            sum.passed += tally.passed;
+            sum.failed += tally.failed;
+            let tally = Survivors::new(series).count(global)?;
             sum.passed += tally.passed;
             sum.failed += tally.failed;
         }
