@@ -33,7 +33,7 @@ pub(crate) struct Tables {
 /// A symbol table.
 pub(crate) struct Kallsyms {
     names: Vec<u8>,
-    tokens: Vec<Token>,
+    tokens: [Token; 256],
     token_text: Vec<u8>,
     /// In the order of the table.
     addresses: Vec<u64>,
@@ -46,13 +46,11 @@ pub(crate) struct Kallsyms {
     slots: Vec<u32>,
 }
 
+/// Where the characters of a token are in the token table.
 #[derive(Clone, Copy, Default)]
 struct Token {
     start: u32,
     len: u32,
-    /// Hash of its characters, and FACTOR to the power of their number.
-    hash: u64,
-    power: u64,
 }
 
 /// Names of 256 symbols, one behind the other, each with its type in front.
@@ -67,28 +65,21 @@ impl Kallsyms {
         if count == 0 || count > MAX_SYMBOLS {
             return Err(format!("{count} symbols"));
         }
-        let mut tokens = Vec::with_capacity(256);
-        for start in &tables.token_index {
-            let tail = tables.token_table.get(usize::from(*start)..).unwrap_or_default();
+        let token_index: [u16; 256] =
+            tables.token_index.try_into().map_err(|index: Vec<u16>| format!("{} tokens", index.len()))?;
+        let mut tokens = [Token::default(); 256];
+        // What a token does to the hash of the characters before it, and what one that begins
+        // a name (its first character is the symbol's type) contributes.
+        let mut steps = [(0u64, 0u64); 256];
+        let mut heads = [0u64; 256];
+        for (i, start) in token_index.into_iter().enumerate() {
+            let tail = tables.token_table.get(usize::from(start)..).unwrap_or_default();
             let len = tail.iter().position(|byte| *byte == 0).ok_or("a token is cut off")?;
-            let (mut hash, mut power) = (0u64, 1u64);
-            for byte in &tail[..len] {
-                hash = step(hash, *byte);
-                power = power.wrapping_mul(FACTOR);
-            }
-            tokens.push(Token { start: u32::from(*start), len: len as u32, hash, power });
+            tokens[i] = Token { start: u32::from(start), len: len as u32 };
+            let power = (0..len).fold(1u64, |power, _| power.wrapping_mul(FACTOR));
+            steps[i] = (power, tail[..len].iter().fold(0, |hash, byte| step(hash, *byte)));
+            heads[i] = tail[..len].iter().skip(1).fold(0, |hash, byte| step(hash, *byte));
         }
-        if tokens.len() != 256 {
-            return Err(format!("{} tokens instead of 256", tokens.len()));
-        }
-        // The same without the first character, for tokens that begin a name.
-        let first: Vec<u64> = tokens
-            .iter()
-            .map(|token| {
-                let text = &tables.token_table[token.start as usize..][..token.len as usize];
-                text.iter().skip(1).fold(0, |hash, byte| step(hash, *byte))
-            })
-            .collect();
 
         let mask = (count * 3 / 2).next_power_of_two() - 1;
         let mut hashes = vec![0u64; mask + 1];
@@ -102,11 +93,10 @@ impl Kallsyms {
             }
             let (start, len) = compressed(names, at).ok_or("the names are cut off")?;
             let (head, tail) = names[start..start + len].split_first().ok_or("an empty name")?;
-            let mut hash = first[usize::from(*head)];
-            for byte in tail {
-                let token = &tokens[usize::from(*byte)];
-                hash = hash.wrapping_mul(token.power).wrapping_add(token.hash);
-            }
+            let hash = tail.iter().fold(heads[usize::from(*head)], |hash, byte| {
+                let (power, add) = steps[usize::from(*byte)];
+                hash.wrapping_mul(power).wrapping_add(add)
+            });
             at = start + len;
             // The first of several symbols of one name is the one that is found.
             let mut slot = place(hash) & mask;

@@ -3,7 +3,7 @@
 //! Read when first asked for. What is damaged here costs the names of modules, nothing else: no
 //! error comes out.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crate::{Btf, Kernel, KernelType};
 
@@ -24,7 +24,7 @@ pub(crate) struct Modules {
     /// By address.
     symbols: Vec<Symbol>,
     /// Indices of `symbols` by name.
-    by_name: Vec<u32>,
+    by_name: OnceLock<Vec<u32>>,
 }
 
 struct Module {
@@ -99,10 +99,6 @@ impl Modules {
             }
         }
         all.symbols.sort_by_key(|symbol| symbol.addr);
-        let name = |symbol: &Symbol| &all.names[symbol.name.start as usize..symbol.name.end as usize];
-        let mut by_name: Vec<u32> = (0..all.symbols.len() as u32).collect();
-        by_name.sort_by_key(|index| name(&all.symbols[*index as usize]));
-        all.by_name = by_name;
         all
     }
 
@@ -158,8 +154,13 @@ impl Modules {
 
     pub fn lookup(&self, name: &str) -> Option<u64> {
         let named = |index: u32| self.name(&self.symbols[index as usize]);
-        let at = self.by_name.partition_point(|index| named(*index) < name);
-        let index = *self.by_name.get(at)?;
+        let by_name = self.by_name.get_or_init(|| {
+            let mut by_name: Vec<u32> = (0..self.symbols.len() as u32).collect();
+            by_name.sort_by_key(|index| named(*index));
+            by_name
+        });
+        let at = by_name.partition_point(|index| named(*index) < name);
+        let index = *by_name.get(at)?;
         (named(index) == name).then(|| self.symbols[index as usize].addr)
     }
 
