@@ -74,28 +74,28 @@ pub enum Error {
         len: usize,
     },
     /// The kernel refused.
-    #[error("the kernel refused the crash kernel {}: {source}; {remedy}{aftermath}", kernel.display())]
+    #[error("the kernel refused the crash kernel {}: {error}; {remedy}{aftermath}", kernel.display())]
     Refused {
         /// The image.
         kernel: PathBuf,
         #[allow(missing_docs)]
-        source: io::Error,
+        error: io::Error,
         #[allow(missing_docs)]
         remedy: &'static str,
         /// What became of the crash kernel that was loaded before.
         aftermath: &'static str,
     },
     /// The crash kernel could not be unloaded.
-    #[error("the kernel refused to unload the crash kernel: {source}; {remedy}")]
+    #[error("the kernel refused to unload the crash kernel: {error}; {remedy}")]
     Unload {
         #[allow(missing_docs)]
-        source: io::Error,
+        error: io::Error,
         #[allow(missing_docs)]
         remedy: &'static str,
     },
     /// A sysctl.
     #[error("the crash kernel is loaded, but {0}; run as root, outside of containers")]
-    Sysctl(#[source] sysctl::SysctlError),
+    Sysctl(sysctl::SysctlError),
     /// A file of ours.
     #[error("cannot {action} {}", path.display())]
     File {
@@ -145,7 +145,10 @@ pub fn arm(root: &Root, config: &Config, options: &Options) -> Result<Armed, Err
     let fresh = path.with_extension("fresh");
     replace_file(&fresh, &image, 0o600).map_err(file_error("write", &fresh))?;
     let former = Armed::load(root);
-    load(root, &kernel, &fresh, &cmdline, former.as_ref())?;
+    if let Err(error) = load(root, &kernel, &fresh, &cmdline, former.as_ref()) {
+        _ = std::fs::remove_file(&fresh);
+        return Err(error);
+    }
     std::fs::rename(&fresh, &path).map_err(file_error("write", &path))?;
 
     let wanted = config.panic_on.sysctls();
@@ -187,10 +190,10 @@ fn load(
 ) -> Result<(), Error> {
     let open = |path: &Path| File::open(path).map_err(file_error("open", path));
     let (kernel_file, initramfs_file) = (open(&root.join(kernel))?, open(initramfs)?);
-    let refused = |source: io::Error, aftermath| Error::Refused {
+    let refused = |error: io::Error, aftermath| Error::Refused {
         kernel: kernel.to_owned(),
-        remedy: kexec::remedy(&source),
-        source,
+        remedy: kexec::remedy(&error),
+        error,
         aftermath,
     };
     let was_loaded = Slot::Crash.is_loaded(root);
@@ -200,7 +203,7 @@ fn load(
         kexec::load(Slot::Reboot, &kernel_file, &initramfs_file, cmdline)
             .map_err(|e| refused(e, "; the crash kernel that was loaded before is still there"))?;
         kexec::unload(Slot::Reboot)
-            .map_err(|source| Error::Unload { remedy: kexec::remedy(&source), source })?;
+            .map_err(|error| Error::Unload { remedy: kexec::remedy(&error), error })?;
     }
     let Err(error) = kexec::load(Slot::Crash, &kernel_file, &initramfs_file, cmdline) else { return Ok(()) };
     if !was_loaded {
@@ -345,8 +348,7 @@ pub fn disarm(root: &Root) -> Result<Disarmed, Error> {
     let mut done = Disarmed::default();
     let Some(armed) = Armed::load(root) else { return Ok(done) };
     if Slot::Crash.is_loaded(root) {
-        kexec::unload(Slot::Crash)
-            .map_err(|source| Error::Unload { remedy: kexec::remedy(&source), source })?;
+        kexec::unload(Slot::Crash).map_err(|error| Error::Unload { remedy: kexec::remedy(&error), error })?;
         done.unloaded = true;
     }
     done.left_alone = sysctl::restore(root, &armed.sysctls_before, &armed.sysctls_set);

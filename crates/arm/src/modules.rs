@@ -17,7 +17,7 @@ pub struct ModuleTree {
     /// Module name to its file and the files it needs, relative to `dir`, as modules.dep lists them.
     files: BTreeMap<String, (PathBuf, Vec<PathBuf>)>,
     builtin: BTreeSet<String>,
-    /// Pattern and module name.
+    /// Pattern (in canonical form) and module name.
     aliases: Vec<(String, String)>,
     /// What to load before a module, and after it.
     softdeps: BTreeMap<String, (Vec<String>, Vec<String>)>,
@@ -65,8 +65,9 @@ impl ModuleTree {
     /// Modules that `alias` (a modalias, or an alias such as `fs-ext4`) stands for, built-in ones included.
     pub fn by_alias(&self, alias: &str) -> Vec<String> {
         let mut names = Vec::new();
+        let alias = canonical_pattern(alias);
         for (pattern, name) in &self.aliases {
-            if !names.contains(name) && fnmatch(&canonical_pattern(pattern), &canonical_pattern(alias)) {
+            if fnmatch(pattern, &alias) && !names.contains(name) {
                 names.push(name.clone());
             }
         }
@@ -163,7 +164,7 @@ fn parse_alias(text: &str) -> Vec<(String, String)> {
     let entry = |line: &str| {
         let mut words = line.split_whitespace();
         (words.next()? == "alias").then_some(())?;
-        Some((words.next()?.to_owned(), canonical(words.next()?)))
+        Some((canonical_pattern(words.next()?), canonical(words.next()?)))
     };
     text.lines().filter_map(entry).collect()
 }
@@ -173,7 +174,7 @@ fn parse_builtin_modinfo(text: &str) -> Vec<(String, String)> {
     let entry = |item: &str| {
         let (key, value) = item.split_once('=')?;
         let module = key.strip_suffix(".alias")?;
-        Some((value.to_owned(), canonical(module)))
+        Some((canonical_pattern(value), canonical(module)))
     };
     text.split('\0').filter_map(entry).collect()
 }

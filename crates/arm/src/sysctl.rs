@@ -11,14 +11,14 @@ pub type Sysctls = BTreeMap<String, String>;
 
 /// A sysctl that could not be read or written.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {action} the sysctl {name}")]
+#[error("cannot {action} the sysctl {name}: {error}")]
 pub struct SysctlError {
     /// Its name.
     pub name: String,
     /// `read` or `set`.
     pub action: &'static str,
     #[allow(missing_docs)]
-    pub source: io::Error,
+    pub error: io::Error,
 }
 
 fn path(name: &str) -> PathBuf {
@@ -41,7 +41,7 @@ pub fn set(root: &Root, wanted: &Sysctls) -> Result<Sysctls, SysctlError> {
 }
 
 fn set_one(root: &Root, name: &str, value: &str, before: &mut Sysctls) -> Result<(), SysctlError> {
-    let failed = |action| move |source| SysctlError { name: name.to_owned(), action, source };
+    let failed = |action| move |error| SysctlError { name: name.to_owned(), action, error };
     let old = match root.read(path(name)) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
         other => other.map_err(failed("read"))?,
@@ -125,7 +125,7 @@ mod tests {
         let mut wanted = wanted();
         wanted.insert("kernel.zzz".into(), "1".into());
         let error = set(&root, &wanted).unwrap_err();
-        assert_eq!(error.to_string(), "cannot read the sysctl kernel.zzz");
+        assert!(error.to_string().starts_with("cannot read the sysctl kernel.zzz: "), "{error}");
         assert_eq!(root.read("/proc/sys/kernel/panic").unwrap(), "0");
         assert_eq!(root.read("/proc/sys/kernel/panic_on_oops").unwrap(), "0");
     }

@@ -146,11 +146,16 @@ impl Pour {
 }
 
 /// What has been decided for each process, as fates: those that are to continue are `continued`.
-pub fn fates(snapshot: &Snapshot, mut continued: impl FnMut(&Process) -> (FateKind, Vec<Reason>)) -> Vec<Fate> {
+pub fn fates(
+    snapshot: &Snapshot,
+    mut continued: impl FnMut(&Process) -> (FateKind, Vec<Reason>),
+) -> Vec<Fate> {
     let fate = |process: &Process| {
         let (fate, reasons) = match &process.decision {
             Decision::Undecided => (FateKind::NotSelected, vec![]),
-            Decision::NotSelected { why } => (FateKind::NotSelected, vec![Reason::new("not-selected", why.clone())]),
+            Decision::NotSelected { why } => {
+                (FateKind::NotSelected, vec![Reason::new("not-selected", why.clone())])
+            }
             Decision::GiveUp { reasons } => (FateKind::GivenUp, reasons.clone()),
             Decision::Continue { .. } => continued(process),
         };
@@ -260,7 +265,11 @@ impl Report {
     }
 
     fn panic_text(&self) -> &str {
-        self.panic.as_ref().map(|p| p.message.as_str()).filter(|m| !m.is_empty()).unwrap_or("no message in its log")
+        self.panic
+            .as_ref()
+            .map(|p| p.message.as_str())
+            .filter(|m| !m.is_empty())
+            .unwrap_or("no message in its log")
     }
 }
 
@@ -331,14 +340,17 @@ mod tests {
         let mut last = report("2026-01-01T00:00:04Z");
         last.state = State::Complete;
         last.save(dir.path(), 3).unwrap();
-        let mut names: Vec<String> =
-            std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        let mut names: Vec<String> = std::fs::read_dir(dir.path())
+            .unwrap()
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .collect();
         names.sort();
         assert_eq!(
             names,
             ["2026-01-01T000002Z.json", "2026-01-01T000003Z.json", "2026-01-01T000004Z.json", "latest.json"]
         );
-        let read: Report = serde_json::from_slice(&std::fs::read(dir.path().join("latest.json")).unwrap()).unwrap();
+        let read: Report =
+            serde_json::from_slice(&std::fs::read(dir.path().join("latest.json")).unwrap()).unwrap();
         assert_eq!((read.started.as_str(), read.state), ("2026-01-01T00:00:04Z", State::Complete));
     }
 
@@ -353,13 +365,21 @@ mod tests {
         };
         r.processes = vec![
             fate(7, "python3", FateKind::Resurrected, &[]),
-            fate(8, "redis", FateKind::GivenUp, &["descriptor 5 is a socket", "it lives in its own net namespace"]),
+            fate(
+                8,
+                "redis",
+                FateKind::GivenUp,
+                &["descriptor 5 is a socket", "it lives in its own net namespace"],
+            ),
             fate(9, "cron", FateKind::NotSelected, &["no rule asks for it"]),
         ];
         r.failures.push("/srv: no such device".into());
         let text = r.to_text();
         assert!(text.contains("      7  python3          lives\n"), "{text}");
-        assert!(text.contains("      8  redis            given up            descriptor 5 is a socket\n"), "{text}");
+        assert!(
+            text.contains("      8  redis            given up            descriptor 5 is a socket\n"),
+            "{text}"
+        );
         assert!(text.contains("its own net namespace"));
         assert!(!text.contains("cron"));
         assert!(text.contains("Trouble: /srv: no such device"));

@@ -34,7 +34,8 @@ pub fn run(channel_fd: i32) -> Result<()> {
     let mut worker = Worker { channel, findings: Vec::new(), processes: Vec::new() };
     let outcome = worker.work();
     if let Err(error) = outcome {
-        let (processes, findings) = (std::mem::take(&mut worker.processes), std::mem::take(&mut worker.findings));
+        let (processes, findings) =
+            (std::mem::take(&mut worker.processes), std::mem::take(&mut worker.findings));
         worker.channel.send(&FromWorker::Failed { why: format!("{error:#}"), processes, findings })?;
     }
     Ok(())
@@ -73,7 +74,8 @@ impl Worker {
         self.processes = fates(&snapshot, |_| {
             (FateKind::Failed, vec![Reason::new("aborted", "the resurrection ended before it was rebuilt")])
         });
-        let highest_pid = snapshot.processes.iter().flat_map(|p| p.threads.iter().map(|t| t.tid).chain([p.pid])).max();
+        let highest_pid =
+            snapshot.processes.iter().flat_map(|p| p.threads.iter().map(|t| t.tid).chain([p.pid])).max();
         let surveyed =
             FromWorker::Surveyed { mounts: snapshot.mounts.clone(), highest_pid: highest_pid.unwrap_or(300) };
         self.channel.send(&surveyed)?;
@@ -123,7 +125,9 @@ fn fate(outcome: resurrect::Outcome) -> Fate {
         resurrect::Fate::Resumed { losses } if losses.is_empty() => (FateKind::Resurrected, losses),
         resurrect::Fate::Resumed { losses } => (FateKind::ResurrectedWithLosses, losses),
         resurrect::Fate::GaveUp { reasons } => (FateKind::GivenUp, reasons),
-        resurrect::Fate::NotSelected { why } => (FateKind::NotSelected, vec![Reason::new("not-selected", why)]),
+        resurrect::Fate::NotSelected { why } => {
+            (FateKind::NotSelected, vec![Reason::new("not-selected", why)])
+        }
         resurrect::Fate::Failed { step, reason } => {
             (FateKind::Failed, vec![Reason::new("failed", format!("{step}: {reason}"))])
         }

@@ -6,9 +6,7 @@ use anyhow::{Context, Result, bail};
 use autopsy::Autopsy;
 use clap::Subcommand;
 use ktypes::Kernel;
-use snapshot::{
-    Decision, FileKind, LogRecord, Panic, Pid, Process, Prot, Snapshot, ThreadState, VmaKind,
-};
+use snapshot::{Decision, FileKind, LogRecord, Panic, Pid, Process, Prot, Snapshot, ThreadState, VmaKind};
 use vmcore::Vmcore;
 
 use crate::cli::Exit;
@@ -140,7 +138,8 @@ fn ps(snapshot: &Snapshot) -> String {
         let mm = p.address_space.and_then(|id| snapshot.address_spaces.get(&id));
         let pages: u64 =
             mm.iter().flat_map(|mm| &mm.vmas).flat_map(|v| &v.pages).map(|r| u64::from(r.count)).sum();
-        let exe = mm.and_then(|mm| snapshot.files.get(&mm.exe?)).map(|f| f.path.to_string()).unwrap_or_default();
+        let exe =
+            mm.and_then(|mm| snapshot.files.get(&mm.exe?)).map(|f| f.path.to_string()).unwrap_or_default();
         let uid = p.threads.first().map_or(0, |t| t.credentials.uid);
         let alive = p.threads.iter().filter(|t| t.state != ThreadState::Dead).count();
         out.push_str(&format!(

@@ -36,8 +36,9 @@ pub fn run(args: &Args) -> Result<Exit> {
         return Ok(Exit::Done);
     }
     let path = args.file.clone().unwrap_or_else(|| config.report.dir.join("latest.json"));
-    let bytes = std::fs::read(&path)
-        .with_context(|| format!("there is no report at {}; has this machine survived a panic?", path.display()))?;
+    let bytes = std::fs::read(&path).with_context(|| {
+        format!("there is no report at {}; has this machine survived a panic?", path.display())
+    })?;
     if args.json {
         super::print(&String::from_utf8_lossy(&bytes))?;
         return Ok(Exit::Done);

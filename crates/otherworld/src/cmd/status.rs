@@ -36,11 +36,16 @@ fn text(status: &Status) -> String {
         (Some(a), true) => {
             line(format!("armed since {} with {}", crate::report::utc(a.armed_at), a.kernel.display()));
         }
-        _ if status.crash_kernel_loaded => line("not armed: another program has loaded its crash kernel".into()),
+        _ if status.crash_kernel_loaded => {
+            line("not armed: another program has loaded its crash kernel".into())
+        }
         _ => line("not armed".into()),
     }
     if status.generation > 0 {
-        line(format!("this is a crash kernel, generation {}: programs have survived a panic", status.generation));
+        line(format!(
+            "this is a crash kernel, generation {}: programs have survived a panic",
+            status.generation
+        ));
     }
     for why in &status.stale {
         line(format!("out of date: {why}; run `otherworld arm`"));

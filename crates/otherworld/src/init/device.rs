@@ -83,8 +83,7 @@ fn node(name: &str) -> PathBuf {
 
 fn names() -> Vec<String> {
     let Ok(entries) = fs::read_dir("/sys/class/block") else { return Vec::new() };
-    let mut names: Vec<String> =
-        entries.filter_map(|e| e.ok()?.file_name().into_string().ok()).collect();
+    let mut names: Vec<String> = entries.filter_map(|e| e.ok()?.file_name().into_string().ok()).collect();
     names.sort();
     names
 }

@@ -162,15 +162,24 @@ impl Life {
         let old_mounts = survey.as_ref().map(|s| s.0.clone()).unwrap_or_default();
         let root_mount = old_mounts.iter().rfind(|m| m.mountpoint.as_bytes() == b"/");
         let flags = root_mount.map_or(MountFlags::empty(), |m| mounts::flags(m.flags));
-        mounts::mount_device(&node, Path::new(NEW_ROOT), &root.fs_type, flags, &root.options, within(deadlines.mount))
-            .with_context(|| format!("cannot mount {} as the root file system", node.display()))?;
+        mounts::mount_device(
+            &node,
+            Path::new(NEW_ROOT),
+            &root.fs_type,
+            flags,
+            &root.options,
+            within(deadlines.mount),
+        )
+        .with_context(|| format!("cannot mount {} as the root file system", node.display()))?;
         self.mark("root-mounted");
 
         let holding = survey.is_ok() && self.hand_over_root(&mut worker, within(deadlines.mount));
         switch::root(Path::new(NEW_ROOT))?;
         self.switched = true;
         self.mount_the_rest(&old_mounts, manifest, whole);
-        sys::set_hostname(self.report.dead_kernel.as_ref().map(|k| k.nodename.as_bytes()).unwrap_or_default());
+        sys::set_hostname(
+            self.report.dead_kernel.as_ref().map(|k| k.nodename.as_bytes()).unwrap_or_default(),
+        );
         if let Err(error) = sys::loopback_up() {
             self.trouble(format!("the loopback interface stays down: {error}"));
         }
@@ -299,15 +308,23 @@ impl Life {
 
     /// The report in its final form, on the disk and on the console.
     fn finish_report(&mut self, manifest: &Manifest) {
-        self.mark("report-written");
+        // The file is to contain the time, and the mark to mean that the file is there.
+        let written = Mark { name: "report-written".into(), ms: uptime_ms() };
+        self.report.timeline.push(written.clone());
         self.save_report(manifest);
+        console::print_mark(&written);
         for line in self.report.to_text().lines() {
             say(line);
         }
         if !self.switched {
             // There is no disk to keep it on.
             for record in self.report.panic.iter().flat_map(|p| p.log.iter().rev().take(60).rev()) {
-                say(&format!("[{:5}.{:06}] {}", record.ts_ns / 1_000_000_000, record.ts_ns / 1000 % 1_000_000, record.text));
+                say(&format!(
+                    "[{:5}.{:06}] {}",
+                    record.ts_ns / 1_000_000_000,
+                    record.ts_ns / 1000 % 1_000_000,
+                    record.text
+                ));
             }
         }
     }

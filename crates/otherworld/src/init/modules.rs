@@ -9,12 +9,12 @@ use rustix::io::Errno;
 /// complaint above it on the console.
 pub fn load(modules: &[PathBuf], complain: impl Fn(String)) {
     for path in modules {
-        let done = File::open(path)
-            .map_err(|e| e.to_string())
-            .and_then(|file| match rustix::system::finit_module(&file, c"", 0) {
+        let done = File::open(path).map_err(|e| e.to_string()).and_then(|file| {
+            match rustix::system::finit_module(&file, c"", 0) {
                 Ok(()) | Err(Errno::EXIST) => Ok(()),
                 Err(e) => Err(e.to_string()),
-            });
+            }
+        });
         match done {
             // The initramfs is memory, and there is little: what has been loaded is needed no more.
             Ok(()) => _ = std::fs::remove_file(path),

@@ -93,7 +93,12 @@ pub fn plan(old: &[Mount], devices: &[BlockDevice]) -> Vec<Step> {
         if matches!(how, How::Disk(_) | How::Virtual) {
             whole.insert(number, m.mountpoint.as_path().to_owned());
         }
-        steps.push(Step { mountpoint: m.mountpoint.clone(), fs_type: m.fs_type.clone(), flags: m.flags, how });
+        steps.push(Step {
+            mountpoint: m.mountpoint.clone(),
+            fs_type: m.fs_type.clone(),
+            flags: m.flags,
+            how,
+        });
     }
     steps
 }
@@ -127,9 +132,7 @@ pub fn carry_out(step: &Step, manifest: &Manifest, whole: Instant) -> Result<Opt
                 return Ok(None);
             }
             make_directory(at)?;
-            // What devpts gives to everybody else is what login programs expect.
-            let data = if fs_type == "devpts" { "gid=5,mode=620,ptmxmode=666" } else { "" };
-            mount_with_data(&fs_type, at, &fs_type, flags, data)?;
+            mount_with_data(&fs_type, at, &fs_type, flags, &virtual_options(&fs_type, at))?;
             Ok((fs_type == "tmpfs").then(|| "its files are gone".to_owned()))
         }
         How::Bind { from } => {
@@ -142,14 +145,37 @@ pub fn carry_out(step: &Step, manifest: &Manifest, whole: Instant) -> Result<Opt
             Ok(None)
         }
         How::Disk(device) => {
-            let node = device::find(device).ok_or_else(|| anyhow!("its device {} is not there", device.name))?;
+            let node =
+                device::find(device).ok_or_else(|| anyhow!("its device {} is not there", device.name))?;
             if manifest.config.fsck.mode == FsckMode::Preen {
                 fsck(&node, &device.fs_type, within(manifest.config.deadlines.fsck))?;
             }
             make_directory(at)?;
-            mount_device(&node, at, &device.fs_type, flags, &device.options, within(manifest.config.deadlines.mount))?;
+            mount_device(
+                &node,
+                at,
+                &device.fs_type,
+                flags,
+                &device.options,
+                within(manifest.config.deadlines.mount),
+            )?;
             Ok(None)
         }
+    }
+}
+
+/// Options of a file system that starts empty. The dead kernel's are not known; these are what systems use at the usual places.
+fn virtual_options(fs_type: &str, at: &Path) -> String {
+    let at = at.to_str().unwrap_or_default();
+    match (fs_type, at) {
+        // What login programs expect: group tty, no writing by others.
+        ("devpts", _) => "gid=5,mode=620,ptmxmode=666".into(),
+        ("tmpfs", "/tmp" | "/var/tmp" | "/dev/shm" | "/run/lock") => "mode=1777".into(),
+        ("tmpfs", _) => match at.strip_prefix("/run/user/") {
+            Some(uid) if uid.bytes().all(|b| b.is_ascii_digit()) => format!("mode=700,uid={uid},gid={uid}"),
+            _ => "mode=755".into(),
+        },
+        _ => String::new(),
     }
 }
 
@@ -198,8 +224,10 @@ pub fn mount_in_child(node: &str, at: &str, fs_type: &str, bits: &str, options: 
 
 /// Checks a file system and repairs what is safe to repair (fsck -p). A type without a checker is taken as it is.
 pub fn fsck(node: &Path, fs_type: &str, deadline: Instant) -> Result<()> {
-    let Some(program) =
-        ["/sbin", "/usr/sbin"].map(|d| PathBuf::from(format!("{d}/fsck.{fs_type}"))).into_iter().find(|p| p.exists())
+    let Some(program) = ["/sbin", "/usr/sbin"]
+        .map(|d| PathBuf::from(format!("{d}/fsck.{fs_type}")))
+        .into_iter()
+        .find(|p| p.exists())
     else {
         return Ok(());
     };
@@ -210,7 +238,10 @@ pub fn fsck(node: &Path, fs_type: &str, deadline: Instant) -> Result<()> {
     match status.code() {
         Some(0..=3) => Ok(()),
         Some(code) if code & 4 != 0 => {
-            bail!("{} has errors that only an administrator can repair: run fsck.{fs_type} on it", node.display())
+            bail!(
+                "{} has errors that only an administrator can repair: run fsck.{fs_type} on it",
+                node.display()
+            )
         }
         _ => bail!("the check of {} failed with {status}", node.display()),
     }
@@ -272,6 +303,14 @@ mod tests {
         for (n, part) in [(6, "nfs4"), (7, "/dev/vdc was mounted after arming"), (8, "automounter")] {
             assert!(matches!(how[n].1, How::Skip { why } if why.contains(part)), "{:?}", how[n]);
         }
+    }
+
+    #[test]
+    fn temporary_directories_are_for_everybody_and_others_are_not() {
+        assert_eq!(virtual_options("tmpfs", Path::new("/tmp")), "mode=1777");
+        assert_eq!(virtual_options("tmpfs", Path::new("/run")), "mode=755");
+        assert_eq!(virtual_options("tmpfs", Path::new("/run/user/1000")), "mode=700,uid=1000,gid=1000");
+        assert_eq!(virtual_options("sysfs", Path::new("/sys")), "");
     }
 
     #[test]

@@ -52,14 +52,16 @@ mod tests {
 
     #[test]
     fn a_helper_that_ends_is_waited_for() {
-        let status = within(Command::new("/bin/sh").args(["-c", "exit 3"]), Instant::now() + Duration::from_secs(20));
+        let status =
+            within(Command::new("/bin/sh").args(["-c", "exit 3"]), Instant::now() + Duration::from_secs(20));
         assert_eq!(status.unwrap().unwrap().code(), Some(3));
     }
 
     #[test]
     fn a_helper_that_hangs_is_killed() {
         let began = Instant::now();
-        let status = within(Command::new("/bin/sleep").arg("1000"), began + Duration::from_millis(50)).unwrap();
+        let status =
+            within(Command::new("/bin/sleep").arg("1000"), began + Duration::from_millis(50)).unwrap();
         assert!(status.is_none());
         assert!(began.elapsed() < Duration::from_secs(100));
     }

@@ -59,7 +59,8 @@ impl Worker {
     /// Waits for its end, once it has said that it is done.
     pub fn end(&mut self, patience: Duration) -> Result<()> {
         self.ended = true;
-        let status = run::wait(&mut self.child, Instant::now() + patience).context("waiting for the worker")?;
+        let status =
+            run::wait(&mut self.child, Instant::now() + patience).context("waiting for the worker")?;
         match status {
             Some(status) if status.success() => Ok(()),
             Some(status) => bail!("the worker ended with {status} after its work"),
