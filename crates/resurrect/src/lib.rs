@@ -1,1 +1,713 @@
-//! (in the making)
+//! From a [`Snapshot`] to live processes.
+//!
+//! *In*: a snapshot with decisions made, and the dead machine's memory for page contents ([`PhysMem`]). *Out*: the processes
+//! that are to continue, running, and a [`Report`] that says for every process of the snapshot what became of it and what it lost.
+//! *Never*: looks at a kernel structure of the dead kernel, resumes a process half, or lets one process's failure cost another
+//! its life.
+//!
+//! [`resurrect`] goes through these phases for all processes together:
+//!
+//! 1. *plan*: who can come back here at all (PIDs free, same vDSO …), who makes whom;
+//! 2. *files*: what only the dead page cache had goes to disk ([`page_cache`]), then each open file is opened once, under descriptors
+//!    that no process uses;
+//! 3. *clock*: a time namespace in which the monotonic clocks go on;
+//! 4. *skeletons*: forks of this program with the right PIDs, which do in their own code what does not depend on the address space;
+//! 5. *map*: each is taken over with ptrace and its address space replaced by the old mappings, still empty;
+//! 6. *pour*: page contents, for all processes at once in physical order;
+//! 7. *finish*: protections, threads, credentials, pending signals, interrupted system calls, registers;
+//! 8. *check*: `/proc` of every process against the snapshot;
+//! 9. *release*: all at once.
+//!
+//! Until they are released, the processes die with this one. One file per kind of kernel object, named as in the `snapshot` crate.
+//!
+//! # What the caller has to provide
+//!
+//! Root in the initial namespaces, the real root file system, a single-threaded process that is not PID 1 and has no rseq registration (for
+//! glibc: `GLIBC_TUNABLES=glibc.pthread.rseq=0`). Processes whose parent does not come back become children of the *caller's*
+//! parent, which should be PID 1 or reap them.
+
+mod check;
+mod clock;
+mod credentials;
+mod deadline;
+mod file;
+mod inject;
+mod memory;
+pub mod page_cache;
+mod pipe;
+mod plan;
+mod pour;
+mod process;
+mod shared_memory;
+mod signal;
+mod skeleton;
+mod syscall;
+mod sys;
+mod thread;
+mod tty;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use snapshot::{Bytes, Decision, PhysMem, Pid, Process, ProcessState, Reason, Snapshot};
+
+use crate::deadline::{Alarm, Deadline};
+use crate::file::Files;
+use crate::inject::Scratch;
+use crate::memory::Specials;
+use crate::plan::Plan;
+use crate::pour::{OwnerId, ReverseMap};
+use crate::process::{Build, Common, Failure, Own};
+use crate::skeleton::State;
+
+/// Bounds for [`resurrect`].
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// For everything.
+    pub deadline: Duration,
+    /// For each step of each process.
+    pub process_deadline: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { deadline: Duration::from_secs(60), process_deadline: Duration::from_secs(10) }
+    }
+}
+
+/// Where the resurrection has come to.
+#[derive(Clone, Debug)]
+pub enum Step<'a> {
+    /// The open files of all processes are open, the page cache's news on disk.
+    FilesReopened,
+    /// Processes with the right PIDs exist, without their memory.
+    Skeletons {
+        #[allow(missing_docs)]
+        count: usize,
+    },
+    /// Their memory has its contents.
+    Poured {
+        #[allow(missing_docs)]
+        bytes: u64,
+    },
+    /// One process is complete, stopped and not yet checked.
+    Rebuilt {
+        #[allow(missing_docs)]
+        pid: Pid,
+        #[allow(missing_docs)]
+        comm: &'a Bytes,
+    },
+    /// One process, running or (zombies) back.
+    Back {
+        #[allow(missing_docs)]
+        pid: Pid,
+        #[allow(missing_docs)]
+        comm: &'a Bytes,
+    },
+    /// One process that was to come back and does not.
+    Lost {
+        #[allow(missing_docs)]
+        pid: Pid,
+        #[allow(missing_docs)]
+        comm: &'a Bytes,
+        /// For people.
+        why: &'a str,
+    },
+    /// All that come back are running.
+    Released,
+}
+
+impl Step<'_> {
+    /// Name in the timeline; steps of single processes have none.
+    fn name(&self) -> Option<&'static str> {
+        match self {
+            Self::FilesReopened => Some("files-reopened"),
+            Self::Skeletons { .. } => Some("skeletons"),
+            Self::Poured { .. } => Some("poured"),
+            Self::Released => Some("released"),
+            Self::Rebuilt { .. } | Self::Back { .. } | Self::Lost { .. } => None,
+        }
+    }
+}
+
+/// Is told how it goes, while it goes.
+pub trait Progress {
+    /// A step has been taken.
+    fn step(&mut self, step: Step<'_>);
+}
+
+/// Nobody listens.
+impl Progress for () {
+    fn step(&mut self, _: Step<'_>) {}
+}
+
+/// What became of everybody.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Report {
+    /// One for each process of the snapshot, in its order.
+    pub outcomes: Vec<Outcome>,
+    /// Since the call, when each step was reached.
+    pub timeline: Vec<Reached>,
+    /// Bytes of memory copied into processes.
+    pub poured_bytes: u64,
+    /// Time that the copying took.
+    pub pour_time: Duration,
+    /// Files that were brought up to date from the dead page cache.
+    pub files_written: Vec<FileWritten>,
+}
+
+/// One entry of the timeline.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Reached {
+    /// Name of the step: `files-reopened`, `skeletons`, `poured`, `released`.
+    pub step: String,
+    #[allow(missing_docs)]
+    pub after: Duration,
+}
+
+/// A file that had news in the dead page cache.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct FileWritten {
+    #[allow(missing_docs)]
+    pub path: Bytes,
+    /// Bytes written.
+    pub bytes: u64,
+    /// The disk did not have it at all.
+    pub created: bool,
+}
+
+/// What became of a process.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Outcome {
+    #[allow(missing_docs)]
+    pub pid: Pid,
+    #[allow(missing_docs)]
+    pub comm: Bytes,
+    #[allow(missing_docs)]
+    pub fate: Fate,
+}
+
+/// See [`Outcome`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "type")]
+pub enum Fate {
+    /// It runs again (or, a zombie, waits again).
+    Resumed {
+        /// What is different for it.
+        losses: Vec<Reason>,
+    },
+    /// It was found before that it cannot come back faithfully.
+    GaveUp {
+        #[allow(missing_docs)]
+        reasons: Vec<Reason>,
+    },
+    /// The configuration did not ask for it.
+    NotSelected {
+        #[allow(missing_docs)]
+        why: String,
+    },
+    /// Its rebuilding failed, and what there was of it was removed before it ran.
+    Failed {
+        /// Where.
+        step: String,
+        #[allow(missing_docs)]
+        reason: String,
+    },
+}
+
+/// Why nothing could be resurrected at all.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The program that calls has what its children must not inherit.
+    #[error("the calling program is not fit for it: {0}")]
+    Caller(String),
+    /// A system call that everything depends on.
+    #[error("{what}: {source}")]
+    System {
+        #[allow(missing_docs)]
+        what: &'static str,
+        #[allow(missing_docs)]
+        source: std::io::Error,
+    },
+}
+
+fn system<E: Into<std::io::Error>>(what: &'static str) -> impl Fn(E) -> Error {
+    move |e| Error::System { what, source: e.into() }
+}
+
+/// Brings back all processes whose decision is to continue.
+///
+/// When it returns, those that came back are running and nothing of the others exists. `Err` means that none came back.
+pub fn resurrect(
+    snapshot: &Snapshot,
+    mem: &dyn PhysMem,
+    options: &Options,
+    progress: &mut dyn Progress,
+) -> Result<Report, Error> {
+    verify_caller()?;
+    let mut run = Run {
+        snapshot,
+        options,
+        progress,
+        start: Instant::now(),
+        deadline: Deadline::after(options.deadline),
+        alarm: Alarm::new().map_err(system("set up the alarm"))?,
+        report: Report::default(),
+        fates: BTreeMap::new(),
+        losses: BTreeMap::new(),
+    };
+    run.all(mem)
+}
+
+/// rseq and further threads of the caller would be inherited as pointers into memory that is about to go.
+fn verify_caller() -> Result<(), Error> {
+    let threads = std::fs::read_dir("/proc/self/task").map_err(system("read /proc"))?.count();
+    if threads != 1 {
+        return Err(Error::Caller(format!("it has {threads} threads")));
+    }
+    if sys::has_rseq() {
+        return Err(Error::Caller("it has registered rseq (start it with GLIBC_TUNABLES=glibc.pthread.rseq=0)".into()));
+    }
+    if nix::unistd::getpid().as_raw() == 1 {
+        return Err(Error::Caller("it is PID 1".into()));
+    }
+    Ok(())
+}
+
+/// One resurrection.
+struct Run<'a> {
+    snapshot: &'a Snapshot,
+    options: &'a Options,
+    progress: &'a mut dyn Progress,
+    start: Instant,
+    deadline: Deadline,
+    alarm: Alarm,
+    report: Report,
+    /// Of those that do not come back.
+    fates: BTreeMap<Pid, Fate>,
+    /// Of those that do.
+    losses: BTreeMap<Pid, Vec<Reason>>,
+}
+
+impl<'a> Run<'a> {
+    fn all(&mut self, mem: &dyn PhysMem) -> Result<Report, Error> {
+        let maps = sys::read_proc("/proc/self/maps").map_err(system("read /proc/self/maps"))?;
+        let maps = memory::parse_maps(&maps)
+            .ok_or_else(|| Error::Caller("its memory map cannot be read".into()))?;
+        let specials = Specials::own(&maps);
+        let vdso = specials.vdso().ok_or_else(|| Error::Caller("it has no vDSO".into()))?;
+        let syscall_offset = memory::syscall_instruction(vdso)
+            .ok_or_else(|| Error::Caller("the vDSO has no system call".into()))?;
+
+        // Plan.
+        let mut wanted = self.select();
+        self.raise_last_pid(&wanted)?;
+        self.refuse_occupied(&mut wanted);
+        self.refuse_memory(&mut wanted, &specials, vdso);
+        let scratch = self.find_scratch(&wanted, &maps)?;
+
+        // Files and shared memory.
+        let processes = self.processes(&wanted);
+        let files = Files::open(self.snapshot, &processes, mem).map_err(system("raise the limit on descriptors"))?;
+        self.refuse_files(&mut wanted, &files);
+        self.report.files_written = files.written(self.snapshot);
+        let mut reverse = ReverseMap::default();
+        let shared = shared_memory::Objects::make(self.snapshot, &self.processes(&wanted), files.base, &mut reverse);
+        self.refuse_shared_memory(&mut wanted, &shared);
+        self.step(Step::FilesReopened);
+
+        // Clock, skeletons.
+        clock::enter_time_namespace(&self.snapshot.clocks).map_err(system("enter a time namespace"))?;
+        let plan = self.plan(&mut wanted)?;
+        let own = Own::read().map_err(system("read our own properties"))?;
+        scratch.map().map_err(system("map the scratch area"))?;
+        let states = skeleton::create(self.snapshot, &plan, &files, self.process_deadline());
+        scratch.unmap();
+        let states = states.map_err(system("create processes"))?;
+        self.sort_out_skeletons(&mut wanted, &plan, &states);
+        self.step(Step::Skeletons { count: wanted.len() });
+
+        // Memory.
+        let common = Common {
+            snapshot: self.snapshot,
+            files: &files,
+            shared: &shared.descriptors(),
+            specials: &specials,
+            scratch,
+            syscall_offset,
+            own,
+        };
+        let mut builds = self.map_memory(&wanted, &common);
+        self.pour(mem, reverse, &shared, &mut builds);
+
+        // The rest.
+        self.each(&mut builds, |build, common, deadline| build.finish(common, deadline), &common, true);
+        for (id, errno) in files.set_owners(self.snapshot) {
+            for build in &mut builds {
+                if build.process.descriptors.iter().any(|d| d.file == id) {
+                    let text = format!("the owner of one of its open files cannot be set ({errno}): no SIGIO");
+                    build.losses.push(Reason::new("file-owner", text));
+                }
+            }
+        }
+        let zombies = self.check(&mut builds, &common, &plan, &wanted);
+        // Ends of pipes must not seem open because we have them.
+        drop(files);
+        drop(shared);
+        self.release(builds, zombies);
+        Ok(self.conclude())
+    }
+
+    fn step(&mut self, step: Step<'_>) {
+        if let Some(name) = step.name() {
+            self.report.timeline.push(Reached { step: name.into(), after: self.start.elapsed() });
+        }
+        self.progress.step(step);
+    }
+
+    /// A deadline for one step, with the alarm set to it.
+    fn process_deadline(&self) -> Deadline {
+        let deadline = self.deadline.or_after(self.options.process_deadline);
+        self.alarm.set(deadline);
+        deadline
+    }
+
+    fn give_up(&mut self, wanted: &mut BTreeSet<Pid>, pid: Pid, reasons: Vec<Reason>) {
+        wanted.remove(&pid);
+        let why = reasons.first().map(|r| r.text.clone()).unwrap_or_default();
+        self.fates.insert(pid, Fate::GaveUp { reasons });
+        self.tell_lost(pid, &why);
+    }
+
+    fn fail(&mut self, pid: Pid, failure: Failure) {
+        let why = format!("{}: {}", failure.step, failure.reason);
+        self.fates.insert(pid, Fate::Failed { step: failure.step.into(), reason: failure.reason });
+        self.tell_lost(pid, &why);
+    }
+
+    fn tell_lost(&mut self, pid: Pid, why: &str) {
+        if let Some(p) = self.snapshot.process(pid) {
+            self.progress.step(Step::Lost { pid, comm: &p.comm, why });
+        }
+    }
+
+    fn processes(&self, wanted: &BTreeSet<Pid>) -> Vec<&'a Process> {
+        self.snapshot.processes.iter().filter(|p| wanted.contains(&p.pid)).collect()
+    }
+
+    /// Those that are to continue.
+    fn select(&mut self) -> BTreeSet<Pid> {
+        let mut wanted = BTreeSet::new();
+        for p in &self.snapshot.processes {
+            match &p.decision {
+                Decision::Continue { losses } => {
+                    wanted.insert(p.pid);
+                    self.losses.insert(p.pid, losses.clone());
+                }
+                Decision::GiveUp { reasons } => {
+                    self.fates.insert(p.pid, Fate::GaveUp { reasons: reasons.clone() });
+                }
+                Decision::NotSelected { why } => {
+                    self.fates.insert(p.pid, Fate::NotSelected { why: why.clone() });
+                }
+                Decision::Undecided => {
+                    self.fates.insert(p.pid, Fate::NotSelected { why: "it was not decided".into() });
+                }
+            }
+        }
+        wanted
+    }
+
+    /// The kernel hands out PIDs upwards: what it makes from now on must not take one that is needed.
+    fn raise_last_pid(&self, wanted: &BTreeSet<Pid>) -> Result<(), Error> {
+        let ids = self.processes(wanted).into_iter().flat_map(plan::ids);
+        let Some(highest) = ids.max() else { return Ok(()) };
+        let path = "/proc/sys/kernel/ns_last_pid";
+        let text = sys::read_proc(path).map_err(system("read ns_last_pid"))?;
+        let last: Pid = String::from_utf8_lossy(&text).trim().parse().unwrap_or(0);
+        if last < highest {
+            sys::write_proc(path, &highest.to_string()).map_err(system("write ns_last_pid"))?;
+        }
+        Ok(())
+    }
+
+    fn refuse_occupied(&mut self, wanted: &mut BTreeSet<Pid>) {
+        for p in self.processes(wanted) {
+            let leaders = [p.sid, p.pgid].into_iter().filter(|id| *id > 0 && !wanted.contains(id));
+            let occupied =
+                plan::ids(p).chain(leaders).find_map(|id| sys::occupant(id).map(|who| (id, who)));
+            if let Some((id, who)) = occupied.filter(|(id, _)| !self.is_own_session_or_group(*id)) {
+                let reason = Reason::new("pid-taken", format!("PID {id} is taken by {who}"));
+                self.give_up(wanted, p.pid, vec![reason]);
+            }
+        }
+    }
+
+    fn is_own_session_or_group(&self, id: Pid) -> bool {
+        let (session, group) = own_session_and_group();
+        id == session || id == group
+    }
+
+    fn refuse_memory(&mut self, wanted: &mut BTreeSet<Pid>, specials: &Specials, vdso: &[u8]) {
+        let same_vdso = self.snapshot.kernel.vdso == Some(snapshot::vdso_fingerprint(vdso));
+        for p in self.processes(wanted) {
+            if matches!(p.state, ProcessState::Zombie { .. }) {
+                continue;
+            }
+            let mm = p.address_space.and_then(|id| self.snapshot.address_spaces.get(&id));
+            let obstacle = match mm {
+                None => Some(("memory", "its address space is not in the snapshot".to_owned())),
+                Some(_) if !same_vdso => {
+                    Some(("vdso", "this kernel's vDSO is another one than it was running with".to_owned()))
+                }
+                Some(mm) => memory::obstacle(mm, specials).map(|why| ("memory", why)),
+            };
+            if let Some((code, why)) = obstacle {
+                self.give_up(wanted, p.pid, vec![Reason::new(code, why)]);
+            }
+        }
+    }
+
+    fn find_scratch(
+        &self,
+        wanted: &BTreeSet<Pid>,
+        own_maps: &[memory::MapsLine],
+    ) -> Result<Scratch, Error> {
+        let mut taken: Vec<(u64, u64)> = own_maps.iter().map(|l| (l.start, l.end)).collect();
+        for p in self.processes(wanted) {
+            let mm = p.address_space.and_then(|id| self.snapshot.address_spaces.get(&id));
+            taken.extend(mm.into_iter().flat_map(|mm| &mm.vmas).map(|v| (v.start, v.end)));
+        }
+        let addr = memory::find_hole(Scratch::LEN + memory::PARKING, &mut taken)
+            .ok_or_else(|| Error::Caller("no address is free in all processes".into()))?;
+        Ok(Scratch { addr })
+    }
+
+    fn refuse_files(&mut self, wanted: &mut BTreeSet<Pid>, files: &Files) {
+        for p in self.processes(wanted) {
+            let failures = files.failures(self.snapshot, p);
+            if failures.is_empty() {
+                self.losses.entry(p.pid).or_default().extend(files.losses(self.snapshot, p));
+            } else {
+                self.give_up(wanted, p.pid, failures);
+            }
+        }
+    }
+
+    fn refuse_shared_memory(&mut self, wanted: &mut BTreeSet<Pid>, shared: &shared_memory::Objects) {
+        for p in self.processes(wanted) {
+            if let Some(why) = shared.failure(self.snapshot, p) {
+                self.give_up(wanted, p.pid, vec![Reason::new("shared-memory", why)]);
+            }
+        }
+    }
+
+    fn plan(&mut self, wanted: &mut BTreeSet<Pid>) -> Result<Plan, Error> {
+        let (session, group) = own_session_and_group();
+        // Each round gives up at least one process.
+        for _ in 0..=wanted.len() {
+            match Plan::new(self.snapshot, wanted, session, group) {
+                Ok(plan) => return Ok(plan),
+                Err(failures) => {
+                    for (pid, reason) in failures {
+                        self.give_up(wanted, pid, vec![reason]);
+                    }
+                }
+            }
+        }
+        Err(Error::Caller("the processes cannot be put in an order".into()))
+    }
+
+    fn sort_out_skeletons(
+        &mut self,
+        wanted: &mut BTreeSet<Pid>,
+        plan: &Plan,
+        states: &BTreeMap<Pid, State>,
+    ) {
+        for p in self.processes(wanted) {
+            let state = states.get(&p.pid).unwrap_or(&State::Missing);
+            let reason = match state {
+                State::Ready => continue,
+                State::Failed(why) => why.clone(),
+                State::Born => "it did not get ready in time".into(),
+                State::Missing => {
+                    let parent = plan.node(p.pid).and_then(|n| n.parent).and_then(|id| states.get(&id));
+                    match parent {
+                        Some(State::Failed(why)) => format!("its parent could not be made ({why})"),
+                        _ => "it was not made in time".into(),
+                    }
+                }
+            };
+            if *state == State::Born {
+                // SAFETY: a signal to a process that has told us that it is ours.
+                unsafe { libc::kill(p.pid, libc::SIGKILL) };
+            }
+            wanted.remove(&p.pid);
+            self.fail(p.pid, Failure { step: "skeleton", reason });
+        }
+    }
+
+    fn map_memory(&mut self, wanted: &BTreeSet<Pid>, common: &Common<'_>) -> Vec<Build<'a>> {
+        let mut builds = Vec::new();
+        for p in self.processes(wanted) {
+            let mm = p.address_space.and_then(|id| self.snapshot.address_spaces.get(&id));
+            let Some(mm) = mm.filter(|_| !matches!(p.state, ProcessState::Zombie { .. })) else { continue };
+            let deadline = self.process_deadline();
+            match Build::seize(p, mm, common, deadline) {
+                Ok(build) => builds.push(build),
+                Err(failure) => {
+                    process::abandon(p.pid, &[p.pid], deadline);
+                    self.fail(p.pid, failure);
+                }
+            }
+        }
+        self.each(&mut builds, |build, common, deadline| build.map(common, deadline), common, false);
+        builds
+    }
+
+    /// Does one step for all processes; those that fail go.
+    fn each(
+        &mut self,
+        builds: &mut Vec<Build<'a>>,
+        step: impl Fn(&mut Build<'a>, &Common<'_>, Deadline) -> Result<(), Failure>,
+        common: &Common<'_>,
+        completes: bool,
+    ) {
+        let mut kept = Vec::new();
+        for mut build in builds.drain(..) {
+            let deadline = self.process_deadline();
+            match step(&mut build, common, deadline) {
+                Ok(()) => {
+                    if completes {
+                        let p = build.process;
+                        self.progress.step(Step::Rebuilt { pid: p.pid, comm: &p.comm });
+                    }
+                    kept.push(build);
+                }
+                Err(failure) => self.abandon(build, failure),
+            }
+        }
+        *builds = kept;
+    }
+
+    fn abandon(&mut self, build: Build<'a>, failure: Failure) {
+        let deadline = self.process_deadline();
+        process::abandon(build.process.pid, &build.traced(), deadline);
+        self.fail(build.process.pid, failure);
+    }
+
+    fn pour(
+        &mut self,
+        mem: &dyn PhysMem,
+        mut reverse: ReverseMap,
+        shared: &shared_memory::Objects,
+        builds: &mut Vec<Build<'a>>,
+    ) {
+        let start = Instant::now();
+        let step = "pour memory";
+        let mut owners: BTreeMap<Pid, Vec<OwnerId>> = BTreeMap::new();
+        let mut claimed = Vec::new();
+        for build in builds.drain(..) {
+            match build.claim_pages(&mut reverse) {
+                Ok(mut ids) => {
+                    ids.extend(shared.owners(self.snapshot, build.process));
+                    owners.insert(build.process.pid, ids);
+                    claimed.push(build);
+                }
+                Err(failure) => self.abandon(build, failure),
+            }
+        }
+        // Blocks that have been poured could be given to the kernel here.
+        let poured = reverse.pour(mem, &mut |_block| {});
+        self.report.poured_bytes = poured.bytes;
+        self.report.pour_time = start.elapsed();
+        for build in claimed {
+            let ids = owners.get(&build.process.pid).map_or(&[][..], Vec::as_slice);
+            match ids.iter().find_map(|id| poured.failed.get(id)) {
+                None => builds.push(build),
+                Some(why) => {
+                    let reason = why.clone();
+                    self.abandon(build, Failure { step, reason });
+                }
+            }
+        }
+        self.step(Step::Poured { bytes: poured.bytes });
+    }
+
+    /// Compares everybody with the snapshot. Returns the zombies that passed.
+    fn check(
+        &mut self,
+        builds: &mut Vec<Build<'a>>,
+        common: &Common<'_>,
+        plan: &Plan,
+        wanted: &BTreeSet<Pid>,
+    ) -> Vec<&'a Process> {
+        let step = "check";
+        let mut good = Vec::new();
+        for build in builds.drain(..) {
+            let p = build.process;
+            let parent = plan.node(p.pid).and_then(|n| n.parent);
+            // The terminal comes with the session, and that with its leader.
+            let has_ctty = wanted.contains(&p.sid);
+            let differences = build.differences(common, parent, has_ctty);
+            if differences.is_empty() {
+                good.push(build);
+            } else {
+                self.abandon(build, Failure { step, reason: differences.join("; ") });
+            }
+        }
+        *builds = good;
+        let mut zombies = Vec::new();
+        for p in self.processes(wanted) {
+            if !matches!(p.state, ProcessState::Zombie { .. }) {
+                continue;
+            }
+            let differences = check::zombie_differences(p);
+            if differences.is_empty() {
+                zombies.push(p);
+            } else {
+                self.fail(p.pid, Failure { step, reason: differences.join("; ") });
+            }
+        }
+        zombies
+    }
+
+    fn release(&mut self, builds: Vec<Build<'a>>, zombies: Vec<&'a Process>) {
+        let mut back = zombies;
+        for mut build in builds {
+            match build.release() {
+                Ok(()) => {
+                    back.push(build.process);
+                    self.losses.entry(build.process.pid).or_default().append(&mut build.losses);
+                }
+                Err(e) => self.abandon(build, Failure { step: "release", reason: e.to_string() }),
+            }
+        }
+        self.step(Step::Released);
+        for p in back {
+            self.progress.step(Step::Back { pid: p.pid, comm: &p.comm });
+        }
+    }
+
+    fn conclude(&mut self) -> Report {
+        let mut report = std::mem::take(&mut self.report);
+        let fate = |pid| match self.fates.remove(&pid) {
+            Some(fate) => fate,
+            None => Fate::Resumed { losses: self.losses.remove(&pid).unwrap_or_default() },
+        };
+        let mut fate = fate;
+        report.outcomes = self
+            .snapshot
+            .processes
+            .iter()
+            .map(|p| Outcome { pid: p.pid, comm: p.comm.clone(), fate: fate(p.pid) })
+            .collect();
+        report
+    }
+}
+
+fn own_session_and_group() -> (Pid, Pid) {
+    let session = nix::unistd::getsid(None).map_or(-1, nix::unistd::Pid::as_raw);
+    (session, nix::unistd::getpgrp().as_raw())
+}

@@ -1,0 +1,42 @@
+//! Clocks: the rebuilt processes live in a time namespace in which the monotonic clocks go on from where they stopped.
+
+use nix::sched::{CloneFlags, unshare};
+use snapshot::Clocks;
+
+use crate::sys;
+
+const SECOND: i64 = 1_000_000_000;
+
+/// Seconds and nanoseconds (0 … 999,999,999) to be added to a clock.
+fn offset(dead_ns: i64, own: libc::timespec) -> (i64, i64) {
+    let own = i128::from(own.tv_sec) * i128::from(SECOND) + i128::from(own.tv_nsec);
+    let offset = i128::from(dead_ns) - own;
+    // Both clocks count from a boot: far below what an i64 of seconds holds.
+    (offset.div_euclid(SECOND.into()) as i64, offset.rem_euclid(SECOND.into()) as i64)
+}
+
+/// Children forked from now on see CLOCK_MONOTONIC and CLOCK_BOOTTIME continue from `dead`; the caller itself does not.
+pub(crate) fn enter_time_namespace(dead: &Clocks) -> std::io::Result<()> {
+    // CLONE_NEWTIME, which nix does not know.
+    unshare(CloneFlags::from_bits_retain(0x80))?;
+    let (mono, mono_ns) = offset(dead.monotonic_ns, sys::clock(libc::CLOCK_MONOTONIC)?);
+    let (boot, boot_ns) = offset(dead.boottime_ns, sys::clock(libc::CLOCK_BOOTTIME)?);
+    let text = format!("monotonic {mono} {mono_ns}\nboottime {boot} {boot_ns}\n");
+    sys::write_proc("/proc/self/timens_offsets", &text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(tv_sec: i64, tv_nsec: i64) -> libc::timespec {
+        libc::timespec { tv_sec, tv_nsec }
+    }
+
+    #[test]
+    fn offsets_have_a_nonnegative_fraction() {
+        assert_eq!(offset(5_500_000_000, at(2, 700_000_000)), (2, 800_000_000));
+        assert_eq!(offset(2_700_000_000, at(5, 500_000_000)), (-3, 200_000_000));
+        assert_eq!(offset(i64::MAX, at(0, 0)).0, i64::MAX / SECOND);
+    }
+}

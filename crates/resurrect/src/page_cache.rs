@@ -1,0 +1,289 @@
+//! Brings files on disk up to what the dead kernel's page cache held of them.
+//!
+//! What a program had written and the dead kernel had not yet written to disk is only in dirty pages of its memory. [`restore`]
+//! does one file; it knows nothing of processes, so that it serves open files now and all other dirty inodes later.
+
+use std::fs::{DirBuilder, File, Metadata, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, fchown};
+use std::path::Path;
+
+use snapshot::{Inode, PAGE_SIZE, PhysMem, PhysMemError};
+
+/// What [`restore`] did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Restored {
+    /// The file was not on the disk and has been created.
+    pub created: bool,
+    /// Bytes written.
+    pub written: u64,
+    /// The size on disk was another one.
+    pub resized: bool,
+}
+
+/// Why a file cannot be brought up to date. Nothing has been written to it, except with `Io` and `Memory`.
+#[derive(Debug, thiserror::Error)]
+pub enum PageCacheError {
+    /// Another inode than the dead kernel's has this name.
+    #[error("{path} is inode {found} now and was inode {expected}: it was replaced meanwhile")]
+    Replaced {
+        #[allow(missing_docs)]
+        path: String,
+        #[allow(missing_docs)]
+        found: u64,
+        #[allow(missing_docs)]
+        expected: u64,
+    },
+    /// It is there, but no regular file.
+    #[error("{path} is not a regular file any more")]
+    NotAFile {
+        #[allow(missing_docs)]
+        path: String,
+    },
+    /// The disk does not have the file, and the page cache not all of its contents.
+    #[error("{path} is not on the disk, and the dead page cache has {have} of its {want} pages only")]
+    Incomplete {
+        #[allow(missing_docs)]
+        path: String,
+        #[allow(missing_docs)]
+        have: u64,
+        #[allow(missing_docs)]
+        want: u64,
+    },
+    /// A page cannot be read.
+    #[error("{path}: {source}")]
+    Memory {
+        #[allow(missing_docs)]
+        path: String,
+        #[allow(missing_docs)]
+        source: PhysMemError,
+    },
+    /// A system call failed.
+    #[error("{what} {path}: {source}")]
+    Io {
+        /// Which step.
+        what: &'static str,
+        #[allow(missing_docs)]
+        path: String,
+        #[allow(missing_docs)]
+        source: io::Error,
+    },
+}
+
+/// Inode numbers mean something across a reboot on this file system.
+fn has_lasting_inodes(inode: &Inode) -> bool {
+    !lives_in_memory(inode)
+}
+
+/// The page cache is the only place where the contents are.
+fn lives_in_memory(inode: &Inode) -> bool {
+    matches!(inode.fs_type.as_bytes(), b"tmpfs" | b"ramfs" | b"devtmpfs" | b"rootfs")
+}
+
+/// Writes what is newer in the dead page cache than on the disk to the regular file at `path`.
+///
+/// Dirty pages are written, and all cached pages when the size on disk is another one than it was in memory; then the size and the
+/// times are set. A file that the disk never saw is created with its owner, mode and parent directories, if all of its contents
+/// are known. A file that is up to date is not touched.
+pub fn restore(path: &Path, inode: &Inode, mem: &dyn PhysMem) -> Result<Restored, PageCacheError> {
+    let name = || path.display().to_string();
+    let io = |what| move |source| PageCacheError::Io { what, path: path.display().to_string(), source };
+    let mut done = Restored::default();
+    let on_disk = match std::fs::metadata(path) {
+        Ok(meta) => {
+            verify(path, inode, &meta)?;
+            Some(meta.size())
+        }
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            let want = inode.size.div_ceil(PAGE_SIZE);
+            let have = inode.pages.iter().map(|r| pages_below(r.index, r.count.into(), want)).sum();
+            // On tmpfs a page that is not there is a hole.
+            if have < want && !lives_in_memory(inode) {
+                return Err(PageCacheError::Incomplete { path: name(), have, want });
+            }
+            done.created = true;
+            None
+        }
+        Err(e) => return Err(io("look for")(e)),
+    };
+    done.resized = on_disk.is_some_and(|size| size != inode.size);
+    let all = done.created || done.resized;
+    if !all && !inode.pages.iter().any(|r| r.dirty) {
+        return Ok(done);
+    }
+    let file = if done.created {
+        create(path, inode).map_err(io("create"))?
+    } else {
+        OpenOptions::new().write(true).open(path).map_err(io("open for writing"))?
+    };
+    for run in inode.pages.iter().filter(|r| all || r.dirty) {
+        let start = run.index.saturating_mul(PAGE_SIZE);
+        let len = (u64::from(run.count) * PAGE_SIZE).min(inode.size.saturating_sub(start));
+        if len == 0 {
+            continue;
+        }
+        let bytes = mem
+            .map(run.pfn.saturating_mul(PAGE_SIZE), len as usize)
+            .map_err(|source| PageCacheError::Memory { path: name(), source })?;
+        file.write_all_at(&bytes, start).map_err(io("write"))?;
+        done.written += len;
+    }
+    file.set_len(inode.size).map_err(io("set the size of"))?;
+    let times = [inode.atime, inode.mtime]
+        .map(|t| libc::timespec { tv_sec: t.sec, tv_nsec: i64::from(t.nsec) });
+    // SAFETY: two timespecs, as futimens reads them.
+    nix::errno::Errno::result(unsafe { libc::futimens(file.as_raw_fd(), times.as_ptr()) })
+        .map_err(|e| io("set the times of")(e.into()))?;
+    Ok(done)
+}
+
+fn verify(path: &Path, inode: &Inode, meta: &Metadata) -> Result<(), PageCacheError> {
+    let path = || path.display().to_string();
+    if !meta.is_file() {
+        return Err(PageCacheError::NotAFile { path: path() });
+    }
+    if has_lasting_inodes(inode) && meta.ino() != inode.ino {
+        return Err(PageCacheError::Replaced { path: path(), found: meta.ino(), expected: inode.ino });
+    }
+    Ok(())
+}
+
+fn create(path: &Path, inode: &Inode) -> io::Result<File> {
+    if let Some(parent) = path.parent() {
+        DirBuilder::new().recursive(true).mode(0o755).create(parent)?;
+    }
+    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    fchown(&file, Some(inode.uid), Some(inode.gid))?;
+    // After the owner: chown clears set-id bits.
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(inode.mode & 0o7777);
+    file.set_permissions(mode)?;
+    Ok(file)
+}
+
+/// How many of the pages `index..index + count` lie below page `end`.
+fn pages_below(index: u64, count: u64, end: u64) -> u64 {
+    end.saturating_sub(index).min(count)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use snapshot::{PageCacheRun, PhysMap, PhysRange};
+    use std::os::unix::fs::PermissionsExt;
+
+    struct Mem(Vec<u8>, [PhysRange; 1]);
+
+    impl PhysMem for Mem {
+        fn ranges(&self) -> &[PhysRange] {
+            &self.1
+        }
+        fn map(&self, addr: u64, len: usize) -> Result<PhysMap<'_>, PhysMemError> {
+            let start = addr as usize;
+            let absent = PhysMemError::NotPresent { addr, len: len as u64 };
+            self.0.get(start..start + len).map(PhysMap::borrowed).ok_or(absent)
+        }
+    }
+
+    /// Page frame n is filled with the letter 'a' + n.
+    fn mem() -> Mem {
+        let bytes: Vec<u8> = (0..8u8).flat_map(|n| [b'a' + n; 4096]).collect();
+        let len = bytes.len() as u64;
+        Mem(bytes, [PhysRange { start: 0, len }])
+    }
+
+    fn inode(size: u64, pages: &[(u64, u64, u32, bool)]) -> Inode {
+        let pages = pages.iter().map(|&(index, pfn, count, dirty)| PageCacheRun { index, pfn, count, dirty });
+        let json = serde_json::json!({
+            "ino": 0, "dev_major": 8, "dev_minor": 1, "fs_type": "ext4", "mode": 0o100640, "uid": 1, "gid": 2, "nlink": 1,
+            "size": size, "atime": {"sec": 5, "nsec": 0}, "mtime": {"sec": 1_000_000_000, "nsec": 7},
+            "ctime": {"sec": 0, "nsec": 0}, "path": "", "dirty": true, "pages": [], "swapped_pages": 0,
+        });
+        Inode { pages: pages.collect(), ..serde_json::from_value(json).unwrap() }
+    }
+
+    fn on_disk(dir: &Path, contents: &[u8], mut inode: Inode) -> (std::path::PathBuf, Inode) {
+        let path = dir.join("file");
+        std::fs::write(&path, contents).unwrap();
+        inode.ino = std::fs::metadata(&path).unwrap().ino();
+        (path, inode)
+    }
+
+    #[test]
+    fn only_dirty_pages_are_written_when_the_size_fits() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, inode) =
+            on_disk(dir.path(), &[b'.'; 8292], inode(8292, &[(0, 1, 1, false), (1, 4, 2, true)]));
+        let done = restore(&path, &inode, &mem()).unwrap();
+        assert_eq!(done, Restored { created: false, written: 4196, resized: false });
+        let now = std::fs::read(&path).unwrap();
+        assert!(now[..4096].iter().all(|&b| b == b'.'), "a clean page was written");
+        assert!(now[4096..8192].iter().all(|&b| b == b'e') && now[8192..].iter().all(|&b| b == b'f'));
+        assert_eq!(now.len(), 8292);
+        let meta = std::fs::metadata(&path).unwrap();
+        assert_eq!((meta.mtime(), meta.mtime_nsec()), (1_000_000_000, 7));
+    }
+
+    #[test]
+    fn all_pages_are_written_and_the_size_is_set_when_it_differs() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, inode) = on_disk(dir.path(), b"", inode(5000, &[(0, 1, 2, false)]));
+        assert!(restore(&path, &inode, &mem()).unwrap().resized);
+        let now = std::fs::read(&path).unwrap();
+        assert_eq!((now.len(), now[0], now[4999]), (5000, b'b', b'c'));
+
+        let (path, inode) = on_disk(dir.path(), &[b'x'; 9000], Inode { pages: vec![], size: 10, ..inode });
+        assert!(restore(&path, &inode, &mem()).unwrap().resized);
+        assert_eq!(std::fs::read(&path).unwrap(), [b'x'; 10]);
+    }
+
+    #[test]
+    fn a_file_that_is_up_to_date_is_not_touched() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, inode) = on_disk(dir.path(), &[b'x'; 100], inode(100, &[(0, 1, 1, false)]));
+        let before = std::fs::metadata(&path).unwrap();
+        assert_eq!(restore(&path, &inode, &mem()).unwrap(), Restored::default());
+        assert_eq!(std::fs::metadata(&path).unwrap().mtime_nsec(), before.mtime_nsec());
+    }
+
+    #[test]
+    fn a_file_that_the_disk_never_saw_is_created() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a/b/new");
+        let inode = inode(4097, &[(0, 2, 2, true)]);
+        assert!(restore(&path, &inode, &mem()).unwrap().created);
+        let meta = std::fs::metadata(&path).unwrap();
+        assert_eq!((meta.len(), meta.permissions().mode() & 0o7777), (4097, 0o640));
+        assert_eq!((meta.uid(), meta.gid()), (1, 2));
+    }
+
+    #[test]
+    fn a_missing_file_with_missing_pages_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("new");
+        let error = restore(&path, &inode(8192, &[(1, 2, 1, true)]), &mem()).unwrap_err();
+        assert!(matches!(error, PageCacheError::Incomplete { have: 1, want: 2, .. }), "{error}");
+        assert!(!path.exists());
+        // On tmpfs they are holes.
+        let tmpfs = Inode { fs_type: "tmpfs".into(), ..inode(8192, &[(1, 2, 1, true)]) };
+        restore(&path, &tmpfs, &mem()).unwrap();
+        let now = std::fs::read(&path).unwrap();
+        assert_eq!((now[0], now[4096], now.len()), (0, b'c', 8192));
+    }
+
+    #[test]
+    fn another_file_of_that_name_is_not_overwritten() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, mut inode) = on_disk(dir.path(), b"other", inode(4096, &[(0, 1, 1, true)]));
+        inode.ino += 1;
+        assert!(matches!(restore(&path, &inode, &mem()), Err(PageCacheError::Replaced { .. })));
+        assert_eq!(std::fs::read(&path).unwrap(), b"other");
+    }
+
+    #[test]
+    fn pages_that_the_dump_does_not_have_are_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, inode) = on_disk(dir.path(), &[0; 4096], inode(4096, &[(0, 100, 1, true)]));
+        assert!(matches!(restore(&path, &inode, &mem()), Err(PageCacheError::Memory { .. })));
+    }
+}

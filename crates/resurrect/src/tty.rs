@@ -1,0 +1,113 @@
+//! Terminals: the device is opened by name and given its settings, window size and unread input.
+
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::path::PathBuf;
+
+use nix::errno::Errno;
+use snapshot::{Bytes, Pid, Reason, Termios, Tty};
+
+use crate::sys;
+
+/// `struct termios2`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Termios2 {
+    iflag: u32,
+    oflag: u32,
+    cflag: u32,
+    lflag: u32,
+    line: u8,
+    cc: [u8; 19],
+    ispeed: u32,
+    ospeed: u32,
+}
+
+const TCSETS2: u64 = 0x402c_542b;
+
+impl From<&Termios> for Termios2 {
+    fn from(t: &Termios) -> Self {
+        let mut cc = [0; 19];
+        for (to, from) in cc.iter_mut().zip(&t.cc) {
+            *to = *from;
+        }
+        Self {
+            iflag: t.iflag,
+            oflag: t.oflag,
+            cflag: t.cflag,
+            lflag: t.lflag,
+            line: t.line,
+            cc,
+            ispeed: t.ispeed,
+            ospeed: t.ospeed,
+        }
+    }
+}
+
+/// Path of the device.
+pub(crate) fn device(tty: &Tty) -> PathBuf {
+    let mut path = b"/dev/".to_vec();
+    path.extend_from_slice(tty.name.as_bytes());
+    Bytes(path).as_path().to_owned()
+}
+
+/// Opens the terminal without making it anybody's controlling terminal and without waiting for a carrier.
+pub(crate) fn open(tty: &Tty, flags: i32) -> Result<OwnedFd, Errno> {
+    sys::open(&device(tty), (flags & libc::O_ACCMODE) | libc::O_NOCTTY | libc::O_NONBLOCK, 0)
+}
+
+/// Gives the terminal its settings, window size and unread input. Returns what could not be given back.
+pub(crate) fn restore(tty: &Tty) -> Result<Vec<Reason>, String> {
+    let fd = open(tty, libc::O_RDWR).map_err(|e| format!("open {}: {e}", device(tty).display()))?;
+    let mut losses = Vec::new();
+    let mut wanted = Termios2::from(&tty.termios);
+    if !tty.input.is_empty() {
+        // Typed again by the kernel's TIOCSTI: without echo, and without acting on what is a special character.
+        let mut quiet = wanted;
+        quiet.iflag &= !(libc::IXON | libc::IXOFF | libc::ISTRIP | libc::ICRNL | libc::INLCR | libc::IGNCR);
+        quiet.lflag &= !(libc::ISIG
+            | libc::IEXTEN
+            | libc::ECHO
+            | libc::ECHOE
+            | libc::ECHOK
+            | libc::ECHONL
+            | libc::ECHOCTL
+            | libc::ECHOKE);
+        set(fd.as_raw_fd(), &mut quiet)?;
+        if let Some(e) = tty.input.iter().find_map(|&b| type_in(fd.as_raw_fd(), b).err()) {
+            let text = format!("{}: {} bytes typed and not yet read are lost ({e})", tty.name, tty.input.len());
+            losses.push(Reason::new("terminal-input", text));
+        }
+    }
+    set(fd.as_raw_fd(), &mut wanted)?;
+    let w = tty.window;
+    let mut size =
+        libc::winsize { ws_row: w.rows, ws_col: w.cols, ws_xpixel: w.xpixel, ws_ypixel: w.ypixel };
+    // SAFETY: TIOCSWINSZ reads a winsize.
+    unsafe { sys::ioctl(fd.as_raw_fd(), libc::TIOCSWINSZ, &mut size) }
+        .map_err(|e| format!("TIOCSWINSZ: {e}"))?;
+    Ok(losses)
+}
+
+fn set(fd: RawFd, termios: &mut Termios2) -> Result<(), String> {
+    // SAFETY: TCSETS2 reads a termios2.
+    unsafe { sys::ioctl(fd, TCSETS2, termios) }.map(drop).map_err(|e| format!("TCSETS2: {e}"))
+}
+
+fn type_in(fd: RawFd, mut byte: u8) -> Result<(), Errno> {
+    // SAFETY: TIOCSTI reads one byte.
+    unsafe { sys::ioctl(fd, libc::TIOCSTI, &mut byte) }.map(drop)
+}
+
+/// Makes the terminal the caller's controlling terminal; the caller leads its session.
+pub(crate) fn take_control(tty: &Tty) -> Result<(), Errno> {
+    let fd = open(tty, libc::O_RDWR)?;
+    // 1: even if another session has it.
+    sys::ioctl_number(fd.as_raw_fd(), libc::TIOCSCTTY, 1).map(drop)
+}
+
+/// Makes `group` the foreground process group; the terminal is the caller's controlling terminal.
+pub(crate) fn set_foreground(tty: &Tty, mut group: Pid) -> Result<(), Errno> {
+    let fd = open(tty, libc::O_RDWR)?;
+    // SAFETY: TIOCSPGRP reads a pid_t.
+    unsafe { sys::ioctl(fd.as_raw_fd(), libc::TIOCSPGRP, &mut group) }.map(drop)
+}
