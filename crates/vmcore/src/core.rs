@@ -105,15 +105,15 @@ impl Vmcore {
         }
         let info = notes.vmcoreinfo.ok_or(Error::NoVmcoreInfo)?;
 
+        let expected_size = headers.loads.iter().map(|s| s.file_offset + s.len).max().unwrap_or(0);
+        // Cut first, then made disjoint: the kernel's image has a PT_LOAD of its own at the
+        // beginning of the file, and a core that lacks the RAM which holds it still has names.
+        let present = headers.loads.iter().filter_map(|s| {
+            let len = s.len.min(size.saturating_sub(s.file_offset));
+            (len > 0).then_some(Segment { len, ..*s })
+        });
+        let present = elf::disjoint(present.collect());
         let promised = elf::disjoint(headers.loads);
-        let expected_size = promised.iter().map(|s| s.file_offset + s.len).max().unwrap_or(0);
-        let present: Vec<Segment> = promised
-            .iter()
-            .filter_map(|s| {
-                let len = s.len.min(size.saturating_sub(s.file_offset));
-                (len > 0).then_some(Segment { len, ..*s })
-            })
-            .collect();
         let total = |segments: &[Segment]| segments.iter().map(|s| s.len).sum::<u64>();
         let missing_bytes = total(&promised) - total(&present);
         let truncated =

@@ -78,6 +78,25 @@ fn a_truncated_core_gives_what_it_has() {
 }
 
 #[test]
+fn the_image_outlives_the_ram_that_holds_it() {
+    let (mut synth, _) = synth_with_an_object();
+    let variable = synth.variable("some_variable", "list_head");
+    synth.write(variable, b"in the image");
+    let (_dir, path) = core("vmcore", &synth);
+    let size = fs::metadata(&path).unwrap().len();
+    // The RAM comes last; of it, only what is below the image is left.
+    let cut = size - (32 << 20) + synth.image().start;
+    OpenOptions::new().write(true).open(&path).unwrap().set_len(cut).unwrap();
+    let core = Vmcore::open(&path).unwrap();
+    let missing = (32 << 20) - synth.image().end;
+    assert_eq!(core.truncated().unwrap().missing_bytes, missing);
+    let mut bytes = [0; 12];
+    core.read_phys(synth.phys(variable), &mut bytes).unwrap();
+    assert_eq!(&bytes, b"in the image");
+    assert!(matches!(core.read_phys(synth.image().end, &mut bytes), Err(Error::Truncated { .. })));
+}
+
+#[test]
 fn a_core_cut_within_its_headers_is_refused() {
     let (synth, _) = synth_with_an_object();
     let (_dir, path) = core("vmcore", &synth);
