@@ -64,11 +64,12 @@ impl Kernel {
         let mut memory = KernelMemory::new(core)?;
         let symbols =
             read_kallsyms(&memory).map_err(|why| Error::NoKallsyms { release: release.clone(), why })?;
-        if let (Some(text), Some(end)) = (symbols.lookup("_text"), symbols.lookup("_end")) {
-            if text < end {
-                // The per-CPU area of the image and what is freed after boot lie within as well.
-                memory.set_image(text..end);
-            }
+        let image = (symbols.lookup("_text"), symbols.lookup("_end"));
+        if let (Some(text), Some(end)) = image
+            && text < end
+        {
+            // The per-CPU area of the image and what is freed after boot lie within as well.
+            memory.set_image(text..end);
         }
         let five = memory.levels() == 5;
         // Variables under CONFIG_DYNAMIC_MEMORY_LAYOUT (set wherever there is KASLR or 5-level

@@ -50,7 +50,7 @@ impl<'k> Walk<'k> {
 
     /// Takes note of a node.
     fn visit(&mut self, node: u64) -> Result<u64> {
-        if node % 8 != 0 || node >> 63 == 0 {
+        if !node.is_multiple_of(8) || node >> 63 == 0 {
             let why = "no address of the kernel's".to_owned();
             return Err(self.corrupt(Corruption::WildPointer { node, why }));
         }

@@ -44,7 +44,7 @@ impl Kernel {
         let end = self.vmcore().ranges().last().map_or(0, |range| range.end());
         // Device memory and the crash kernel's own have struct pages too, so only the end counts.
         let most = end.max(1 << 36) >> PAGE_SHIFT;
-        if offset % self.struct_page_size != 0 || pfn > most {
+        if !offset.is_multiple_of(self.struct_page_size) || pfn > most {
             return Err(Error::Implausible { what: "the address of a page".into(), value: page });
         }
         Ok(pfn)
