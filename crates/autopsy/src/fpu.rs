@@ -291,3 +291,145 @@ fn to_standard(
 fn word(bytes: &[u8], at: usize) -> u64 {
     bytes.get(at..).and_then(|tail| tail.first_chunk()).map_or(0, |word| u64::from_le_bytes(*word))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// AVX, AVX-512, PKRU and AMX, with two supervisor components between them: offsets of a Sapphire Rapids.
+    const TABLE: [(usize, usize, usize, u32); 9] = [
+        (2, 576, 256, 0),
+        (5, 1088, 64, 0),
+        (6, 1152, 512, 0),
+        (7, 1664, 1024, 0),
+        (8, 0, 128, SUPERVISOR),
+        (9, 2688, 8, 0),
+        (10, 0, 8, SUPERVISOR),
+        (17, 2752, 64, ALIGNED),
+        (18, 2816, 8192, ALIGNED),
+    ];
+
+    fn layout() -> XstateLayout {
+        let mut components = vec![Component::default(); 19];
+        for (i, offset, size, flags) in TABLE {
+            components[i] = Component { offset, size, flags };
+        }
+        let user = TABLE.iter().filter(|(.., flags)| flags & SUPERVISOR == 0).map(|(i, ..)| 1_u64 << i);
+        XstateLayout { components, size: 11008, features: FP | SSE | user.sum::<u64>() }
+    }
+
+    /// A byte of component `i` that is like no other.
+    fn content(i: usize, at: usize) -> u8 {
+        (i * 31 + at * 7 + 1) as u8
+    }
+
+    /// What XSAVES stores: `enabled` components have a place, `present` ones a value.
+    fn compacted(enabled: u64, present: u64) -> Vec<u8> {
+        let mut area = vec![0xee; EXTENDED];
+        for at in 0..416 {
+            area[at] = content(if at < 160 { 0 } else { 1 }, at);
+        }
+        area[MXCSR].copy_from_slice(&[0xa0, 0x1f, 0, 0, 0xff, 0xff, 0, 0]);
+        area[XSTATE_BV..XSTATE_BV + 8].copy_from_slice(&present.to_le_bytes());
+        area[XCOMP_BV..XCOMP_BV + 8].copy_from_slice(&(enabled | COMPACTED).to_le_bytes());
+        for (i, _, size, flags) in TABLE {
+            if enabled & 1 << i == 0 {
+                continue;
+            }
+            if flags & ALIGNED != 0 {
+                area.resize(area.len().next_multiple_of(64), 0xee);
+            }
+            area.extend((0..size).map(|at| if present & 1 << i != 0 { content(i, at) } else { 0xee }));
+        }
+        area
+    }
+
+    fn check(out: &[u8], present: u64) -> Result<(), TestCaseError> {
+        let stored = word(out, XSTATE_BV);
+        prop_assert_eq!(word(out, XCOMP_BV), 0);
+        prop_assert_eq!(stored & (FP | SSE), FP | SSE);
+        let fcw = u16::from_le_bytes([out[0], out[1]]);
+        let expected =
+            if present & FP != 0 { u16::from_le_bytes([content(0, 0), content(0, 1)]) } else { INITIAL_FCW };
+        prop_assert_eq!(fcw, expected);
+        let xmm_is_stored = out[XMM].iter().zip(XMM).all(|(byte, at)| *byte == content(1, at));
+        prop_assert_eq!(xmm_is_stored, present & SSE != 0);
+        prop_assert!(present & SSE != 0 || out[XMM].iter().all(|b| *b == 0));
+        for (i, offset, size, flags) in TABLE {
+            let bytes = &out[offset..offset + size];
+            if flags & SUPERVISOR != 0 {
+                prop_assert_eq!(stored & 1 << i, 0, "supervisor component {}", i);
+            } else if present & 1 << i != 0 {
+                prop_assert!(bytes.iter().enumerate().all(|(at, b)| *b == content(i, at)), "component {}", i);
+                prop_assert!(stored & 1 << i != 0);
+            } else {
+                prop_assert!(bytes.iter().all(|b| *b == 0), "component {} in its initial state", i);
+                prop_assert_eq!(stored & 1 << i, 0);
+            }
+        }
+        Ok(())
+    }
+
+    fn subset(all: u64) -> impl Strategy<Value = u64> {
+        any::<u64>().prop_map(move |bits| bits & all)
+    }
+
+    const ALL: u64 = 0x6_07e7;
+
+    proptest! {
+        #[test]
+        fn compacted_areas_are_spread(enabled in subset(ALL), present in subset(ALL)) {
+            let enabled = enabled | FP | SSE;
+            let present = present & enabled;
+            let out = to_standard(&compacted(enabled, present), &layout(), &layout(), None).unwrap();
+            prop_assert_eq!(out.len(), layout().size);
+            check(&out, present)?;
+        }
+
+        #[test]
+        fn the_standard_format_stays_as_it_is(present in subset(ALL & !0x500)) {
+            let first = to_standard(&compacted(ALL, present), &layout(), &layout(), None).unwrap();
+            let second = to_standard(&first, &layout(), &layout(), None).unwrap();
+            prop_assert_eq!(first, second);
+        }
+
+        #[test]
+        fn no_area_is_trusted(bytes in prop::collection::vec(any::<u8>(), 0..4096), pkru in any::<Option<u32>>()) {
+            let _ = to_standard(&bytes, &layout(), &layout(), pkru);
+        }
+    }
+
+    #[test]
+    fn initial_control_words_are_written_out() {
+        let out = to_standard(&compacted(ALL, 0), &layout(), &layout(), None).unwrap();
+        assert_eq!(&out[..2], &[0x7f, 0x03]);
+        assert_eq!(&out[24..28], &0x1f80_u32.to_le_bytes());
+        // MXCSR counts in a compacted area as soon as AVX is there.
+        let out = to_standard(&compacted(ALL, YMM), &layout(), &layout(), None).unwrap();
+        assert_eq!(&out[24..28], &0x1fa0_u32.to_le_bytes());
+        // In a standard one always.
+        let mut area = vec![0; 11008];
+        area[24..28].copy_from_slice(&0x1fa0_u32.to_le_bytes());
+        let out = to_standard(&area, &layout(), &layout(), None).unwrap();
+        assert_eq!(&out[24..28], &0x1fa0_u32.to_le_bytes());
+    }
+
+    #[test]
+    fn the_protection_key_register_comes_from_beside() {
+        let out = to_standard(&compacted(ALL, 1 << PKRU), &layout(), &layout(), Some(0x5555_5554)).unwrap();
+        assert_eq!(&out[2688..2692], &0x5555_5554_u32.to_le_bytes());
+        assert_ne!(word(&out, XSTATE_BV) & (1 << PKRU), 0);
+    }
+
+    #[test]
+    fn an_area_that_ends_too_early_is_refused() {
+        let mut area = compacted(ALL, ALL);
+        area.truncate(area.len() - 1);
+        assert!(to_standard(&area, &layout(), &layout(), None).unwrap_err().contains("component 18"));
+        // A machine without XSAVE has the legacy area and no more.
+        let plain = compacted(0, 0)[..LEGACY].to_vec();
+        let out = to_standard(&plain, &layout(), &layout(), None).unwrap();
+        assert_eq!(out[160..416], plain[160..416]);
+    }
+}

@@ -238,6 +238,8 @@ impl Autopsy<'_> {
         let text = match self.kernel.symbol_at(d_dname) {
             Some("pipefs_dname") => format!("pipe:[{}]", ino()?).into_bytes(),
             Some("sockfs_dname") => format!("socket:[{}]", ino()?).into_bytes(),
+            // Since 6.9 they have a file system of their own.
+            Some("pidfs_dname") => b"anon_inode:[pidfd]".to_vec(),
             Some("anon_inodefs_dname") => [b"anon_inode:", name.as_slice()].concat(),
             Some("ns_dname") => format!("namespace:[{}]", ino()?).into_bytes(),
             // shmem, hugetlbfs, and whoever else uses simple_dname().

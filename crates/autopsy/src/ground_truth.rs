@@ -103,8 +103,13 @@ impl std::fmt::Display for Difference {
     }
 }
 
-/// Compares what was recorded with what was found.
+/// Compares what was recorded with what was found; [`MOVING`] fields only of processes that stood still.
 pub fn compare(expected: &Record, found: &Record) -> Comparison {
+    compare_except(expected, found, MOVING)
+}
+
+/// Compares two records; the fields of `moving` only of processes whose threads have not run in between.
+pub fn compare_except(expected: &Record, found: &Record, moving: &[&str]) -> Comparison {
     let mut result = Comparison::default();
     let both: Vec<Pid> =
         expected.processes.keys().filter(|pid| found.processes.contains_key(pid)).copied().collect();
@@ -131,7 +136,7 @@ pub fn compare(expected: &Record, found: &Record) -> Comparison {
         let keys: BTreeSet<&Field> = old.keys().chain(new.keys()).collect();
         for field in keys {
             let (name, which) = *field;
-            let moved = result.moved.contains(pid) && MOVING.contains(&name);
+            let moved = result.moved.contains(pid) && moving.contains(&name);
             let used =
                 name == "fdinfo.pos" && new.get(&("fd", which)).is_some_and(|path| busy.contains(path));
             if name == SWITCHES || moved || used {

@@ -31,6 +31,8 @@ mod signal;
 mod socket;
 pub mod syscall;
 mod thread;
+#[cfg(test)]
+mod testing;
 mod tty;
 
 pub use error::{Error, Result};
@@ -146,7 +148,12 @@ impl<'k> Autopsy<'k> {
     pub(crate) fn find(&self, severity: Severity, object: &str, text: impl Into<String>) {
         let finding =
             Finding { severity, pid: self.subject.get(), object: object.to_owned(), text: text.into() };
-        self.findings.borrow_mut().push(finding);
+        let mut findings = self.findings.borrow_mut();
+        // The same object can be met on several ways.
+        let known = |f: &Finding| f.severity == severity && f.pid == finding.pid && f.text == finding.text;
+        if !findings.iter().any(known) {
+            findings.push(finding);
+        }
     }
 
     /// Says whose state is being read from now on; returns whose it was.

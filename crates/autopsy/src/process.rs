@@ -318,10 +318,21 @@ impl Autopsy<'_> {
     /// All user processes, by ascending PID.
     ///
     /// # Errors
-    /// When neither the task list nor the PID table can be read.
+    /// When neither the task list nor the PID table can be read, a structure is not as expected in this kernel, or not one
+    /// process can be read.
     pub fn processes(&self) -> Result<Vec<Process>> {
-        let groups = self.groups()?;
-        Ok(groups.iter().filter_map(|group| self.process_of(group)).collect())
+        let (mut processes, mut first_loss) = (Vec::new(), None);
+        for group in &self.groups()? {
+            match self.process_of(group) {
+                Ok(process) => processes.extend(process),
+                Err(error) => first_loss = first_loss.or(Some(error)),
+            }
+        }
+        // When nobody is left, it is not the processes that are broken.
+        match first_loss {
+            Some(error) if processes.is_empty() => Err(error),
+            _ => Ok(processes),
+        }
     }
 
     /// One user process; `None` if there is none with this PID, or it cannot be read (a finding says why).
@@ -331,11 +342,13 @@ impl Autopsy<'_> {
     pub fn process(&self, pid: Pid) -> Result<Option<Process>> {
         let groups = self.groups()?;
         let group = groups.iter().find(|group| group.leader.pid == pid);
-        Ok(group.and_then(|group| self.process_of(group)))
+        Ok(group.and_then(|group| self.process_of(group).ok().flatten()))
     }
 
     /// The thread groups of all user processes; makes their threads known to each other.
     fn groups(&self) -> Result<Vec<Group>> {
+        // Without it all would be lost, one by one.
+        self.kernel.check::<Signal>()?;
         let mut groups = Vec::new();
         for leader in self.leaders()?.into_iter().filter(|l| !l.task.is_kernel_thread()) {
             let before = self.set_subject(Some(leader.task.pid));
@@ -371,6 +384,7 @@ impl Autopsy<'_> {
 
     /// The leaders of all thread groups.
     pub(crate) fn leaders(&self) -> Result<Vec<Member>> {
+        self.kernel.check::<Task>()?;
         let mut leaders: BTreeMap<Pid, Member> = BTreeMap::new();
         let mut add = |addr: u64| match self.leader(addr) {
             Ok(task) => {
@@ -524,13 +538,10 @@ impl Autopsy<'_> {
         self.task(task.real_parent).map_or(0, |parent| parent.tgid)
     }
 
-    /// A process, or a finding that says why not.
-    fn process_of(&self, group: &Group) -> Option<Process> {
+    /// A process; for an error there is a finding too.
+    fn process_of(&self, group: &Group) -> Result<Option<Process>> {
         let before = self.set_subject(Some(group.leader.pid));
-        let process = self.read_process(group).unwrap_or_else(|error| {
-            self.lost(&group.leader, &error);
-            None
-        });
+        let process = self.read_process(group).inspect_err(|error| self.lost(&group.leader, error));
         self.set_subject(before);
         process
     }
@@ -783,6 +794,145 @@ fn unit_of(path: &Bytes) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{declare, open};
+    use ktypes::Kernel;
+    use synth::{Synth, U32, XaItem, array, named};
+
+    /// A machine with the idle task and four processes, PIDs 1 to 4, on the task list and in the PID table.
+    struct Machine {
+        synth: Synth,
+        tasks: Vec<u64>,
+        link: u64,
+    }
+
+    impl Machine {
+        fn new() -> Self {
+            let mut synth = Synth::new();
+            declare::<Task>(&mut synth, &[("tasks", named("list_head")), ("pid_links", array(named("hlist_node"), 4))]);
+            declare::<Signal>(&mut synth, &[]);
+            declare::<PidStruct>(&mut synth, &[("tasks", array(named("hlist_head"), 4))]);
+            declare::<Holder>(&mut synth, &[("idr_rt", named("xarray"))]);
+            declare::<Upid>(&mut synth, &[("nr", U32)]);
+            let init = synth.variable("init_task", "task_struct");
+            let head = synth.list_init("task_struct", init, "tasks");
+            synth.set("task_struct", init, "group_leader", init);
+            let cache = synth.slab_cache("task_struct", synth.size_of("task_struct"));
+            let mut tasks = Vec::new();
+            let mut items = Vec::new();
+            for pid in 1..=4 {
+                let task = synth.slab_alloc(cache);
+                synth.set("task_struct", task, "pid", pid);
+                synth.set("task_struct", task, "tgid", pid);
+                synth.set("task_struct", task, "group_leader", task);
+                synth.set("task_struct", task, "comm", "survivor");
+                let link = synth.address_of("task_struct", task, "tasks");
+                synth.list_add_tail(link, head);
+                let number = synth.alloc("pid");
+                let bucket = synth.address_of("pid", number, "tasks[1]");
+                let in_bucket = synth.address_of("task_struct", task, "pid_links[1]");
+                synth.hlist_add_head(in_bucket, bucket);
+                items.push(XaItem { index: pid as u64, order: 0, entry: number, marks: 0 });
+                tasks.push(task);
+            }
+            let namespace = synth.variable("init_pid_ns", "pid_namespace");
+            let idr = synth.address_of("pid_namespace", namespace, "idr.idr_rt");
+            synth.xarray(idr, &items);
+            let link = synth.offset_of("task_struct", "tasks");
+            Machine { synth, tasks, link }
+        }
+
+        /// PIDs that are found, and what is said about it.
+        fn found(&self) -> (Vec<Pid>, Vec<String>) {
+            let kernel: Kernel = open(&self.synth);
+            let autopsy = Autopsy::new(&kernel);
+            let pids = autopsy.tasks().unwrap().into_iter().map(|task| task.pid).collect();
+            (pids, autopsy.findings().into_iter().map(|finding| finding.text).collect())
+        }
+
+        fn next_of(&self, index: usize) -> u64 {
+            self.tasks[index] + self.link
+        }
+    }
+
+    /// Declares what is only used by offset.
+    #[derive(KernelType)]
+    #[kernel("pid_namespace")]
+    struct Holder {
+        #[kernel("idr.idr_rt", address)]
+        _idr: u64,
+    }
+
+    #[derive(KernelType)]
+    #[kernel("upid")]
+    struct Upid {
+        #[kernel("nr")]
+        _nr: i32,
+    }
+
+    #[test]
+    fn a_healthy_task_list_raises_no_finding() {
+        assert_eq!(Machine::new().found(), (vec![1, 2, 3, 4], vec![]));
+    }
+
+    #[test]
+    fn a_cycle_in_the_task_list_costs_nobody() {
+        let mut machine = Machine::new();
+        let (second, first) = (machine.next_of(1), machine.next_of(0));
+        machine.synth.write_u64(second, first);
+        let (pids, findings) = machine.found();
+        assert_eq!(pids, [1, 2, 3, 4]);
+        assert!(findings.len() == 1 && findings[0].contains("twice"), "{findings:?}");
+    }
+
+    #[test]
+    fn a_wild_pointer_in_the_task_list_costs_nobody() {
+        for wild in [0, 8, 0xdead_beef_dead_beef, u64::MAX - 7, 0xffff_8880_0000_1000] {
+            let mut machine = Machine::new();
+            let second = machine.next_of(1);
+            machine.synth.write_u64(second, wild);
+            let (pids, findings) = machine.found();
+            assert_eq!(pids, [1, 2, 3, 4], "{wild:#x}");
+            assert!(findings[0].contains("task list is damaged"), "{findings:?}");
+        }
+    }
+
+    #[test]
+    fn a_task_list_broken_in_both_directions_is_mended_by_the_pid_table() {
+        let mut machine = Machine::new();
+        let (first, last) = (machine.next_of(0), machine.next_of(3));
+        let prev = machine.synth.offset_of("list_head", "prev");
+        machine.synth.write_u64(first, 0);
+        machine.synth.write_u64(last + prev, 0);
+        let (pids, findings) = machine.found();
+        assert_eq!(pids, [1, 2, 3, 4]);
+        assert!(findings[0].contains("PID table"), "{findings:?}");
+    }
+
+    #[test]
+    fn a_destroyed_task_costs_only_itself() {
+        let mut machine = Machine::new();
+        machine.synth.set("task_struct", machine.tasks[2], "pid", -5);
+        let (pids, findings) = machine.found();
+        assert_eq!(pids, [1, 2, 4]);
+        assert!(findings.iter().all(|f| f.contains("a task is lost")), "{findings:?}");
+    }
+
+    #[test]
+    fn a_missing_member_is_named() {
+        let mut machine = Machine::new();
+        machine.synth.without_member("task_struct", "group_leader");
+        let kernel = open(&machine.synth);
+        let autopsy = Autopsy::new(&kernel);
+        let text = match autopsy.tasks() {
+            Ok(tasks) => {
+                assert!(tasks.is_empty());
+                autopsy.findings().into_iter().map(|f| f.text).collect::<Vec<_>>().join("\n")
+            }
+            Err(error) => error.to_string(),
+        };
+        assert!(text.contains("`task_struct` has no member `group_leader`"), "{text}");
+        assert!(text.contains(kernel.release()), "{text}");
+    }
 
     #[test]
     fn units_are_named_by_the_cgroup() {
