@@ -8,6 +8,7 @@ mod build;
 mod crash;
 mod crash_runs;
 mod demo;
+mod fpu_runs;
 mod ground_truth;
 mod guest;
 mod lab_cmd;
@@ -74,6 +75,8 @@ enum Command {
     CrashRuns(crash_runs::CrashRuns),
     /// Takes one small program per kind of kernel state through a panic.
     Survivors(survive::Survivors),
+    /// Takes live vector registers through panics, with and without the register saver.
+    FpuRuns(fpu_runs::FpuRuns),
     /// Compares what the running kernel says in /proc with what is read from its memory after the panic, and with what the
     /// resurrected processes show.
     GroundTruth(ground_truth::GroundTruth),
@@ -94,6 +97,7 @@ fn main() -> ExitCode {
         Command::Test(command) => command.run(&cli.global),
         Command::CrashRuns(command) => command.run(&cli.global),
         Command::Survivors(command) => command.run(&cli.global),
+        Command::FpuRuns(command) => command.run(&cli.global),
         Command::GroundTruth(command) => command.run(&cli.global),
         Command::Bench(command) => command.run(&cli.global),
         Command::Vmcore(command) => command.run(&cli.global),

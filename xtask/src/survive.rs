@@ -1,13 +1,17 @@
 //! `cargo xtask survivors`: one small program per kind of kernel state, through a panic.
+//!
+//! All of them run side by side in one guest. What each says of itself in the kernel that came after is held against two things: what is
+//! promised of it, and what the report claims. A process that the report calls whole and whose survivor fails is the worst outcome.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use lab::image::DEMO_UID;
-use lab::{Guest, Lab, MachineConfig, Panic, Program, Series};
+use lab::{Guest, Lab, MachineConfig, Panic, Program, Series, Snapshot};
 use survivors::{Expect, Needs, Survivor, TABLE};
 
 use crate::crash::{self, Quiet};
@@ -15,17 +19,29 @@ use crate::crash_runs::Tally;
 use crate::guest::{self, Installation};
 use crate::{Global, ui};
 
-const PROGRAM: &str = "/usr/local/lib/otherworld/survivors/survivors";
+/// The survivors' binary in a guest.
+pub const PROGRAM: &str = "/usr/local/lib/otherworld/survivors/survivors";
 const READY_DEADLINE: Duration = Duration::from_secs(240);
-const VERDICT_DEADLINE: Duration = Duration::from_secs(120);
+const VERDICT_DEADLINE: Duration = Duration::from_secs(150);
+/// The panic comes within so many microseconds after all are ready.
+const MOMENTS_US: u64 = 2_000_000;
+/// The CPU that panics; computing survivors are on the other, where they are caught in user mode.
+const PANIC_CPU: usize = 0;
+const COMPUTING_CPU: usize = 1;
 
-/// Starts the survivors, panics the guest, and holds what became of each against what is promised.
+/// Starts the survivors, panics the guest, and holds what became of each against what is promised and what the report claims.
 #[derive(Debug, Args)]
 pub struct Survivors {
     /// The kernel: 6.1 or 6.12; both if none is named.
     #[arg(long)]
     kernel: Option<Series>,
-    /// Only those whose name contains one of these words.
+    /// How many panics.
+    #[arg(long, default_value_t = 1)]
+    crashes: u32,
+    /// Draws the moments; a random one, which is printed, if none is given.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Only these; a part of a name means all that contain it.
     names: Vec<String>,
     /// Survivors damage their own state before they check it: all must fail (to see that they can).
     #[arg(long)]
@@ -38,7 +54,14 @@ pub struct Survivors {
 impl Survivors {
     /// All survivors on one kernel, as part of the tests.
     pub fn new(kernel: Series) -> Self {
-        Self { kernel: Some(kernel), names: Vec::new(), damage: false, no_saver: false }
+        Self {
+            kernel: Some(kernel),
+            crashes: 1,
+            seed: None,
+            names: Vec::new(),
+            damage: false,
+            no_saver: false,
+        }
     }
 
     /// Runs it; whether all became what is promised.
@@ -51,93 +74,155 @@ impl Survivors {
 
     /// Runs it and counts.
     pub fn count(self, global: &Global) -> Result<Tally> {
-        let chosen: Vec<&Survivor> = TABLE
-            .iter()
-            .filter(|survivor| self.names.is_empty() || self.names.iter().any(|name| survivor.name.contains(name.as_str())))
-            .collect();
-        if chosen.is_empty() {
-            bail!("no survivor's name contains {}", self.names.join(" or "));
-        }
+        let chosen = choose(&self.names)?;
         let lab = global.lab()?;
+        let seed = self.seed.unwrap_or_else(|| fastrand::u64(..1_000_000));
+        let mut draw = fastrand::Rng::with_seed(seed);
         let mut tally = Tally::default();
         for series in crate::series_or_all(self.kernel) {
             let config = MachineConfig::new(series, global.accel());
-            self.on(&lab, &config, &chosen, &mut tally).with_context(|| format!("survivors on kernel {series}"))?;
+            let installation = Installation { saver: !self.no_saver, ..Installation::for_programs(PROGRAM) };
+            let armed = guest::armed(&lab, &lab.booted(&config)?, &installation)?;
+            for n in 1..=self.crashes {
+                ui::line(format!("kernel {series}, panic {n} of {}, seed {seed}", self.crashes));
+                let crashed = self.once(&lab, &armed, &format!("survivors-{series}-{n}"), &chosen, &mut draw);
+                let rows = crashed.with_context(|| format!("survivors on kernel {series}"))?;
+                tally.passed += rows.iter().filter(|row| row.good).count();
+                tally.failed += rows.iter().filter(|row| !row.good).count();
+            }
         }
         Ok(tally)
     }
 
-    fn on(&self, lab: &Lab, config: &MachineConfig, chosen: &[&Survivor], tally: &mut Tally) -> Result<()> {
-        let installation = Installation { saver: !self.no_saver, ..Installation::for_programs(PROGRAM) };
-        let armed = guest::armed(lab, &lab.booted(config)?, &installation)?;
-        let name = format!("survivors-{}", config.series);
-        let mut guest = lab.start(&armed, &name)?;
-        ui::note(&format!("starting {} survivors on kernel {}", chosen.len(), config.series));
-        let pids = self.start(&mut guest, chosen)?;
-        // CPU 0 panics; the computing survivors are on CPU 1, caught in user mode.
-        let panic = Panic { cpu: Some(0), alive: pids.values().copied().collect(), ..Panic::default() };
-        let Some(line) = crash::crash(&mut guest, &panic, &mut Quiet)? else { bail!("some survivor had ended before the panic") };
-        ui::note("waiting for them under the second kernel");
-        let mut timeline = Vec::new();
-        crash::wait_agent(&mut guest, &line, &mut timeline, &mut Quiet).inspect_err(|_| _ = guest.keep_artifacts())?;
-        crash::fetch_report(&mut guest)?;
-        let all: Vec<i32> = pids.values().copied().collect();
-        guest.agent.wait(&all, VERDICT_DEADLINE)?;
-        let report: serde_json::Value = fs::read_to_string(guest.dir.join("report.json"))
-            .ok()
-            .and_then(|text| serde_json::from_str(&text).ok())
-            .unwrap_or_default();
-        let mut failed = 0;
-        for survivor in chosen {
-            let line = guest.agent.read_file(out(survivor)).unwrap_or_default();
-            let line = String::from_utf8_lossy(&line).trim().to_owned();
-            let fate = pids.get(survivor.name).and_then(|&pid| fate(&report, pid)).unwrap_or_default();
-            match verdict(survivor, &line, &fate, self.damage) {
-                None => tally.passed += 1,
-                Some(why) => {
-                    failed += 1;
-                    ui::line(format!("kernel {}: {} ({}): {why}", config.series, survivor.name, survivor.shows));
-                }
-            }
-        }
-        tally.failed += failed;
-        if failed > 0 {
-            guest.keep_artifacts()?;
-            ui::line(format!("         artifacts: {}", guest.dir.display()));
-        }
-        Ok(())
-    }
-
-    /// Starts them, those that can as the unprivileged user; their process ids.
-    fn start(&self, guest: &mut Guest, chosen: &[&Survivor]) -> Result<BTreeMap<String, i32>> {
+    fn once(
+        &self,
+        lab: &Lab,
+        armed: &Snapshot,
+        name: &str,
+        chosen: &[&'static Survivor],
+        draw: &mut fastrand::Rng,
+    ) -> Result<Vec<Row>> {
+        let mut guest = lab.start(armed, name)?;
+        guest::seed(&mut guest, draw.u64(..))?;
+        ui::note(&format!("starting {} survivors", chosen.len()));
         let mut pids = BTreeMap::new();
-        for root in [false, true] {
-            let of_this_user: Vec<_> = chosen.iter().filter(|survivor| needs_root(survivor) == root).collect();
-            for computing in [false, true] {
-                let names: Vec<_> = of_this_user.iter().filter(|survivor| (survivor.name == "fpu-loop") == computing).collect();
-                if names.is_empty() {
-                    continue;
-                }
-                let mut argv = vec![PROGRAM, "start", "--dir", directory(root), "--timeout", "200"];
-                if self.damage {
-                    argv.push("--damage");
-                }
-                if computing {
-                    argv.extend(["--cpu", "1"]);
-                }
-                argv.extend(names.iter().map(|survivor| survivor.name));
-                let program = Program::new(argv).uid(if root { 0 } else { DEMO_UID });
-                let output = guest.agent.run(&program, READY_DEADLINE)?;
-                for line in output.lines() {
-                    let mut words = line.split_whitespace();
-                    if let (Some("ready"), Some(name), Some(Ok(pid))) = (words.next(), words.next(), words.next().map(str::parse)) {
-                        pids.insert(name.to_owned(), pid);
-                    }
-                }
+        for computing in [false, true] {
+            let these: Vec<_> =
+                chosen.iter().copied().filter(|survivor| is_computing(survivor) == computing).collect();
+            pids.extend(start(&mut guest, &these, computing.then_some(COMPUTING_CPU), self.damage)?);
+        }
+        let panic = Panic {
+            after_us: draw.u64(..MOMENTS_US),
+            cpu: Some(PANIC_CPU),
+            alive: pids.values().copied().collect(),
+        };
+        let fates = through(&mut guest, &panic).inspect_err(|_| _ = guest.keep_artifacts())?;
+        let rows = chosen
+            .iter()
+            .map(|survivor| {
+                let line = verdict(&mut guest, survivor);
+                let claim =
+                    pids.get(survivor.name).and_then(|pid| fates.get(pid)).cloned().unwrap_or_default();
+                Row::judge(survivor, &line, &claim, self.damage)
+            })
+            .collect::<Vec<_>>();
+        tell(&rows);
+        fs::write(
+            guest.dir.join("table.txt"),
+            rows.iter().map(|row| format!("{row}\n")).collect::<String>(),
+        )?;
+        if rows.iter().any(|row| !row.good) {
+            guest.keep_artifacts()?;
+            ui::line(format!("artifacts: {}", guest.dir.display()));
+        }
+        Ok(rows)
+    }
+}
+
+fn choose(names: &[String]) -> Result<Vec<&'static Survivor>> {
+    if let Some(unknown) =
+        names.iter().find(|name| !TABLE.iter().any(|survivor| survivor.name.contains(name.as_str())))
+    {
+        bail!("no survivor's name contains {unknown}");
+    }
+    let is_meant = |survivor: &Survivor| {
+        names.is_empty()
+            || names.iter().any(|name| match survivors::find(name) {
+                Some(exactly) => exactly.name == survivor.name,
+                None => survivor.name.contains(name.as_str()),
+            })
+    };
+    Ok(TABLE.iter().filter(|survivor| is_meant(survivor)).collect())
+}
+
+/// Whether it takes a CPU for itself.
+fn is_computing(survivor: &Survivor) -> bool {
+    survivor.name == "fpu-loop"
+}
+
+/// Starts survivors, those that can as the unprivileged user, and waits until they are ready; their process ids by name.
+pub fn start(
+    guest: &mut Guest,
+    these: &[&Survivor],
+    cpu: Option<usize>,
+    damage: bool,
+) -> Result<BTreeMap<String, i32>> {
+    let mut pids = BTreeMap::new();
+    for root in [false, true] {
+        let names: Vec<_> = these
+            .iter()
+            .filter(|survivor| needs_root(survivor) == root)
+            .map(|survivor| survivor.name)
+            .collect();
+        if names.is_empty() {
+            continue;
+        }
+        let mut argv: Vec<String> =
+            [PROGRAM, "start", "--dir", directory(root), "--timeout", "200"].map(Into::into).into();
+        if damage {
+            argv.push("--damage".into());
+        }
+        if let Some(cpu) = cpu {
+            argv.extend(["--cpu".into(), cpu.to_string()]);
+        }
+        argv.extend(names.iter().map(|&name| name.to_owned()));
+        let program = Program::new(argv).uid(if root { 0 } else { DEMO_UID });
+        let output = guest.agent.run(&program, READY_DEADLINE)?;
+        for line in output.lines() {
+            let mut words = line.split_whitespace();
+            if let (Some("ready"), Some(name), Some(Ok(pid))) =
+                (words.next(), words.next(), words.next().map(str::parse))
+            {
+                pids.insert(name.to_owned(), pid);
             }
         }
-        Ok(pids)
+        if let Some(missing) = names.iter().find(|&&name| !pids.contains_key(name)) {
+            bail!("{missing} did not get ready");
+        }
     }
+    Ok(pids)
+}
+
+/// Panics and waits until the survivors have ended under the second kernel (or their time is over); what the report claims of
+/// each process.
+pub fn through(guest: &mut Guest, panic: &Panic) -> Result<BTreeMap<i32, Claim>> {
+    let Some(line) = crash::crash(guest, panic, &mut Quiet)? else {
+        bail!("some survivor had ended before the panic")
+    };
+    ui::note("waiting for them under the second kernel");
+    let mut timeline = Vec::new();
+    crash::wait_agent(guest, &line, &mut timeline, &mut Quiet)?;
+    crash::fetch_report(guest)?;
+    let report = fs::read_to_string(guest.dir.join("report.json"))?;
+    let claims = claims(&serde_json::from_str(&report).context("the report is not JSON")?);
+    guest.agent.wait(&panic.alive, VERDICT_DEADLINE)?;
+    Ok(claims)
+}
+
+/// The line that a survivor has left; empty if none.
+pub fn verdict(guest: &mut Guest, survivor: &Survivor) -> String {
+    let path = format!("{}/{}", directory(needs_root(survivor)), survivor.name);
+    String::from_utf8_lossy(&guest.agent.read_file(path).unwrap_or_default()).trim().to_owned()
 }
 
 fn needs_root(survivor: &Survivor) -> bool {
@@ -148,27 +233,118 @@ fn directory(root: bool) -> &'static str {
     if root { "/root/survivors" } else { "/home/demo/survivors" }
 }
 
-fn out(survivor: &Survivor) -> String {
-    format!("{}/{}", directory(needs_root(survivor)), survivor.name)
+/// What the report says of a process.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Claim {
+    /// `resurrected`, `given-up` …; empty if it says nothing.
+    pub fate: String,
+    /// Code and text of each reason.
+    pub reasons: Vec<(String, String)>,
 }
 
-/// What the report says of a process: its fate and all reasons, as one text.
-fn fate(report: &serde_json::Value, pid: i32) -> Option<String> {
-    let process = report["processes"].as_array()?.iter().find(|process| process["pid"] == pid)?;
-    Some(format!("{} {}", process["fate"].as_str()?, process["reasons"]))
+impl Claim {
+    /// Whether it runs again, with losses or without.
+    pub fn lives(&self) -> bool {
+        self.fate.starts_with("resurrected")
+    }
+
+    /// Whether a reason with this code is given.
+    pub fn has(&self, code: &str) -> bool {
+        self.reasons.iter().any(|(found, _)| found == code)
+    }
 }
 
-/// Why it did not become what is promised.
-fn verdict(survivor: &Survivor, line: &str, fate: &str, damage: bool) -> Option<String> {
-    let name = survivor.name;
-    match survivor.expect {
-        Expect::Survives if damage && line.starts_with(&format!("fail {name}")) => None,
-        Expect::Survives if !damage && line == format!("pass {name}") => None,
-        Expect::Survives if line.is_empty() => Some(format!("no verdict; its fate: {fate}")),
-        Expect::Survives => Some(line.to_owned()),
-        Expect::GivenUp(_) if !line.is_empty() => Some(format!("was to be given up, but said: {line}")),
-        Expect::GivenUp(reason) if fate.starts_with("given-up") && fate.contains(reason) => None,
-        Expect::GivenUp(reason) => Some(format!("was to be given up because of \"{reason}\"; its fate: {fate}")),
+impl fmt::Display for Claim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let fate = if self.fate.is_empty() { "not in the report" } else { &self.fate };
+        let reasons: Vec<_> = self.reasons.iter().map(|(code, text)| format!("{text} [{code}]")).collect();
+        write!(f, "{fate}{}{}", if reasons.is_empty() { "" } else { ": " }, reasons.join("; "))
+    }
+}
+
+fn claims(report: &serde_json::Value) -> BTreeMap<i32, Claim> {
+    let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
+    let claim = |process: &serde_json::Value| {
+        let reasons = process["reasons"].as_array().into_iter().flatten();
+        let reasons = reasons.map(|reason| (text(&reason["code"]), text(&reason["text"]))).collect();
+        Some((process["pid"].as_i64()? as i32, Claim { fate: text(&process["fate"]), reasons }))
+    };
+    report["processes"].as_array().into_iter().flatten().filter_map(claim).collect()
+}
+
+/// What became of one survivor: a row of the table.
+#[derive(Debug)]
+struct Row {
+    name: &'static str,
+    kind: &'static str,
+    expected: &'static str,
+    got: String,
+    reason: String,
+    good: bool,
+}
+
+impl Row {
+    fn judge(survivor: &Survivor, line: &str, claim: &Claim, damage: bool) -> Self {
+        let (expected, trouble) = match survivor.expect {
+            Expect::Survives if damage => {
+                ("fail", (!line.starts_with("fail ")).then(|| format!("it was damaged; {claim}")))
+            }
+            Expect::Survives => {
+                ("pass", (line != format!("pass {}", survivor.name)).then(|| why_not(line, claim)))
+            }
+            Expect::GivenUp(reason) => {
+                let named =
+                    claim.fate == "given-up" && claim.reasons.iter().any(|(_, text)| text.contains(reason));
+                let trouble = || format!("was to be given up because of \"{reason}\"; {claim} {line}");
+                ("given-up", (!named || !line.is_empty()).then(trouble))
+            }
+        };
+        let false_claim = match line {
+            "" if claim.lives() => Some("the report says that it lives, but it has come to no verdict"),
+            "" => None,
+            _ if !claim.lives() => Some("it ran, although the report denies it"),
+            _ if line.starts_with("fail ") && claim.fate == "resurrected" && !damage => {
+                Some("the report calls it whole")
+            }
+            _ => None,
+        };
+        let words: Vec<_> =
+            false_claim.map(|text| format!("FALSE REPORT: {text}")).into_iter().chain(trouble).collect();
+        let got = line.split_whitespace().next().unwrap_or(if claim.fate.is_empty() {
+            "nothing"
+        } else {
+            &claim.fate
+        });
+        let good = words.is_empty();
+        let losses = || claim.reasons.iter().map(|(_, text)| text.as_str()).collect::<Vec<_>>().join("; ");
+        let reason = if good { losses() } else { words.join("; ") };
+        Self { name: survivor.name, kind: survivor.kind, expected, got: got.to_owned(), reason, good }
+    }
+}
+
+fn why_not(line: &str, claim: &Claim) -> String {
+    match line.split_once(": ") {
+        Some((_, why)) if claim.fate == "resurrected" => why.to_owned(),
+        Some((_, why)) => format!("{why} ({claim})"),
+        None => claim.to_string(),
+    }
+}
+
+impl fmt::Display for Row {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mark = if self.good { ' ' } else { '!' };
+        let row = format!(
+            "{mark} {:32} {:12} {:9} {:11} {}",
+            self.name, self.kind, self.expected, self.got, self.reason
+        );
+        f.write_str(row.trim_end())
+    }
+}
+
+fn tell(rows: &[Row]) {
+    ui::line(format!("  {:32} {:12} {:9} {:11} reason", "name", "kind", "expected", "got"));
+    for row in rows {
+        ui::line(row.to_string());
     }
 }
 
@@ -176,16 +352,66 @@ fn verdict(survivor: &Survivor, line: &str, fate: &str, damage: bool) -> Option<
 mod tests {
     use super::*;
 
+    fn claim(fate: &str, reason: &str) -> Claim {
+        let reasons = (!reason.is_empty()).then(|| ("descriptor".to_owned(), reason.to_owned()));
+        Claim { fate: fate.into(), reasons: reasons.into_iter().collect() }
+    }
+
     #[test]
     fn a_verdict_is_held_against_the_promise() {
         let survives = survivors::find("memory-small").unwrap();
-        assert_eq!(verdict(survives, "pass memory-small", "resurrected []", false), None);
-        assert!(verdict(survives, "", "given-up []", false).unwrap().contains("given-up"));
-        assert!(verdict(survives, "fail memory-small: page 3", "", false).is_some());
-        assert!(verdict(survives, "pass memory-small", "", true).is_some());
+        let judge = |line, claim, damage| Row::judge(survives, line, &claim, damage);
+        assert!(judge("pass memory-small", claim("resurrected", ""), false).good);
+        assert!(judge("pass memory-small", claim("resurrected-with-losses", "no affinity"), false).good);
+        assert!(judge("", claim("given-up", "a socket"), false).reason.contains("a socket"));
+        assert!(!judge("", Claim::default(), false).good);
+        assert!(!judge("pass memory-small", claim("resurrected", ""), true).good);
+        assert!(judge("fail memory-small: damaged", claim("resurrected", ""), true).good);
         let given_up = survivors::find("socket-tcp").unwrap();
-        assert_eq!(verdict(given_up, "", "given-up [{\"text\":\"a socket\"}]", false), None);
-        assert!(verdict(given_up, "", "resurrected []", false).is_some());
-        assert!(verdict(given_up, "pass socket-tcp", "given-up socket", false).is_some());
+        let judge = |line, claim| Row::judge(given_up, line, &claim, false);
+        assert!(judge("", claim("given-up", "a socket")).good);
+        assert!(!judge("", claim("given-up", "a pipe")).good);
+        assert!(!judge("", claim("resurrected", "")).good);
+        assert!(!judge("pass socket-tcp", claim("given-up", "a socket")).good);
+    }
+
+    #[test]
+    fn a_report_that_claims_too_much_is_named() {
+        let survivor = survivors::find("memory-small").unwrap();
+        let judge = |line, claim| Row::judge(survivor, line, &claim, false);
+        assert!(
+            judge("fail memory-small: page 3", claim("resurrected", "")).reason.starts_with("FALSE REPORT")
+        );
+        assert!(judge("", claim("resurrected", "")).reason.starts_with("FALSE REPORT"));
+        assert!(judge("pass memory-small", claim("given-up", "x")).reason.starts_with("FALSE REPORT"));
+        assert!(
+            !judge("fail memory-small: page 3", claim("resurrected-with-losses", "x"))
+                .reason
+                .contains("FALSE")
+        );
+    }
+
+    #[test]
+    fn the_report_is_read() {
+        let report = serde_json::json!({ "processes": [
+            { "pid": 7, "fate": "given-up", "reasons": [{ "code": "descriptor", "text": "a socket" }] },
+            { "pid": 8, "fate": "resurrected", "reasons": [] },
+        ]});
+        let claims = claims(&report);
+        assert_eq!(claims[&7], claim("given-up", "a socket"));
+        assert!(claims[&8].lives() && !claims[&8].has("descriptor"));
+    }
+
+    #[test]
+    fn names_mean_what_they_say() {
+        let names = |words: &[&str]| {
+            let words: Vec<String> = words.iter().map(|&word| word.into()).collect();
+            choose(&words).map(|chosen| chosen.iter().map(|survivor| survivor.name).collect::<Vec<_>>())
+        };
+        assert_eq!(names(&["fpu-loop"]).unwrap(), ["fpu-loop"]);
+        assert_eq!(names(&["fpu"]).unwrap(), ["fpu-sleep", "fpu-loop"]);
+        assert_eq!(names(&["syscall-clock-nanosleep"]).unwrap(), ["syscall-clock-nanosleep"]);
+        assert_eq!(names(&[]).unwrap().len(), TABLE.len());
+        assert!(names(&["no-such"]).is_err());
     }
 }
