@@ -62,7 +62,12 @@ impl Channel {
     }
 
     /// The next frame that `wanted` accepts; others (late answers, greetings) are dropped.
-    fn receive(&mut self, what: &str, timeout: Duration, wanted: impl Fn(&Frame<Response>) -> bool) -> Result<Frame<Response>> {
+    fn receive(
+        &mut self,
+        what: &str,
+        timeout: Duration,
+        wanted: impl Fn(&Frame<Response>) -> bool,
+    ) -> Result<Frame<Response>> {
         let deadline = Instant::now() + timeout;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -81,7 +86,8 @@ impl Channel {
 
     fn call(&mut self, request: &Request, payload: &[u8], timeout: Duration) -> Result<(Response, Vec<u8>)> {
         let id = self.send(request, payload)?;
-        let frame = self.receive(&format!("the agent's answer to {}", short(request)), timeout, |frame| frame.id == id)?;
+        let frame = self
+            .receive(&format!("the agent's answer to {}", short(request)), timeout, |frame| frame.id == id)?;
         match frame.message {
             Response::Failed(reason) => Err(Error::Guest(format!("{}: {reason}", short(request)))),
             message => Ok((message, frame.payload)),
@@ -91,7 +97,9 @@ impl Channel {
     /// Asks who is there.
     pub fn ping(&mut self, timeout: Duration) -> Result<Hello> {
         match self.call(&Request::Ping, &[], timeout)?.0 {
-            Response::Hello { kernel, crash_kernel, uptime_ms } => Ok(Hello { kernel, crash_kernel, uptime_ms }),
+            Response::Hello { kernel, crash_kernel, uptime_ms } => {
+                Ok(Hello { kernel, crash_kernel, uptime_ms })
+            }
             other => Err(unexpected(&other)),
         }
     }
@@ -101,7 +109,9 @@ impl Channel {
         let what = if crash_kernel { "the start of the crash kernel's agent" } else { "the agent's start" };
         let wanted = |frame: &Frame<Response>| matches!(frame.message, Response::Hello { crash_kernel: found, .. } if found == crash_kernel);
         match self.receive(what, timeout, wanted)?.message {
-            Response::Hello { kernel, crash_kernel, uptime_ms } => Ok(Hello { kernel, crash_kernel, uptime_ms }),
+            Response::Hello { kernel, crash_kernel, uptime_ms } => {
+                Ok(Hello { kernel, crash_kernel, uptime_ms })
+            }
             other => Err(unexpected(&other)),
         }
     }
@@ -175,7 +185,11 @@ impl Channel {
     }
 
     /// A file of the guest, piece by piece.
-    pub fn read_pieces(&mut self, path: impl AsRef<Path>, mut take: impl FnMut(&[u8]) -> std::io::Result<()>) -> Result<()> {
+    pub fn read_pieces(
+        &mut self,
+        path: impl AsRef<Path>,
+        mut take: impl FnMut(&[u8]) -> std::io::Result<()>,
+    ) -> Result<()> {
         let path = path.as_ref();
         let mut offset = 0;
         loop {
@@ -229,7 +243,20 @@ impl Channel {
     /// Loads a crash kernel from files of the guest.
     pub fn load_crash_kernel(&mut self, kernel: &str, initramfs: &str, cmdline: &str) -> Result<()> {
         let cmdline = cmdline.to_owned();
-        self.call(&Request::LoadCrashKernel { kernel: kernel.into(), initramfs: initramfs.into(), cmdline }, &[], PROMPT).map(drop)
+        self.call(
+            &Request::LoadCrashKernel { kernel: kernel.into(), initramfs: initramfs.into(), cmdline },
+            &[],
+            PROMPT,
+        )
+        .map(drop)
+    }
+
+    /// In a crash kernel: MB/s of a plain copy of up to `bytes` out of a mapping of `/proc/vmcore` into fresh memory.
+    pub fn copy_rate(&mut self, bytes: u64) -> Result<f64> {
+        match self.call(&Request::CopyRate { bytes }, &[], PROMPT)?.0 {
+            Response::Copied { bytes, ns } => Ok(bytes as f64 * 1000.0 / ns.max(1) as f64),
+            other => Err(unexpected(&other)),
+        }
     }
 
     /// Writes all dirty pages to the guest's disk.

@@ -20,7 +20,8 @@ const TOOLS: &[(&str, &str)] = &[
 
 /// Makes sure that all tools are there. Installs what is missing when it may, and says so first.
 pub fn ensure_tools() -> Result<()> {
-    let missing: Vec<&str> = TOOLS.iter().filter(|(tool, _)| !has(tool)).map(|&(_, package)| package).collect();
+    let missing: Vec<&str> =
+        TOOLS.iter().filter(|(tool, _)| !has(tool)).map(|&(_, package)| package).collect();
     if missing.is_empty() {
         return Ok(());
     }
@@ -31,7 +32,10 @@ pub fn ensure_tools() -> Result<()> {
     eprintln!("lab: installing on this machine through apt: {packages}");
     apt_update()?;
     let mut install = Command::new("apt-get");
-    install.args(["install", "-y", "--no-install-recommends"]).args(&missing).env("DEBIAN_FRONTEND", "noninteractive");
+    install
+        .args(["install", "-y", "--no-install-recommends"])
+        .args(&missing)
+        .env("DEBIAN_FRONTEND", "noninteractive");
     run(&mut install)?;
     Ok(())
 }
@@ -63,7 +67,11 @@ pub fn run(command: &mut Command) -> Result<String> {
         .env("LC_ALL", "C.UTF-8")
         .stdin(Stdio::null())
         .output()
-        .map_err(|error| Error::Command { command: line.clone(), status: error.to_string(), output: String::new() })?;
+        .map_err(|error| Error::Command {
+            command: line.clone(),
+            status: error.to_string(),
+            output: String::new(),
+        })?;
     if !output.status.success() {
         let text = [output.stdout, output.stderr].concat();
         let text = String::from_utf8_lossy(&text);

@@ -20,14 +20,32 @@ pub const DEMO_USER: &str = "demo";
 pub const DEMO_UID: u32 = 1000;
 
 const PACKAGES: &[&str] = &[
-    "systemd-sysv", "udev", "dbus", "libpam-systemd", "kmod", "python3", "xz-utils", "sqlite3", "procps", "e2fsprogs",
-    "strace", "util-linux", "iproute2",
+    "systemd-sysv",
+    "udev",
+    "dbus",
+    "libpam-systemd",
+    "kmod",
+    "python3",
+    "xz-utils",
+    "sqlite3",
+    "procps",
+    "e2fsprogs",
+    "strace",
+    "util-linux",
+    "iproute2",
 ];
 
 /// Units that only make noise or wait for a network.
 const MASKED: &[&str] = &[
-    "systemd-timesyncd.service", "apt-daily.timer", "apt-daily-upgrade.timer", "fstrim.timer", "e2scrub_all.timer",
-    "e2scrub_reap.service", "dpkg-db-backup.timer", "getty@tty1.service", "serial-getty@ttyS0.service",
+    "systemd-timesyncd.service",
+    "apt-daily.timer",
+    "apt-daily-upgrade.timer",
+    "fstrim.timer",
+    "e2scrub_all.timer",
+    "e2scrub_reap.service",
+    "dpkg-db-backup.timer",
+    "getty@tty1.service",
+    "serial-getty@ttyS0.service",
     "systemd-networkd-wait-online.service",
 ];
 
@@ -43,9 +61,15 @@ pub struct Image {
 impl Lab {
     /// The guest image with the given kernels; builds it if its inputs have changed.
     pub fn image(&self) -> Result<Image> {
-        let kernels = Series::ALL.into_iter().map(|series| self.kernel(series)).collect::<Result<Vec<_>>>()?;
+        let kernels =
+            Series::ALL.into_iter().map(|series| self.kernel(series)).collect::<Result<Vec<_>>>()?;
         let _lock = self.lock("images")?;
-        let mut key = Key::new("image").with(LAYOUT).with(SUITE).with(DISK_SIZE).with(&PACKAGES.join(" ")).with(&MASKED.join(" "));
+        let mut key = Key::new("image")
+            .with(LAYOUT)
+            .with(SUITE)
+            .with(DISK_SIZE)
+            .with(&PACKAGES.join(" "))
+            .with(&MASKED.join(" "));
         for kernel in &kernels {
             key = key.with(&kernel.release);
         }
@@ -66,7 +90,9 @@ impl Lab {
 
     fn build(&self, dir: &Path, kernels: &[Kernel]) -> Result<()> {
         if !host::is_root() {
-            return Err(Error::Host("building the guest image needs root (files of many owners): run this once with sudo".into()));
+            return Err(Error::Host(
+                "building the guest image needs root (files of many owners): run this once with sudo".into(),
+            ));
         }
         self.update_apt_once()?;
         let sources = dir.join("sources.list");
@@ -85,13 +111,20 @@ impl Lab {
         for kernel in kernels {
             self.note(&format!("adding kernel {}", kernel.release));
             // usr/. keeps the merged /lib symlink of the tree as it is.
-            host::run(Command::new("cp").arg("-a").arg(kernel.modules()).arg(ensure(&tree.join("usr/lib/modules"))?))?;
+            host::run(
+                Command::new("cp")
+                    .arg("-a")
+                    .arg(kernel.modules())
+                    .arg(ensure(&tree.join("usr/lib/modules"))?),
+            )?;
             host::run(Command::new("cp").arg("-a").arg(kernel.tree.join("boot/.")).arg(tree.join("boot")))?;
             host::run(Command::new("depmod").arg("-b").arg(&tree).arg(&kernel.release))?;
         }
         configure(&tree)?;
         let list = host::run(
-            Command::new("dpkg-query").arg(format!("--admindir={}", tree.join("var/lib/dpkg").display())).args(["-W"]),
+            Command::new("dpkg-query")
+                .arg(format!("--admindir={}", tree.join("var/lib/dpkg").display()))
+                .args(["-W"]),
         )?;
         let manifest = dir.join("packages");
         fs::write(&manifest, list).at(&manifest)?;
@@ -99,7 +132,16 @@ impl Lab {
         let disk = dir.join("base.img");
         host::run(
             Command::new("mke2fs")
-                .args(["-q", "-t", "ext4", "-L", "root", "-E", "lazy_itable_init=1,lazy_journal_init=1", "-d"])
+                .args([
+                    "-q",
+                    "-t",
+                    "ext4",
+                    "-L",
+                    "root",
+                    "-E",
+                    "lazy_itable_init=1,lazy_journal_init=1",
+                    "-d",
+                ])
                 .args([&tree, &disk])
                 .arg(DISK_SIZE),
         )?;
@@ -145,7 +187,11 @@ fn configure(tree: &Path) -> Result<()> {
     };
     let append = |path: &str, text: &str| {
         let path = tree.join(path);
-        fs::OpenOptions::new().append(true).open(&path).and_then(|mut file| file.write_all(text.as_bytes())).at(&path)
+        fs::OpenOptions::new()
+            .append(true)
+            .open(&path)
+            .and_then(|mut file| file.write_all(text.as_bytes()))
+            .at(&path)
     };
     write("etc/fstab", "/dev/vda / ext4 rw,relatime,errors=remount-ro 0 1\n")?;
     write("etc/hostname", "lab\n")?;

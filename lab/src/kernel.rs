@@ -132,7 +132,9 @@ impl Lab {
 /// The name whose counting number is highest.
 fn newest<'a>(names: impl Iterator<Item = &'a str>, prefix: &str, suffix: &str) -> Option<&'a str> {
     names
-        .filter_map(|name| Some((name.strip_prefix(prefix)?.strip_suffix(suffix)?.parse::<u32>().ok()?, name)))
+        .filter_map(|name| {
+            Some((name.strip_prefix(prefix)?.strip_suffix(suffix)?.parse::<u32>().ok()?, name))
+        })
         .max()
         .map(|(_, name)| name)
 }
@@ -154,7 +156,8 @@ pub(crate) fn boot_modules(kernel: &Kernel) -> Result<Vec<(String, Vec<u8>)>> {
     let drivers = kernel.modules().join("kernel/drivers");
     let mut found = Vec::new();
     for module in BOOT_MODULES {
-        let name = Path::new(module).file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let name =
+            Path::new(module).file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let plain = drivers.join(format!("{module}.ko"));
         let compressed = drivers.join(format!("{module}.ko.xz"));
         let data = if plain.exists() {
@@ -187,7 +190,14 @@ mod tests {
         ];
         let (prefix, suffix) = Series::V6_1.package_pattern();
         assert_eq!(newest(names.into_iter(), prefix, suffix), Some("linux-image-6.1.0-56-cloud-amd64"));
-        assert_eq!(newest(["linux-image-6.12.9+deb13-cloud-amd64"].into_iter(), "linux-image-6.12.", "+deb12-cloud-amd64"), None);
+        assert_eq!(
+            newest(
+                ["linux-image-6.12.9+deb13-cloud-amd64"].into_iter(),
+                "linux-image-6.12.",
+                "+deb12-cloud-amd64"
+            ),
+            None
+        );
     }
 
     #[test]

@@ -66,7 +66,12 @@ impl Lab {
             fs::create_dir_all(&dir).at(&dir)?;
         }
         let cache = cache.canonicalize().at(cache)?;
-        Ok(Self { cache, agent: agent.into(), refresh_before: None, say: Arc::new(|text| eprintln!("lab: {text}")) })
+        Ok(Self {
+            cache,
+            agent: agent.into(),
+            refresh_before: None,
+            say: Arc::new(|text| eprintln!("lab: {text}")),
+        })
     }
 
     /// Sends the lab's progress lines elsewhere than standard error.

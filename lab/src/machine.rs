@@ -111,7 +111,13 @@ pub(crate) enum Begin<'a> {
 
 impl Machine {
     /// Starts QEMU in `dir`, which must have the `disk.qcow2`, with a kernel and an initramfs.
-    pub(crate) fn start(dir: &Path, config: &MachineConfig, kernel: &Path, initramfs: &Path, begin: &Begin<'_>) -> Result<Self> {
+    pub(crate) fn start(
+        dir: &Path,
+        config: &MachineConfig,
+        kernel: &Path,
+        initramfs: &Path,
+        begin: &Begin<'_>,
+    ) -> Result<Self> {
         let log_path = dir.join("qemu.log");
         let log = File::create(&log_path).at(&log_path)?;
         for socket in ["qmp.sock", "control.sock", "ttyS1.sock"] {
@@ -119,12 +125,26 @@ impl Machine {
         }
         let mut qemu = Command::new("qemu-system-x86_64");
         qemu.current_dir(dir).args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
-        qemu.args(["-accel", match config.accel {
-            Accel::Tcg => "tcg,thread=multi",
-            Accel::Kvm => "kvm",
-        }]);
-        qemu.args(["-cpu", &config.cpu, "-smp", &config.cpus.to_string(), "-m", &config.memory_mib.to_string()]);
-        qemu.arg("-kernel").arg(kernel).arg("-initrd").arg(initramfs).args(["-append", &config.kernel_cmdline()]);
+        qemu.args([
+            "-accel",
+            match config.accel {
+                Accel::Tcg => "tcg,thread=multi",
+                Accel::Kvm => "kvm",
+            },
+        ]);
+        qemu.args([
+            "-cpu",
+            &config.cpu,
+            "-smp",
+            &config.cpus.to_string(),
+            "-m",
+            &config.memory_mib.to_string(),
+        ]);
+        qemu.arg("-kernel")
+            .arg(kernel)
+            .arg("-initrd")
+            .arg(initramfs)
+            .args(["-append", &config.kernel_cmdline()]);
         qemu.args(["-drive", "file=disk.qcow2,format=qcow2,if=virtio,cache=unsafe"]);
         if config.scratch_mib > 0 {
             let scratch = dir.join("scratch.img");
@@ -133,10 +153,25 @@ impl Machine {
             qemu.args(["-drive", "file=scratch.img,format=raw,if=virtio,cache=unsafe"]);
         }
         qemu.args(["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]);
-        qemu.args(["-chardev", "socket,id=tty,path=ttyS1.sock,server=on,wait=off,logfile=ttyS1.log", "-serial", "chardev:tty"]);
-        qemu.args(["-chardev", "socket,id=control,path=control.sock,server=on,wait=off", "-device", "virtio-serial-pci"]);
+        qemu.args([
+            "-chardev",
+            "socket,id=tty,path=ttyS1.sock,server=on,wait=off,logfile=ttyS1.log",
+            "-serial",
+            "chardev:tty",
+        ]);
+        qemu.args([
+            "-chardev",
+            "socket,id=control,path=control.sock,server=on,wait=off",
+            "-device",
+            "virtio-serial-pci",
+        ]);
         qemu.args(["-device", &format!("virtserialport,chardev=control,name={PORT_NAME}")]);
-        qemu.args(["-chardev", "socket,id=monitor,path=qmp.sock,server=on,wait=off", "-mon", "chardev=monitor,mode=control"]);
+        qemu.args([
+            "-chardev",
+            "socket,id=monitor,path=qmp.sock,server=on,wait=off",
+            "-mon",
+            "chardev=monitor,mode=control",
+        ]);
         if let Begin::Resume(state) = begin {
             qemu.args(["-incoming", &format!("exec:cat {}", state.display())]);
         }
@@ -145,7 +180,8 @@ impl Machine {
         // SAFETY: prctl and getppid are async-signal-safe and touch no memory.
         unsafe {
             qemu.pre_exec(move || {
-                if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 || libc::getppid() as u32 != parent {
+                if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 || libc::getppid() as u32 != parent
+                {
                     return Err(std::io::Error::last_os_error());
                 }
                 Ok(())
@@ -234,10 +270,16 @@ impl Machine {
             match info["status"].as_str() {
                 Some("completed") => break,
                 Some("failed" | "cancelled") => {
-                    return Err(Error::Qemu(format!("saving the state failed: {}", info["error-desc"].as_str().unwrap_or("?"))));
+                    return Err(Error::Qemu(format!(
+                        "saving the state failed: {}",
+                        info["error-desc"].as_str().unwrap_or("?")
+                    )));
                 }
                 _ if Instant::now() > deadline => {
-                    return Err(Error::Timeout { what: "saving the state".into(), after: MIGRATION_DEADLINE });
+                    return Err(Error::Timeout {
+                        what: "saving the state".into(),
+                        after: MIGRATION_DEADLINE,
+                    });
                 }
                 _ => std::thread::sleep(POLL),
             }

@@ -155,6 +155,11 @@ pub enum Request {
         /// Its command line.
         cmdline: String,
     },
+    /// Copies memory out of a mapping of `/proc/vmcore` into fresh memory and takes the time ([`Response::Copied`]).
+    CopyRate {
+        /// At most this many bytes.
+        bytes: u64,
+    },
     /// sync(2).
     Sync,
     /// Crashes the kernel; see [`Panic`].
@@ -212,6 +217,13 @@ pub enum Response {
         /// Whole length of the file at this time.
         file_len: u64,
     },
+    /// See [`Request::CopyRate`].
+    Copied {
+        /// How much.
+        bytes: u64,
+        /// In how many nanoseconds.
+        ns: u64,
+    },
     /// The panic is on its way.
     Crashing,
     /// A process that had to be alive was not.
@@ -235,7 +247,12 @@ pub struct Frame<T> {
 }
 
 /// Writes one frame.
-pub fn write_frame<T: Serialize>(to: &mut impl Write, id: u32, message: &T, payload: &[u8]) -> io::Result<()> {
+pub fn write_frame<T: Serialize>(
+    to: &mut impl Write,
+    id: u32,
+    message: &T,
+    payload: &[u8],
+) -> io::Result<()> {
     let json = serde_json::to_vec(message)?;
     let mut head = Vec::with_capacity(16 + json.len());
     head.extend_from_slice(&MAGIC);

@@ -52,7 +52,8 @@ impl Qmp {
             if self.reader.read_line(&mut line).map_err(lost)? == 0 {
                 return Err(Error::Qemu("the monitor has closed".into()));
             }
-            let message: Value = serde_json::from_str(&line).map_err(|error| Error::Qemu(error.to_string()))?;
+            let message: Value =
+                serde_json::from_str(&line).map_err(|error| Error::Qemu(error.to_string()))?;
             if let Some(found) = pick(&message) {
                 return Ok(found);
             }

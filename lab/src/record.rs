@@ -11,16 +11,37 @@ use std::path::{Path, PathBuf};
 
 /// Files of each process.
 const PROCESS_FILES: &[&str] = &[
-    "stat", "status", "maps", "smaps", "limits", "cmdline", "environ", "auxv", "cgroup", "oom_score_adj", "comm", "statm",
-    "coredump_filter", "personality", "timens_offsets", "timers", "syscall", "wchan", "mountinfo", "loginuid", "timerslack_ns",
+    "stat",
+    "status",
+    "maps",
+    "smaps",
+    "limits",
+    "cmdline",
+    "environ",
+    "auxv",
+    "cgroup",
+    "oom_score_adj",
+    "comm",
+    "statm",
+    "coredump_filter",
+    "personality",
+    "timens_offsets",
+    "timers",
+    "syscall",
+    "wchan",
+    "mountinfo",
+    "loginuid",
+    "timerslack_ns",
 ];
 /// Links of each process.
 const PROCESS_LINKS: &[&str] = &["exe", "cwd", "root"];
 /// Files of each thread.
 const THREAD_FILES: &[&str] = &["stat", "status", "comm", "syscall", "wchan", "personality", "children"];
 /// Machine-wide files.
-const MACHINE_FILES: &[&str] =
-    &["uptime", "version", "cmdline", "meminfo", "iomem", "modules", "mounts", "locks", "kallsyms", "stat", "swaps"];
+const MACHINE_FILES: &[&str] = &[
+    "uptime", "version", "cmdline", "meminfo", "iomem", "modules", "mounts", "locks", "kallsyms", "stat",
+    "swaps",
+];
 
 /// One recorded thing.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,7 +89,10 @@ impl Record {
             }
             for tid in numbers(&dir.join("task")) {
                 for name in THREAD_FILES {
-                    record.file(&dir.join("task").join(&tid).join(name), pid.join("task").join(&tid).join(name));
+                    record.file(
+                        &dir.join("task").join(&tid).join(name),
+                        pid.join("task").join(&tid).join(name),
+                    );
                 }
             }
         }
@@ -77,11 +101,8 @@ impl Record {
 
     /// The process ids in it.
     pub fn pids(&self) -> Vec<i32> {
-        let mut pids: Vec<i32> = self
-            .entries
-            .keys()
-            .filter_map(|path| path.iter().next()?.to_str()?.parse().ok())
-            .collect();
+        let mut pids: Vec<i32> =
+            self.entries.keys().filter_map(|path| path.iter().next()?.to_str()?.parse().ok()).collect();
         pids.sort_unstable();
         pids.dedup();
         pids
@@ -109,7 +130,9 @@ impl Record {
         let mut names: Vec<String> = self
             .entries
             .keys()
-            .filter_map(|path| Some(path.strip_prefix(dir).ok()?.iter().next()?.to_string_lossy().into_owned()))
+            .filter_map(|path| {
+                Some(path.strip_prefix(dir).ok()?.iter().next()?.to_string_lossy().into_owned())
+            })
             .collect();
         names.dedup();
         names
@@ -194,7 +217,10 @@ fn names(dir: &Path) -> Vec<PathBuf> {
 }
 
 fn numbers(dir: &Path) -> Vec<PathBuf> {
-    names(dir).into_iter().filter(|name| name.to_str().is_some_and(|name| name.parse::<u32>().is_ok())).collect()
+    names(dir)
+        .into_iter()
+        .filter(|name| name.to_str().is_some_and(|name| name.parse::<u32>().is_ok()))
+        .collect()
 }
 
 fn part(wire: &[u8]) -> Option<(&[u8], &[u8])> {

@@ -97,7 +97,13 @@ impl Console {
     ///
     /// # Errors
     /// [`Error::Timeout`] with `what`, [`Error::Qemu`] if the machine ended first.
-    pub fn wait_for<T>(&self, from: usize, what: &str, timeout: Duration, mut pick: impl FnMut(&Line) -> Option<T>) -> Result<T> {
+    pub fn wait_for<T>(
+        &self,
+        from: usize,
+        what: &str,
+        timeout: Duration,
+        mut pick: impl FnMut(&Line) -> Option<T>,
+    ) -> Result<T> {
         let deadline = Instant::now() + timeout;
         let mut next = from;
         let mut state = self.lock();

@@ -73,7 +73,12 @@ impl Lab {
         let agent = fs::read(self.agent_binary()).at(self.agent_binary())?;
         let _lock = self.lock("snapshots")?;
         let config_text = serde_json::to_string(config).unwrap_or_default();
-        let key = Key::new("boot").with(LAYOUT).with(&image.id).with(&kernel.release).with(&config_text).with_bytes(&agent);
+        let key = Key::new("boot")
+            .with(LAYOUT)
+            .with(&image.id)
+            .with(&kernel.release)
+            .with(&config_text)
+            .with_bytes(&agent);
         let label = format!("boot-{}", config.series);
         if let Some(snapshot) = self.existing(&label, &key, config) {
             return Ok(snapshot);
@@ -104,14 +109,22 @@ impl Lab {
         if let Some(snapshot) = self.existing(&label, &key, &parent.config) {
             return Ok(snapshot);
         }
-        self.create(&label, &key, Some(parent), &parent.config, &parent.dir.join("disk.qcow2"), "qcow2", |dir| {
-            let machine = self.resume(parent, dir)?;
-            let mut channel = machine.channel()?;
-            greet(&mut channel)?;
-            set_up(&mut channel, &machine)?;
-            channel.sync()?;
-            Ok(machine)
-        })
+        self.create(
+            &label,
+            &key,
+            Some(parent),
+            &parent.config,
+            &parent.dir.join("disk.qcow2"),
+            "qcow2",
+            |dir| {
+                let machine = self.resume(parent, dir)?;
+                let mut channel = machine.channel()?;
+                greet(&mut channel)?;
+                set_up(&mut channel, &machine)?;
+                channel.sync()?;
+                Ok(machine)
+            },
+        )
     }
 
     /// Starts a guest from a layer, with a fresh directory `runs/NAME`.
@@ -159,7 +172,13 @@ impl Lab {
         let kernel = self.kernel(snapshot.config.series)?;
         // QEMU wants the files that the guest once booted from to be of the same size.
         let initramfs = self.boot_initramfs(snapshot)?;
-        Machine::start(dir, &snapshot.config, &kernel.image(), &initramfs, &Begin::Resume(&snapshot.dir.join("state")))
+        Machine::start(
+            dir,
+            &snapshot.config,
+            &kernel.image(),
+            &initramfs,
+            &Begin::Resume(&snapshot.dir.join("state")),
+        )
     }
 
     /// The initramfs of the boot layer that a snapshot stands on. As a crash kernel's it starts the agent and nothing else.
@@ -172,7 +191,12 @@ impl Lab {
             }
             match meta(&dir).and_then(|meta| meta.parent) {
                 Some(parent) => dir = self.snapshots().join(parent),
-                None => return Err(Error::Host(format!("{} is incomplete; run `cargo xtask lab clean`", dir.display()))),
+                None => {
+                    return Err(Error::Host(format!(
+                        "{} is incomplete; run `cargo xtask lab clean`",
+                        dir.display()
+                    )));
+                }
             }
         }
     }
@@ -209,7 +233,11 @@ impl Lab {
         fs::create_dir_all(&part).at(&part)?;
         overlay(&part, backing, format)?;
         run(&part)?.save(&part.join("state"))?;
-        let meta = Meta { label: label.into(), parent: parent.map(|parent| parent.key.clone()), config: config.clone() };
+        let meta = Meta {
+            label: label.into(),
+            parent: parent.map(|parent| parent.key.clone()),
+            config: config.clone(),
+        };
         let meta_path = part.join("meta.json");
         fs::write(&meta_path, serde_json::to_string_pretty(&meta).unwrap_or_default()).at(&meta_path)?;
         fs::rename(&part, &dir).at(&dir)?;
@@ -271,5 +299,11 @@ fn greet(agent: &mut Channel) -> Result<()> {
 /// `disk.qcow2` in `dir`, on top of another disk that stays as it is.
 fn overlay(dir: &Path, backing: &Path, format: &str) -> Result<()> {
     let disk = dir.join("disk.qcow2");
-    host::run(Command::new("qemu-img").args(["create", "-q", "-f", "qcow2", "-F", format, "-b"]).arg(backing).arg(&disk)).map(drop)
+    host::run(
+        Command::new("qemu-img")
+            .args(["create", "-q", "-f", "qcow2", "-F", format, "-b"])
+            .arg(backing)
+            .arg(&disk),
+    )
+    .map(drop)
 }

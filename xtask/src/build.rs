@@ -72,7 +72,16 @@ struct Executable {
 fn build_static(packages: &[&str]) -> Result<Vec<Executable>> {
     crate::ui::note(&format!("building static binaries: {}", packages.join(", ")));
     let mut cargo = cargo();
-    cargo.args(["build", "--release", "--quiet", "--target", TARGET, "--bins", "--message-format", "json-render-diagnostics"]);
+    cargo.args([
+        "build",
+        "--release",
+        "--quiet",
+        "--target",
+        TARGET,
+        "--bins",
+        "--message-format",
+        "json-render-diagnostics",
+    ]);
     for package in packages {
         cargo.args(["-p", package]);
     }
@@ -89,7 +98,8 @@ fn build_static(packages: &[&str]) -> Result<Vec<Executable>> {
         let message: serde_json::Value = serde_json::from_str(line)?;
         let Some(path) = message["executable"].as_str().map(PathBuf::from) else { continue };
         let manifest = Path::new(message["manifest_path"].as_str().unwrap_or_default());
-        let package = manifest.parent().and_then(Path::file_name).unwrap_or_default().to_string_lossy().into_owned();
+        let package =
+            manifest.parent().and_then(Path::file_name).unwrap_or_default().to_string_lossy().into_owned();
         executables.push(Executable { package, path });
     }
     Ok(executables)

@@ -79,9 +79,17 @@ pub struct Quiet;
 impl Watch for Quiet {}
 
 /// Crashes once. `snapshot` is a layer in which the programs are prepared (`reference` says what they write) and Otherworld is armed.
-pub fn once(lab: &Lab, snapshot: &Snapshot, prepared: &Snapshot, name: &str, seed: u64, watch: &mut dyn Watch) -> Result<Outcome> {
+pub fn once(
+    lab: &Lab,
+    snapshot: &Snapshot,
+    prepared: &Snapshot,
+    name: &str,
+    seed: u64,
+    watch: &mut dyn Watch,
+) -> Result<Outcome> {
     let reference_dir = prepared.dir.join("reference");
-    let reference: Reference = serde_json::from_str(&fs::read_to_string(reference_dir.join("reference.json"))?)?;
+    let reference: Reference =
+        serde_json::from_str(&fs::read_to_string(reference_dir.join("reference.json"))?)?;
     let mut draw = fastrand::Rng::with_seed(seed);
     for _ in 0..DRAWS {
         let share = WINDOW.start + draw.f64() * (WINDOW.end - WINDOW.start);
@@ -92,19 +100,28 @@ pub fn once(lab: &Lab, snapshot: &Snapshot, prepared: &Snapshot, name: &str, see
         let pids = workload::start(&mut guest.agent)?;
         let panic = Panic { after_us: moment_us, cpu: Some(cpu), alive: pids.clone() };
         let Some(panic_line) = crash(&mut guest, &panic, watch)? else { continue };
-        let mut outcome =
-            Outcome { seed, moment_ms: moment_us / 1000, cpu, fates: Vec::new(), timeline: Vec::new(), trouble: None };
+        let mut outcome = Outcome {
+            seed,
+            moment_ms: moment_us / 1000,
+            cpu,
+            fates: Vec::new(),
+            timeline: Vec::new(),
+            trouble: None,
+        };
         if let Err(error) = follow(&mut guest, &pids, &panic_line, &mut outcome, watch) {
             outcome.trouble = Some(format!("{error:#}"));
         }
         outcome.fates = judge(&mut guest, &reference_dir, &pids, outcome.trouble.as_deref())?;
+        explain(&guest, &pids, &mut outcome.fates);
         fs::write(guest.dir.join("outcome.json"), serde_json::to_string_pretty(&outcome)?)?;
         if outcome.passed() < WORKLOADS.len() {
             guest.keep_artifacts()?;
         }
         return Ok(outcome);
     }
-    bail!("in {DRAWS} draws of seed {seed}, some program had ended before the panic: the programs are too short for this machine")
+    bail!(
+        "in {DRAWS} draws of seed {seed}, some program had ended before the panic: the programs are too short for this machine"
+    )
 }
 
 /// Panics; the console's line of it, or none if a program had ended before.
@@ -129,7 +146,13 @@ pub fn crash(guest: &mut Guest, panic: &Panic, watch: &mut dyn Watch) -> Result<
 }
 
 /// From the panic to the end of the programs.
-fn follow(guest: &mut Guest, pids: &[i32], panic: &Line, outcome: &mut Outcome, watch: &mut dyn Watch) -> Result<()> {
+fn follow(
+    guest: &mut Guest,
+    pids: &[i32],
+    panic: &Line,
+    outcome: &mut Outcome,
+    watch: &mut dyn Watch,
+) -> Result<()> {
     let mut next = wait_agent(guest, panic, &mut outcome.timeline, watch)?;
     fetch_report(guest)?;
     let deadline = Instant::now() + FINISH_DEADLINE;
@@ -147,7 +170,12 @@ fn follow(guest: &mut Guest, pids: &[i32], panic: &Line, outcome: &mut Outcome, 
 
 /// From the panic to the first words of the crash kernel's agent, which is started when all else is done; the number of the
 /// console's next line.
-pub fn wait_agent(guest: &mut Guest, panic: &Line, timeline: &mut Vec<Moment>, watch: &mut dyn Watch) -> Result<usize> {
+pub fn wait_agent(
+    guest: &mut Guest,
+    panic: &Line,
+    timeline: &mut Vec<Moment>,
+    watch: &mut dyn Watch,
+) -> Result<usize> {
     let console = guest.machine.console.clone();
     let mut next = console.lines(0).iter().position(|line| line == panic).unwrap_or(0);
     let deadline = Instant::now() + AGENT_DEADLINE;
@@ -189,27 +217,36 @@ fn drain(guest: &Guest, next: &mut usize, panic_ms: u64, timeline: &mut Vec<Mome
 
 /// Copies the newest report out of the guest.
 pub fn fetch_report(guest: &mut Guest) -> Result<()> {
-    let report = guest.agent.read_file("/var/lib/otherworld/reports/latest.json").context("there is no report")?;
+    let report =
+        guest.agent.read_file("/var/lib/otherworld/reports/latest.json").context("there is no report")?;
     fs::write(guest.dir.join("report.json"), report)?;
     Ok(())
 }
 
 /// Holds each output against the uninterrupted run's, byte by byte.
-fn judge(guest: &mut Guest, reference: &std::path::Path, pids: &[i32], trouble: Option<&str>) -> Result<Vec<Fate>> {
+fn judge(
+    guest: &mut Guest,
+    reference: &std::path::Path,
+    pids: &[i32],
+    trouble: Option<&str>,
+) -> Result<Vec<Fate>> {
     let outputs = guest.dir.join("outputs");
     fs::create_dir_all(&outputs)?;
-    let mut reachable = trouble.is_none() || guest.agent.ping(Duration::from_secs(5)).is_ok_and(|hello| hello.crash_kernel);
+    let mut reachable =
+        trouble.is_none() || guest.agent.ping(Duration::from_secs(5)).is_ok_and(|hello| hello.crash_kernel);
     let mut fates = Vec::new();
     for (n, workload) in WORKLOADS.iter().enumerate() {
         let failure = if reachable {
-            let expected = fs::read(reference.join(workload.output)).context("the reference is incomplete")?;
+            let expected =
+                fs::read(reference.join(workload.output)).context("the reference is incomplete")?;
             let found = workload::output(&mut guest.agent, workload);
             if let Some(found) = &found {
                 fs::write(outputs.join(workload.output), found)?;
             }
             let complaints = workload::complaints(&mut guest.agent, n);
             reachable = guest.agent.ping(Duration::from_secs(30)).is_ok();
-            let alive = reachable && guest.agent.wait(&[pids[n]], Duration::ZERO).is_ok_and(|alive| !alive.is_empty());
+            let alive = reachable
+                && guest.agent.wait(&[pids[n]], Duration::ZERO).is_ok_and(|alive| !alive.is_empty());
             difference(&expected, found.as_deref(), alive, &complaints)
         } else {
             Some(trouble.unwrap_or("the guest does not answer").to_owned())
@@ -219,9 +256,30 @@ fn judge(guest: &mut Guest, reference: &std::path::Path, pids: &[i32], trouble: 
     Ok(fates)
 }
 
+/// Adds to each failure what the report says of the program's process.
+fn explain(guest: &Guest, pids: &[i32], fates: &mut [Fate]) {
+    let Ok(text) = fs::read_to_string(guest.dir.join("report.json")) else { return };
+    let Ok(report) = serde_json::from_str::<serde_json::Value>(&text) else { return };
+    for (fate, &pid) in fates.iter_mut().zip(pids) {
+        if let (Some(failure), Some(word)) = (&mut fate.failure, reported_fate(&report, pid)) {
+            *failure = format!("{failure}; the report says: {word}");
+        }
+    }
+}
+
+/// What a report says of a process: its fate and the reasons, as one text.
+pub fn reported_fate(report: &serde_json::Value, pid: i32) -> Option<String> {
+    let process = report["processes"].as_array()?.iter().find(|process| process["pid"] == pid)?;
+    let reasons = process["reasons"].as_array().into_iter().flatten();
+    let reasons: Vec<&str> = reasons.filter_map(|reason| reason["text"].as_str()).collect();
+    let word = process["fate"].as_str()?;
+    Some(if reasons.is_empty() { word.to_owned() } else { format!("{word}: {}", reasons.join("; ")) })
+}
+
 fn difference(expected: &[u8], found: Option<&[u8]>, alive: bool, complaints: &str) -> Option<String> {
     let state = if alive { " (the process is still there)" } else { "" };
-    let words = if complaints.is_empty() { String::new() } else { format!("; it said: {}", complaints.trim()) };
+    let words =
+        if complaints.is_empty() { String::new() } else { format!("; it said: {}", complaints.trim()) };
     let Some(found) = found else { return Some(format!("no output{state}{words}")) };
     if found == expected && complaints.is_empty() {
         return None;
@@ -230,7 +288,11 @@ fn difference(expected: &[u8], found: Option<&[u8]>, alive: bool, complaints: &s
     if found == expected {
         return Some(format!("the output is right, but it complained{words}"));
     }
-    Some(format!("output of {} bytes instead of {}, different from byte {same} on{state}{words}", found.len(), expected.len()))
+    Some(format!(
+        "output of {} bytes instead of {}, different from byte {same} on{state}{words}",
+        found.len(),
+        expected.len()
+    ))
 }
 
 #[cfg(test)]

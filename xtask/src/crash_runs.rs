@@ -101,7 +101,8 @@ impl CrashRuns {
                 Some(n) => format!("crash-{}-{n:03}", self.kernel),
                 None => format!("crash-{}-only", self.kernel),
             };
-            let outcome = crash::once(&lab, &armed, &prepared, &name, seed, &mut Quiet).unwrap_or_else(|error| lost(seed, &format!("{error:#}")));
+            let outcome = crash::once(&lab, &armed, &prepared, &name, seed, &mut Quiet)
+                .unwrap_or_else(|error| lost(seed, &format!("{error:#}")));
             tell(&lab, self.kernel, n, &name, &outcome);
             outcome
         };
@@ -110,7 +111,8 @@ impl CrashRuns {
             return Ok(tally(std::iter::once(&outcome)));
         }
         let campaign = if self.resume {
-            let text = fs::read_to_string(Campaign::path(self.kernel)).context("there is no campaign to resume")?;
+            let text =
+                fs::read_to_string(Campaign::path(self.kernel)).context("there is no campaign to resume")?;
             serde_json::from_str(&text)?
         } else {
             let seed = self.seed.unwrap_or_else(|| fastrand::u64(..1_000_000));
@@ -121,7 +123,11 @@ impl CrashRuns {
             campaign.runs,
             lab.kernel(self.kernel)?.release,
             campaign.seed,
-            if campaign.done.is_empty() { String::new() } else { format!(", {} done before", campaign.done.len()) }
+            if campaign.done.is_empty() {
+                String::new()
+            } else {
+                format!(", {} done before", campaign.done.len())
+            }
         ));
         let next = AtomicU32::new(0);
         let campaign = Mutex::new(campaign);
@@ -166,13 +172,23 @@ fn tally<'a>(outcomes: impl Iterator<Item = &'a Outcome>) -> Tally {
 
 /// A run that could not even be judged.
 fn lost(seed: u64, trouble: &str) -> Outcome {
-    let fates = WORKLOADS.iter().map(|workload| crash::Fate { name: workload.name.into(), failure: Some(trouble.into()) });
-    Outcome { seed, moment_ms: 0, cpu: 0, fates: fates.collect(), timeline: Vec::new(), trouble: Some(trouble.into()) }
+    let fates = WORKLOADS
+        .iter()
+        .map(|workload| crash::Fate { name: workload.name.into(), failure: Some(trouble.into()) });
+    Outcome {
+        seed,
+        moment_ms: 0,
+        cpu: 0,
+        fates: fates.collect(),
+        timeline: Vec::new(),
+        trouble: Some(trouble.into()),
+    }
 }
 
 fn tell(lab: &Lab, series: Series, n: Option<u32>, name: &str, outcome: &Outcome) {
     let released = outcome.timeline.iter().find(|moment| moment.name == "released");
-    let released = released.map_or_else(String::new, |moment| format!(", running again after {} ms", moment.since_panic_ms));
+    let released = released
+        .map_or_else(String::new, |moment| format!(", running again after {} ms", moment.since_panic_ms));
     ui::line(format!(
         "{}seed {:<13} panic at {:>5} ms on CPU {}{released}: {} of {} survived",
         n.map_or_else(String::new, |n| format!("run {:>3}  ", n + 1)),

@@ -78,11 +78,17 @@ impl Watch for Stage {
 
     fn console(&mut self, since_panic_ms: u64, text: &str) {
         self.panic();
-        ui::line(format!("{since_panic_ms:>7} ms    {text}"));
+        // The rest of the report is in console.log.
+        if text.starts_with("back: ") || text.contains("given up  ") || text.contains("failed  ") {
+            ui::line(format!("{since_panic_ms:>7} ms    {}", text.trim()));
+        }
     }
 
     fn finishing(&mut self, left: usize) {
-        ui::live(&format!("{left} of {} programs are still at work under the second kernel", WORKLOADS.len()));
+        ui::live(&format!(
+            "{left} of {} programs are still at work under the second kernel",
+            WORKLOADS.len()
+        ));
     }
 }
 

@@ -37,7 +37,9 @@ impl Installation {
 
     /// Resurrects all that can be.
     pub fn for_all() -> Self {
-        let config = format!("all = true\n\n[[never]]\nexe = \"/usr/local/lib/lab/agent\"\n\n[after]\nstart = [\"{AGENT_COMMAND}\"]\n");
+        let config = format!(
+            "all = true\n\n[[never]]\nexe = \"/usr/local/lib/lab/agent\"\n\n[after]\nstart = [\"{AGENT_COMMAND}\"]\n"
+        );
         Self { config, saver: true }
     }
 }

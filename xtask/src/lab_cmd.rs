@@ -143,7 +143,9 @@ impl LabCommand {
     pub fn run(self, global: &Global) -> Result<bool> {
         match self.action {
             Action::Boot(boot) => boot.run(global),
-            Action::Exec { name, uid, detach, timeout, argv } => exec(global, &name, uid, detach, timeout, argv),
+            Action::Exec { name, uid, detach, timeout, argv } => {
+                exec(global, &name, uid, detach, timeout, argv)
+            }
             Action::Push { name, from, to } => {
                 attach(global, &name)?.push(&from, to, 0o755)?;
                 Ok(true)
@@ -157,7 +159,10 @@ impl LabCommand {
                 let mut agent = attach(global, &name)?;
                 agent.panic(&Panic { cpu, ..Panic::default() })?;
                 let hello = agent.wait_hello(true, Duration::from_secs(timeout))?;
-                println!("the crash kernel's agent is there, {} ms after that kernel's boot", hello.uptime_ms);
+                println!(
+                    "the crash kernel's agent is there, {} ms after that kernel's boot",
+                    hello.uptime_ms
+                );
                 Ok(true)
             }
             Action::Record { name, to } => {
@@ -181,7 +186,9 @@ impl LabCommand {
                 }
                 for dir in dirs {
                     match std::fs::remove_dir_all(cache.join(dir)) {
-                        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
+                        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                            return Err(error.into());
+                        }
                         _ => {}
                     }
                 }
@@ -194,13 +201,22 @@ impl LabCommand {
 /// A connection to a kept guest's agent, without building anything.
 fn attach(global: &Global, name: &str) -> Result<lab::Channel> {
     let _ = global;
-    let lab = lab::Lab::open(&build::target_dir().join("lab"), &build::target_dir().join("static/lab-agent"))?;
-    let mut agent = lab.attach(name).context("is there a guest of that name? `cargo xtask lab boot` keeps one")?;
+    let lab =
+        lab::Lab::open(&build::target_dir().join("lab"), &build::target_dir().join("static/lab-agent"))?;
+    let mut agent =
+        lab.attach(name).context("is there a guest of that name? `cargo xtask lab boot` keeps one")?;
     agent.ping(Duration::from_secs(30))?;
     Ok(agent)
 }
 
-fn exec(global: &Global, name: &str, uid: u32, detach: bool, timeout: u64, argv: Vec<String>) -> Result<bool> {
+fn exec(
+    global: &Global,
+    name: &str,
+    uid: u32,
+    detach: bool,
+    timeout: u64,
+    argv: Vec<String>,
+) -> Result<bool> {
     let mut agent = attach(global, name)?;
     let program = match argv.as_slice() {
         [script] => Program::shell(script),

@@ -5,6 +5,7 @@ use clap::Args;
 use lab::Series;
 
 use crate::crash_runs::{CrashRuns, Tally};
+use crate::ground_truth::GroundTruth;
 use crate::survive::Survivors;
 use crate::{Global, build, ui};
 
@@ -30,13 +31,19 @@ impl Test {
             unit_tests()?;
         }
         let mut sum = Tally::default();
+        let mut add = |what: &str, tally: Tally| {
+            ui::line(format!("{what}: {} passed, {} failed", tally.passed, tally.failed));
+            sum.passed += tally.passed;
+            sum.failed += tally.failed;
+        };
         for series in crate::series_or_all(self.kernel) {
-            let tally = CrashRuns::new(series, if self.quick { 1 } else { 3 }).campaign(global)?;
-            sum.passed += tally.passed;
-            sum.failed += tally.failed;
-            let tally = Survivors::new(series).count(global)?;
-            sum.passed += tally.passed;
-            sum.failed += tally.failed;
+            let runs = if self.quick { 1 } else { 3 };
+            add(
+                &format!("kernel {series}, programs through {runs} panics"),
+                CrashRuns::new(series, runs).campaign(global)?,
+            );
+            add(&format!("kernel {series}, survivors"), Survivors::new(series).count(global)?);
+            add(&format!("kernel {series}, ground truth"), GroundTruth::new(series).count(global)?);
         }
         ui::finish();
         println!("{} passed, {} failed", sum.passed, sum.failed);
@@ -45,7 +52,8 @@ impl Test {
 }
 
 fn unit_tests() -> Result<()> {
-    let has_nextest = build::cargo().args(["nextest", "--version"]).output().is_ok_and(|output| output.status.success());
+    let has_nextest =
+        build::cargo().args(["nextest", "--version"]).output().is_ok_and(|output| output.status.success());
     let mut runs = vec![];
     if has_nextest {
         runs.push(vec!["nextest", "run", "--workspace"]);

@@ -47,7 +47,10 @@ impl Vmcore {
             agent.shell("insmod /root/saver.ko", Duration::from_secs(60))?;
             agent.load_crash_kernel(&format!("/boot/vmlinuz-{release}"), "/root/initramfs", CRASH_CMDLINE)?;
             let pids = workload::start(agent)?;
-            agent.spawn(&Program { controlling_tty: true, ..Program::new(["bash", "-i"]).stdin("/dev/ttyS1").stdout("/dev/ttyS1") })?;
+            agent.spawn(&Program {
+                controlling_tty: true,
+                ..Program::new(["bash", "-i"]).stdin("/dev/ttyS1").stdout("/dev/ttyS1")
+            })?;
             agent.wait(&pids, Duration::from_secs(5))?;
             ui::note("recording /proc");
             let record = agent.record()?;

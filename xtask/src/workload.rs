@@ -108,7 +108,9 @@ pub fn output(agent: &mut Channel, workload: &Workload) -> Option<Vec<u8>> {
 
 /// What a program wrote to standard error.
 pub fn complaints(agent: &mut Channel, n: usize) -> String {
-    agent.read_file(format!("{DIR}/stderr.{n}")).map_or_else(|_| String::new(), |text| String::from_utf8_lossy(&text).into_owned())
+    agent
+        .read_file(format!("{DIR}/stderr.{n}"))
+        .map_or_else(|_| String::new(), |text| String::from_utf8_lossy(&text).into_owned())
 }
 
 /// How long the uninterrupted run took.
@@ -146,12 +148,17 @@ pub fn with_input(lab: &Lab, config: &MachineConfig) -> Result<Snapshot> {
 /// The same guest after the programs' uninterrupted run in it; its outputs are in the snapshot's directory, no longer in the guest.
 pub fn prepared(lab: &Lab, config: &MachineConfig) -> Result<Snapshot> {
     let input = with_input(lab, config)?;
-    let snapshot = lab.derive(&input, "programs", &Key::new("programs").with(&format!("{WORKLOADS:?}")), |agent, machine| {
-        lab.note("the programs' uninterrupted run (once, for reference)");
-        let failed = |error: anyhow::Error| lab::Error::Guest(format!("{error:#}"));
-        run_reference(agent, &machine.dir.join("reference")).map_err(failed)?;
-        agent.shell(&format!("cd {DIR} && rm -f *.out input.xz stderr.*"), SET_UP_DEADLINE).map(drop)
-    })?;
+    let snapshot = lab.derive(
+        &input,
+        "programs",
+        &Key::new("programs").with(&format!("{WORKLOADS:?}")),
+        |agent, machine| {
+            lab.note("the programs' uninterrupted run (once, for reference)");
+            let failed = |error: anyhow::Error| lab::Error::Guest(format!("{error:#}"));
+            run_reference(agent, &machine.dir.join("reference")).map_err(failed)?;
+            agent.shell(&format!("cd {DIR} && rm -f *.out input.xz stderr.*"), SET_UP_DEADLINE).map(drop)
+        },
+    )?;
     Ok(snapshot)
 }
 
@@ -161,7 +168,11 @@ fn run_reference(agent: &mut Channel, dir: &std::path::Path) -> Result<()> {
     let mut ended_ms = vec![0; pids.len()];
     let mut left = pids.clone();
     while !left.is_empty() {
-        ensure!(started.elapsed() < RUN_DEADLINE, "the uninterrupted run did not end within {} s", RUN_DEADLINE.as_secs());
+        ensure!(
+            started.elapsed() < RUN_DEADLINE,
+            "the uninterrupted run did not end within {} s",
+            RUN_DEADLINE.as_secs()
+        );
         left = agent.wait(&left, Duration::from_millis(200))?;
         for (pid, ended) in pids.iter().zip(&mut ended_ms) {
             if *ended == 0 && !left.contains(pid) {

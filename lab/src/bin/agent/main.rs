@@ -6,6 +6,7 @@
 //! - `lab-agent spawn`: starts one detached program for `serve` (a single-threaded process may fork safely).
 
 mod boot;
+mod copy;
 mod serve;
 mod spawn;
 

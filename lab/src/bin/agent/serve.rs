@@ -21,7 +21,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::time::TimeSpec;
 use nix::unistd::Pid;
 
-use crate::spawn;
+use crate::{copy, spawn};
 
 /// linux/kexec.h
 const KEXEC_FILE_ON_CRASH: libc::c_ulong = 2;
@@ -57,8 +57,8 @@ pub fn run() -> io::Result<()> {
         // Each request in its own thread: a program that runs for minutes must not keep a ping waiting.
         std::thread::spawn(move || {
             let id = frame.id;
-            let (response, payload) =
-                handle(&port, frame).unwrap_or_else(|error| (Response::Failed(error.to_string()), Vec::new()));
+            let (response, payload) = handle(&port, frame)
+                .unwrap_or_else(|error| (Response::Failed(error.to_string()), Vec::new()));
             if let Err(error) = reply(&port, id, &response, &payload) {
                 eprintln!("lab-agent: {error}");
             }
@@ -146,6 +146,10 @@ fn handle(port: &Port, frame: Frame<Request>) -> io::Result<(Response, Vec<u8>)>
         Request::Seed => seed(&frame.payload).map(done),
         Request::LoadCrashKernel { kernel, initramfs, cmdline } => {
             load_crash_kernel(&kernel, &initramfs, &cmdline).map(done)
+        }
+        Request::CopyRate { bytes } => {
+            let (bytes, time) = copy::measure(bytes)?;
+            Ok((Response::Copied { bytes, ns: time.as_nanos() as u64 }, Vec::new()))
         }
         Request::Sync => {
             nix::unistd::sync();

@@ -18,7 +18,9 @@ pub fn command(program: &Program) -> io::Result<Command> {
     let (name, args) = program.argv.split_first().ok_or_else(|| io::Error::other("empty argv"))?;
     let mut command = Command::new(name);
     command.args(args).env_clear();
-    command.env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin").env("LANG", "C.UTF-8");
+    command
+        .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+        .env("LANG", "C.UTF-8");
     let uid = program.uid.unwrap_or(0);
     let (user, home) = match User::from_uid(uid.into())? {
         Some(user) => (user.name, user.dir),
@@ -73,9 +75,13 @@ pub fn detached(program: &Program) -> io::Result<i32> {
     // The program itself inherits neither pipe, so this ends when the helper does.
     let output = helper.wait_with_output()?;
     let text = String::from_utf8_lossy(&output.stdout);
-    text.trim()
-        .parse()
-        .map_err(|_| io::Error::other(format!("{}: {}", program.argv.join(" "), String::from_utf8_lossy(&output.stderr).trim())))
+    text.trim().parse().map_err(|_| {
+        io::Error::other(format!(
+            "{}: {}",
+            program.argv.join(" "),
+            String::from_utf8_lossy(&output.stderr).trim()
+        ))
+    })
 }
 
 /// `lab-agent spawn`: reads a [`Program`] from standard input, starts it in a session of its own as an orphan (so that it is
@@ -91,7 +97,9 @@ pub fn helper() -> io::Result<()> {
     // Open standard error once when it is the same file, so that both share one offset.
     if program.stderr == program.stdout && !program.append {
         program.append = false;
-        let file = OpenOptions::new().write(true).open(program.stdout.as_deref().unwrap_or(Path::new("/dev/null")))?;
+        let file = OpenOptions::new()
+            .write(true)
+            .open(program.stdout.as_deref().unwrap_or(Path::new("/dev/null")))?;
         command.stdout(file.try_clone()?).stderr(file);
     }
     let (mut report, reporter) = io::pipe()?;
