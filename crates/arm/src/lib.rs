@@ -131,6 +131,7 @@ pub fn arm(root: &Root, config: &Config, options: &Options) -> Result<Armed, Err
     if !failed.is_empty() {
         return Err(Error::NotPossible(failed));
     }
+    tracing::info!("nothing is missing");
     let release = release(root);
     let kernel = find_kernel_image(root, config, &release).unwrap_or_default();
     let saver = load_saver(root, &release);
@@ -141,15 +142,18 @@ pub fn arm(root: &Root, config: &Config, options: &Options) -> Result<Armed, Err
     }
 
     let image = build_initramfs(root, config, options, &release)?;
+    tracing::info!("the initramfs has {} bytes", image.len());
     let path = initramfs_path(root);
     let fresh = path.with_extension("fresh");
     replace_file(&fresh, &image, 0o600).map_err(file_error("write", &fresh))?;
+    tracing::info!("the initramfs is written");
     let former = Armed::load(root);
     if let Err(error) = load(root, &kernel, &fresh, &cmdline, former.as_ref()) {
         _ = std::fs::remove_file(&fresh);
         return Err(error);
     }
     std::fs::rename(&fresh, &path).map_err(file_error("write", &path))?;
+    tracing::info!("the crash kernel is loaded: {cmdline}");
 
     let wanted = config.panic_on.sysctls();
     let changed = sysctl::set(root, &wanted).map_err(Error::Sysctl)?;
@@ -316,6 +320,7 @@ fn build_initramfs(root: &Root, config: &Config, options: &Options, release: &st
             }
         }
     }
+    tracing::info!("modules: {modules:?}; checkers and libraries: {files:?}");
     let contents = initramfs::Contents {
         init: read(&options.init)?,
         modules: &modules,

@@ -16,12 +16,13 @@ mod supervise;
 mod switch;
 mod sys;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use arm::Manifest;
 use arm::config::{FailureAction, FsckMode};
+use arm::devices::BlockDevice;
 use rustix::mount::MountFlags;
 use snapshot::Mount;
 
@@ -141,24 +142,15 @@ impl Life {
         let within = |seconds: u64| (Instant::now() + Duration::from_secs(seconds)).min(whole);
 
         sys::keep_old_pids_free(manifest.pid_max);
+        let Some(root) = manifest.devices.first() else { bail!("the manifest names no root device") };
+        // The dead kernel is read while drivers probe and the file system is checked.
+        let mut worker = Worker::start().context("cannot start the worker")?;
         modules::load(&manifest.modules, |text| say(&text));
         self.note_time("modules-loaded");
-        // The dead kernel is read while the disk's driver is probing and its file system is checked.
-        let mut worker = Worker::start().context("cannot start the worker")?;
-
-        let Some(root) = manifest.devices.first() else { bail!("the manifest names no root device") };
-        let node = device::wait_for(root, within(deadlines.root_device))?;
-        self.note_time("root-device");
-        if manifest.config.fsck.mode == FsckMode::Preen
-            && manifest.fsck.contains(&root.fs_type)
-            && let Err(error) = mounts::fsck(&node, &root.fs_type, within(deadlines.fsck))
-        {
-            bail!("{error:#}");
-        }
-
-        self.note_time("root-checked");
-
+        let node = self.checked_root_device(root, manifest, whole);
+        // Also when there is no disk: how the kernel died is worth knowing.
         let survey = self.survey(&mut worker, within(deadlines.autopsy));
+        let node = node?;
         let old_mounts = survey.as_ref().map(|s| s.0.clone()).unwrap_or_default();
         let root_mount = old_mounts.iter().rfind(|m| m.mountpoint.as_bytes() == b"/");
         let flags = root_mount.map_or(MountFlags::empty(), |m| mounts::flags(m.flags));
@@ -185,6 +177,7 @@ impl Life {
         }
         // Whatever comes next: how the machine died is on the disk from here on.
         self.save_report(manifest);
+        self.note_time("surroundings");
 
         let (_, highest_pid) = survey?;
         if !holding {
@@ -193,6 +186,24 @@ impl Life {
         sys::continue_pids_after(highest_pid);
         worker.send(&ToWorker::Go)?;
         self.watch(&mut worker, within(deadlines.resurrect))
+    }
+
+    /// Waits for the root device and checks its file system.
+    fn checked_root_device(
+        &mut self,
+        root: &BlockDevice,
+        manifest: &Manifest,
+        whole: Instant,
+    ) -> Result<PathBuf> {
+        let config = &manifest.config;
+        let within = |seconds: u64| (Instant::now() + Duration::from_secs(seconds)).min(whole);
+        let node = device::wait_for(root, within(config.deadlines.root_device))?;
+        self.note_time("root-device");
+        if config.fsck.mode == FsckMode::Preen && manifest.fsck.contains(&root.fs_type) {
+            mounts::fsck(&node, &root.fs_type, within(config.deadlines.fsck))?;
+            self.note_time("root-checked");
+        }
+        Ok(node)
     }
 
     /// Waits until the worker has read the dead kernel; the last words first.
@@ -293,15 +304,20 @@ impl Life {
         Ok(())
     }
 
-    /// Writes what is known to the disk, if there is one.
-    fn save_report(&mut self, manifest: &Manifest) {
+    /// Writes what is known to the disk; `false` when there is none, or it cannot be written.
+    fn save_report(&mut self, manifest: &Manifest) -> bool {
         self.memory.look();
         self.report.crash_kernel.mem_total_kib = self.memory.total_kib;
         self.report.crash_kernel.mem_available_min_kib = self.memory.least_available_kib;
-        if self.switched {
-            let settings = &manifest.config.report;
-            if let Err(error) = self.report.save(&settings.dir, settings.keep) {
+        if !self.switched {
+            return false;
+        }
+        let settings = &manifest.config.report;
+        match self.report.save(&settings.dir, settings.keep) {
+            Ok(_) => true,
+            Err(error) => {
                 self.trouble(format!("cannot write the report into {}: {error}", settings.dir.display()));
+                false
             }
         }
     }
@@ -311,8 +327,9 @@ impl Life {
         // The file is to contain the time, and the mark to mean that the file is there.
         let written = Mark { name: "report-written".into(), ms: uptime_ms() };
         self.report.timeline.push(written.clone());
-        self.save_report(manifest);
-        console::print_mark(&written);
+        if self.save_report(manifest) {
+            console::print_mark(&written);
+        }
         for line in self.report.to_text().lines() {
             say(line);
         }
