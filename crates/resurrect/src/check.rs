@@ -6,8 +6,8 @@ use std::collections::BTreeSet;
 use std::os::unix::ffi::OsStrExt;
 
 use snapshot::{
-    AddressSpace, Bytes, Credentials, FileKind, PendingSignal, Pid, Process, ProcessState, Prot, Snapshot, Thread,
-    VmaKind,
+    AddressSpace, Bytes, Credentials, FileKind, PendingSignal, Pid, Process, ProcessState, Prot, Snapshot,
+    Thread, VmaKind,
 };
 
 use crate::credentials::{parse_status, status_field};
@@ -56,11 +56,7 @@ pub(crate) fn zombie_differences(process: &Process) -> Vec<String> {
     const CORE_DUMPED: i64 = 0x80;
     let mut found = Vec::new();
     found.extend(differ("state", stat.state, 'Z'));
-    found.extend(differ(
-        "exit status",
-        stat.field(52) & !CORE_DUMPED,
-        i64::from(status) & !CORE_DUMPED,
-    ));
+    found.extend(differ("exit status", stat.field(52) & !CORE_DUMPED, i64::from(status) & !CORE_DUMPED));
     found.extend(differ("parent", stat.field(4), process.ppid.into()));
     found.extend(differ("process group", stat.field(5), process.pgid.into()));
     found.extend(differ("session", stat.field(6), process.sid.into()));
@@ -108,7 +104,8 @@ struct Shown {
 impl Shown {
     fn describe(&self) -> String {
         let flag = |p, c| if self.prot.contains(p) { c } else { '-' };
-        let object = self.object.as_ref().map_or(String::new(), |(path, offset)| format!(" {path}+{offset:x}"));
+        let object =
+            self.object.as_ref().map_or(String::new(), |(path, offset)| format!(" {path}+{offset:x}"));
         format!(
             "{:x}-{:x} {}{}{}{}{object}",
             self.start,
@@ -316,12 +313,11 @@ fn places(e: &Expected<'_>, dir: &str) -> Vec<String> {
 fn limits(process: &Process) -> Vec<String> {
     let Ok(now) = sys::limits(process.pid) else { return vec!["its limits cannot be read".into()] };
     let limits = process.rlimits.iter().zip(now).enumerate();
-    let different = limits.filter_map(|(resource, (was, is))| {
-        ((is.rlim_cur, is.rlim_max) != (was.cur, was.max)).then(|| {
-            format!("limit {resource} is {}:{} and was {}:{}", is.rlim_cur, is.rlim_max, was.cur, was.max)
-        })
-    });
-    different.collect()
+    let different = limits.filter(|(_, (was, is))| (is.rlim_cur, is.rlim_max) != (was.cur, was.max));
+    let describe = |(resource, (was, is)): (usize, (&snapshot::Rlimit, libc::rlimit64))| {
+        format!("limit {resource} is {}:{} and was {}:{}", is.rlim_cur, is.rlim_max, was.cur, was.max)
+    };
+    different.map(describe).collect()
 }
 
 #[cfg(test)]

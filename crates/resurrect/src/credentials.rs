@@ -20,7 +20,8 @@ pub(crate) fn own() -> std::io::Result<Credentials> {
 
 /// A field of /proc/PID/status.
 pub(crate) fn status_field<'a>(status: &'a [u8], name: &str) -> Option<&'a str> {
-    let line = status.split(|&b| b == b'\n').find_map(|l| l.strip_prefix(name.as_bytes())?.strip_prefix(b":"))?;
+    let line =
+        status.split(|&b| b == b'\n').find_map(|l| l.strip_prefix(name.as_bytes())?.strip_prefix(b":"))?;
     Some(std::str::from_utf8(line).ok()?.trim())
 }
 

@@ -14,10 +14,15 @@ use snapshot::{
 use crate::{FileWritten, page_cache, pipe, sys, tty};
 
 /// Flags that only mean something to the open call itself.
-const CREATION_FLAGS: i32 =
-    libc::O_CREAT | libc::O_EXCL | libc::O_NOCTTY | libc::O_TRUNC | libc::O_CLOEXEC | libc::O_TMPFILE & !libc::O_DIRECTORY;
+const CREATION_FLAGS: i32 = libc::O_CREAT
+    | libc::O_EXCL
+    | libc::O_NOCTTY
+    | libc::O_TRUNC
+    | libc::O_CLOEXEC
+    | libc::O_TMPFILE & !libc::O_DIRECTORY;
 /// Flags that fcntl(F_SETFL) changes.
-const STATUS_FLAGS: i32 = libc::O_APPEND | libc::O_NONBLOCK | libc::O_DIRECT | libc::O_NOATIME | libc::O_ASYNC;
+const STATUS_FLAGS: i32 =
+    libc::O_APPEND | libc::O_NONBLOCK | libc::O_DIRECT | libc::O_NOATIME | libc::O_ASYNC;
 
 /// The open files of all processes that come back, and why some could not be opened.
 #[derive(Default)]
@@ -47,7 +52,11 @@ pub(crate) fn needed<'a>(
 
 impl Files {
     /// Opens what `processes` need. Contents that only the dead page cache has go to disk first.
-    pub(crate) fn open(snapshot: &Snapshot, processes: &[&Process], mem: &dyn PhysMem) -> Result<Self, Errno> {
+    pub(crate) fn open(
+        snapshot: &Snapshot,
+        processes: &[&Process],
+        mem: &dyn PhysMem,
+    ) -> Result<Self, Errno> {
         let highest = processes.iter().flat_map(|p| &p.descriptors).map(|d| d.fd).max().unwrap_or(0);
         let ids: BTreeSet<FileId> =
             processes.iter().flat_map(|p| needed(snapshot, p)).map(|(id, _)| id).collect();
@@ -116,7 +125,12 @@ impl Files {
         ttys.iter().filter_map(|id| self.ttys.get(id)?.as_ref().ok()).flatten().cloned().collect()
     }
 
-    fn open_one(&mut self, snapshot: &Snapshot, file: &OpenFile, mem: &dyn PhysMem) -> Result<OwnedFd, Reason> {
+    fn open_one(
+        &mut self,
+        snapshot: &Snapshot,
+        file: &OpenFile,
+        mem: &dyn PhysMem,
+    ) -> Result<OwnedFd, Reason> {
         let io = |what: &str, e: Errno| Reason::new("descriptor", format!("{what}: {e}"));
         let path = file.path.as_path();
         let flags = file.flags & !CREATION_FLAGS;
@@ -222,7 +236,15 @@ const F_SETSIG: i32 = 10;
 /// The kernel makes up the contents of such files: there is nothing on a disk to compare with.
 fn is_kernel_made(fs_type: &[u8]) -> bool {
     const TYPES: [&[u8]; 10] = [
-        b"proc", b"sysfs", b"cgroup2", b"cgroup", b"debugfs", b"tracefs", b"securityfs", b"efivarfs", b"configfs",
+        b"proc",
+        b"sysfs",
+        b"cgroup2",
+        b"cgroup",
+        b"debugfs",
+        b"tracefs",
+        b"securityfs",
+        b"efivarfs",
+        b"configfs",
         b"bpf",
     ];
     TYPES.contains(&fs_type)
@@ -234,10 +256,13 @@ fn process_of_proc_path(path: &[u8]) -> bool {
 
 fn verify_device(path: &Path, major: u32, minor: u32) -> Result<(), Reason> {
     let same = std::fs::metadata(path).is_ok_and(|m| {
-        m.file_type().is_char_device()
-            && (libc::major(m.rdev()), libc::minor(m.rdev())) == (major, minor)
+        m.file_type().is_char_device() && (libc::major(m.rdev()), libc::minor(m.rdev())) == (major, minor)
     });
-    if same { Ok(()) } else { Err(Reason::new("descriptor", format!("no character device {major}:{minor} any more"))) }
+    if same {
+        Ok(())
+    } else {
+        Err(Reason::new("descriptor", format!("no character device {major}:{minor} any more")))
+    }
 }
 
 fn set_status_flags(fd: &OwnedFd, file: &OpenFile) -> Result<(), Errno> {

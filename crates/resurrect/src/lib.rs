@@ -41,8 +41,8 @@ mod process;
 mod shared_memory;
 mod signal;
 mod skeleton;
-mod syscall;
 mod sys;
+mod syscall;
 mod thread;
 mod tty;
 
@@ -267,7 +267,9 @@ fn verify_caller() -> Result<(), Error> {
         return Err(Error::Caller(format!("it has {threads} threads")));
     }
     if sys::has_rseq() {
-        return Err(Error::Caller("it has registered rseq (start it with GLIBC_TUNABLES=glibc.pthread.rseq=0)".into()));
+        return Err(Error::Caller(
+            "it has registered rseq (start it with GLIBC_TUNABLES=glibc.pthread.rseq=0)".into(),
+        ));
     }
     if nix::unistd::getpid().as_raw() == 1 {
         return Err(Error::Caller("it is PID 1".into()));
@@ -293,8 +295,8 @@ struct Run<'a> {
 impl<'a> Run<'a> {
     fn all(&mut self, mem: &dyn PhysMem) -> Result<Report, Error> {
         let maps = sys::read_proc("/proc/self/maps").map_err(system("read /proc/self/maps"))?;
-        let maps = memory::parse_maps(&maps)
-            .ok_or_else(|| Error::Caller("its memory map cannot be read".into()))?;
+        let maps =
+            memory::parse_maps(&maps).ok_or_else(|| Error::Caller("its memory map cannot be read".into()))?;
         let specials = Specials::own(&maps);
         let vdso = specials.vdso().ok_or_else(|| Error::Caller("it has no vDSO".into()))?;
         let syscall_offset = memory::syscall_instruction(vdso)
@@ -309,11 +311,13 @@ impl<'a> Run<'a> {
 
         // Files and shared memory.
         let processes = self.processes(&wanted);
-        let files = Files::open(self.snapshot, &processes, mem).map_err(system("raise the limit on descriptors"))?;
+        let files =
+            Files::open(self.snapshot, &processes, mem).map_err(system("raise the limit on descriptors"))?;
         self.refuse_files(&mut wanted, &files);
         self.report.files_written = files.written(self.snapshot);
         let mut reverse = ReverseMap::default();
-        let shared = shared_memory::Objects::make(self.snapshot, &self.processes(&wanted), files.base, &mut reverse);
+        let shared =
+            shared_memory::Objects::make(self.snapshot, &self.processes(&wanted), files.base, &mut reverse);
         self.refuse_shared_memory(&mut wanted, &shared);
         self.step(Step::FilesReopened);
 
@@ -326,6 +330,7 @@ impl<'a> Run<'a> {
         scratch.unmap();
         let states = states.map_err(system("create processes"))?;
         self.sort_out_skeletons(&mut wanted, &plan, &states);
+        self.note_lost_company(&wanted);
         self.step(Step::Skeletons { count: wanted.len() });
 
         // Memory.
@@ -346,7 +351,8 @@ impl<'a> Run<'a> {
         for (id, errno) in files.set_owners(self.snapshot) {
             for build in &mut builds {
                 if build.process.descriptors.iter().any(|d| d.file == id) {
-                    let text = format!("the owner of one of its open files cannot be set ({errno}): no SIGIO");
+                    let text =
+                        format!("the owner of one of its open files cannot be set ({errno}): no SIGIO");
                     build.losses.push(Reason::new("file-owner", text));
                 }
             }
@@ -435,8 +441,7 @@ impl<'a> Run<'a> {
     fn refuse_occupied(&mut self, wanted: &mut BTreeSet<Pid>) {
         for p in self.processes(wanted) {
             let leaders = [p.sid, p.pgid].into_iter().filter(|id| *id > 0 && !wanted.contains(id));
-            let occupied =
-                plan::ids(p).chain(leaders).find_map(|id| sys::occupant(id).map(|who| (id, who)));
+            let occupied = plan::ids(p).chain(leaders).find_map(|id| sys::occupant(id).map(|who| (id, who)));
             if let Some((id, who)) = occupied.filter(|(id, _)| !self.is_own_session_or_group(*id)) {
                 let reason = Reason::new("pid-taken", format!("PID {id} is taken by {who}"));
                 self.give_up(wanted, p.pid, vec![reason]);
@@ -469,11 +474,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn find_scratch(
-        &self,
-        wanted: &BTreeSet<Pid>,
-        own_maps: &[memory::MapsLine],
-    ) -> Result<Scratch, Error> {
+    fn find_scratch(&self, wanted: &BTreeSet<Pid>, own_maps: &[memory::MapsLine]) -> Result<Scratch, Error> {
         let mut taken: Vec<(u64, u64)> = own_maps.iter().map(|l| (l.start, l.end)).collect();
         for p in self.processes(wanted) {
             let mm = p.address_space.and_then(|id| self.snapshot.address_spaces.get(&id));
@@ -519,12 +520,7 @@ impl<'a> Run<'a> {
         Err(Error::Caller("the processes cannot be put in an order".into()))
     }
 
-    fn sort_out_skeletons(
-        &mut self,
-        wanted: &mut BTreeSet<Pid>,
-        plan: &Plan,
-        states: &BTreeMap<Pid, State>,
-    ) {
+    fn sort_out_skeletons(&mut self, wanted: &mut BTreeSet<Pid>, plan: &Plan, states: &BTreeMap<Pid, State>) {
         for p in self.processes(wanted) {
             let state = states.get(&p.pid).unwrap_or(&State::Missing);
             let reason = match state {
@@ -545,6 +541,44 @@ impl<'a> Run<'a> {
             }
             wanted.remove(&p.pid);
             self.fail(p.pid, Failure { step: "skeleton", reason });
+        }
+    }
+
+    /// Whom a process had to do with and who does not come back.
+    fn note_lost_company(&mut self, wanted: &BTreeSet<Pid>) {
+        let new_parent = nix::unistd::getppid().as_raw();
+        for p in self.processes(wanted) {
+            let mut losses = pipe::lost_peers(self.snapshot, p, wanted);
+            if !wanted.contains(&p.ppid) && p.ppid != new_parent {
+                let text = format!(
+                    "its parent, PID {}, does not come back: PID {new_parent} takes its place",
+                    p.ppid
+                );
+                losses.push(Reason::new("parent", text));
+            }
+            let is_lost_child = |c: &&Process| c.ppid == p.pid && !wanted.contains(&c.pid);
+            for child in self.snapshot.processes.iter().filter(is_lost_child) {
+                let text = format!("its child, PID {} ({}), does not come back", child.pid, child.comm);
+                losses.push(Reason::new("child", text));
+            }
+            if p.ctty.is_some() && !wanted.contains(&p.sid) {
+                let text = format!(
+                    "it has no controlling terminal: the leader of its session, PID {}, does not come back",
+                    p.sid
+                );
+                losses.push(Reason::new("controlling-terminal", text));
+            }
+            let shares_directory = |other: &&Process| {
+                other.pid != p.pid && wanted.contains(&other.pid) && p.fs.id != 0 && other.fs.id == p.fs.id
+            };
+            if let Some(other) = self.snapshot.processes.iter().find(shares_directory) {
+                let text = format!(
+                    "its working directory and umask are no longer those of PID {} (CLONE_FS)",
+                    other.pid
+                );
+                losses.push(Reason::new("shared-directory", text));
+            }
+            self.losses.entry(p.pid).or_default().extend(losses);
         }
     }
 

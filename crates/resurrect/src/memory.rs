@@ -196,7 +196,11 @@ impl Area {
     /// While memory is being poured, whatever was charged as writable is writable. What was never writable stays so: making a reservation
     /// of terabytes writable, if only for a moment, would charge it for good.
     fn prot_for_pouring(&self) -> Prot {
-        if !self.shared && self.flags.contains(VmaFlags::ACCOUNT) { self.prot | Prot::WRITE } else { self.prot }
+        if !self.shared && self.flags.contains(VmaFlags::ACCOUNT) {
+            self.prot | Prot::WRITE
+        } else {
+            self.prot
+        }
     }
 
     /// Its pages can be written with process_vm_writev(2) while being poured.
@@ -225,7 +229,7 @@ pub(crate) fn areas(mm: &AddressSpace) -> Vec<Area> {
 }
 
 /// Finds an address range of `len` bytes that none of `taken` overlaps.
-pub(crate) fn find_hole(len: u64, taken: &mut Vec<(u64, u64)>) -> Option<u64> {
+pub(crate) fn find_hole(len: u64, taken: &mut [(u64, u64)]) -> Option<u64> {
     const LOWEST: u64 = 0x10_0000_0000;
     taken.sort_unstable();
     let mut candidate = LOWEST;
@@ -301,7 +305,9 @@ pub(crate) fn map(areas: &[Area], sources: &Sources<'_>) -> Result<Vec<Call>, St
             VmaKind::SharedAnonymous { inode, offset } => {
                 (*sources.shared.get(inode).ok_or_else(|| format!("{what}: no object"))?, *offset)
             }
-            VmaKind::Special { .. } | VmaKind::Unsupported { .. } => return Err(format!("{what}: unknown kind")),
+            VmaKind::Special { .. } | VmaKind::Unsupported { .. } => {
+                return Err(format!("{what}: unknown kind"));
+            }
         };
         let prot = area.prot_for_pouring().bits();
         calls.push(call!(what, libc::SYS_mmap, area.start, area.len(), prot, flags, fd, offset));
@@ -364,8 +370,18 @@ pub(crate) fn finish(areas: &[Area]) -> Vec<Call> {
 pub(crate) fn set_layout(layout: &MmLayout, exe: Option<RawFd>) -> Call {
     let l = layout;
     let words = [
-        l.start_code, l.end_code, l.start_data, l.end_data, l.start_brk, l.brk, l.start_stack, l.arg_start,
-        l.arg_end, l.env_start, l.env_end, 0,
+        l.start_code,
+        l.end_code,
+        l.start_data,
+        l.end_data,
+        l.start_brk,
+        l.brk,
+        l.start_stack,
+        l.arg_start,
+        l.arg_end,
+        l.env_start,
+        l.env_end,
+        0,
     ];
     // The kernel's array is of a fixed size; the closing pair is the last one that counts.
     let pairs = l.auxv.chunks_exact(2).take(24);
@@ -419,7 +435,10 @@ mod tests {
             ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsyscall]\n";
         let lines = parse_maps(text).unwrap();
         assert_eq!(lines.len(), 3);
-        assert_eq!((lines[0].start, lines[0].end, lines[0].offset, lines[0].ino), (0x7f0000, 0x7f1000, 0x2000, 4711));
+        assert_eq!(
+            (lines[0].start, lines[0].end, lines[0].offset, lines[0].ino),
+            (0x7f0000, 0x7f1000, 0x2000, 4711)
+        );
         assert_eq!(lines[0].prot, Prot::READ | Prot::EXEC);
         assert_eq!(lines[0].path, "/usr/lib/a b\nc.so".into());
         assert!(lines[1].shared && lines[1].path.is_empty());

@@ -130,8 +130,8 @@ pub fn restore(path: &Path, inode: &Inode, mem: &dyn PhysMem) -> Result<Restored
         done.written += len;
     }
     file.set_len(inode.size).map_err(io("set the size of"))?;
-    let times = [inode.atime, inode.mtime]
-        .map(|t| libc::timespec { tv_sec: t.sec, tv_nsec: i64::from(t.nsec) });
+    let times =
+        [inode.atime, inode.mtime].map(|t| libc::timespec { tv_sec: t.sec, tv_nsec: i64::from(t.nsec) });
     // SAFETY: two timespecs, as futimens reads them.
     nix::errno::Errno::result(unsafe { libc::futimens(file.as_raw_fd(), times.as_ptr()) })
         .map_err(|e| io("set the times of")(e.into()))?;

@@ -1,11 +1,12 @@
 //! Pipes and FIFOs: made anew, filled with what had not been read.
 
+use std::collections::BTreeSet;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
-use snapshot::{PhysMem, Pipe, PipeEnd};
+use snapshot::{FileKind, PhysMem, Pid, Pipe, PipeEnd, PipeId, Process, Reason, Snapshot};
 
 use crate::sys;
 
@@ -48,8 +49,7 @@ impl Opened {
 
     fn fill(&self, pipe: &Pipe, mem: &dyn PhysMem) -> Result<(), String> {
         let fd = self.write.as_raw_fd();
-        let fcntl =
-            |what, cmd, arg: i64| sys::fcntl(fd, cmd, arg).map_err(|e: Errno| format!("{what}: {e}"));
+        let fcntl = |what, cmd, arg: i64| sys::fcntl(fd, cmd, arg).map_err(|e: Errno| format!("{what}: {e}"));
         let capacity = fcntl("F_GETPIPE_SZ", libc::F_GETPIPE_SZ, 0)?;
         if pipe.capacity != 0 && capacity as u64 != pipe.capacity {
             fcntl("F_SETPIPE_SZ", libc::F_SETPIPE_SZ, pipe.capacity as i64)?;
@@ -92,6 +92,42 @@ impl Opened {
     }
 }
 
+/// Pipes of `process` that had somebody at the other end, and nobody of those comes back. What the program will see is what it would
+/// have seen if they had died.
+pub(crate) fn lost_peers(snapshot: &Snapshot, process: &Process, comes_back: &BTreeSet<Pid>) -> Vec<Reason> {
+    let ends = |p: &Process| -> BTreeSet<(PipeId, PipeEnd)> {
+        let kinds = p.descriptors.iter().filter_map(|d| Some(&snapshot.files.get(&d.file)?.kind));
+        let ends = kinds.filter_map(|k| match k {
+            FileKind::Pipe { pipe, end } => Some((*pipe, *end)),
+            _ => None,
+        });
+        ends.collect()
+    };
+    let mut losses = Vec::new();
+    for (pipe, end) in ends(process) {
+        let other = match end {
+            PipeEnd::Read => PipeEnd::Write,
+            PipeEnd::Write => PipeEnd::Read,
+            PipeEnd::Both => continue,
+        };
+        let holds = |p: &&Process| {
+            let ends = ends(p);
+            ends.contains(&(pipe, other)) || ends.contains(&(pipe, PipeEnd::Both))
+        };
+        let (back, gone): (Vec<&Process>, Vec<&Process>) =
+            snapshot.processes.iter().filter(holds).partition(|p| comes_back.contains(&p.pid));
+        if back.is_empty() && !gone.is_empty() {
+            let who: Vec<String> = gone.iter().map(|p| format!("{} ({})", p.pid, p.comm)).collect();
+            let text = format!(
+                "at the other end of one of its pipes was PID {}, which does not come back",
+                who.join(", ")
+            );
+            losses.push(Reason::new("pipe-peer", text));
+        }
+    }
+    losses
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -116,12 +152,13 @@ mod tests {
     fn contents_capacity_and_packets_come_back() {
         let mem = Mem(b"abcdefgh".to_vec());
         let buffer = |addr, len, packet| PipeBuffer { addr, len, packet };
-        let pipe = pipe(vec![buffer(4, 3, true), buffer(2, 2, true), buffer(0, 2, false), buffer(6, 2, false)]);
+        let pipe =
+            pipe(vec![buffer(4, 3, true), buffer(2, 2, true), buffer(0, 2, false), buffer(6, 2, false)]);
         let mut opened = Opened::new(&pipe, &mem, 700).unwrap();
         let read = opened.end(PipeEnd::Read, 700).unwrap();
         assert!(read.as_raw_fd() >= 700);
         assert_eq!(sys::fcntl(read.as_raw_fd(), libc::F_GETPIPE_SZ, 0), Ok(16384));
-        let mut next = || {
+        let next = || {
             let mut buf = [0; 100];
             let n = nix::unistd::read(&read, &mut buf).unwrap();
             buf[..n].to_vec()

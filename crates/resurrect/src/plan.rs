@@ -258,12 +258,9 @@ mod tests {
 
     #[test]
     fn a_shell_makes_its_pipeline() {
-        let p = plan(vec![
-            process(100, 1, 100, 100),
-            process(101, 100, 101, 100),
-            process(102, 100, 101, 100),
-        ])
-        .unwrap();
+        let p =
+            plan(vec![process(100, 1, 100, 100), process(101, 100, 101, 100), process(102, 100, 101, 100)])
+                .unwrap();
         assert_eq!(
             made(&p),
             [(100, (0, Birth::Sibling)), (101, (100, Birth::Child)), (102, (100, Birth::Child))].into()
@@ -282,7 +279,8 @@ mod tests {
 
     #[test]
     fn an_orphan_in_the_session_of_somebody_elses_child_is_orphaned_again() {
-        let p = plan(vec![process(50, 1, 50, 50), process(100, 50, 100, 100), process(102, 1, 102, 100)]).unwrap();
+        let p = plan(vec![process(50, 1, 50, 50), process(100, 50, 100, 100), process(102, 1, 102, 100)])
+            .unwrap();
         assert_eq!(made(&p)[&102], (100, Birth::Orphan));
     }
 

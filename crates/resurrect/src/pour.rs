@@ -89,9 +89,8 @@ impl ReverseMap {
                 continue;
             };
             let block = first.pfn / FRAMES_PER_BLOCK;
-            let here = |e: &&Entry| {
-                e.pfn / FRAMES_PER_BLOCK == block && range_of(mem.ranges(), e) == Some(range)
-            };
+            let here =
+                |e: &&Entry| e.pfn / FRAMES_PER_BLOCK == block && range_of(mem.ranges(), e) == Some(range);
             let n = rest.iter().take_while(here).count();
             let (group, tail) = rest.split_at(n);
             rest = tail;
@@ -228,7 +227,8 @@ mod tests {
 
     impl Mem {
         fn new(starts: &[u64]) -> Self {
-            let bytes = starts.iter().map(|s| (0..16).flat_map(|i| [(s / PAGE_SIZE + i) as u8; 4096]).collect());
+            let bytes =
+                starts.iter().map(|s| (0..16).flat_map(|i| [(s / PAGE_SIZE + i) as u8; 4096]).collect());
             let ranges = starts.iter().map(|&start| PhysRange { start, len: 16 * PAGE_SIZE }).collect();
             Self { bytes: bytes.collect(), ranges }
         }

@@ -5,7 +5,8 @@ use std::fs::OpenOptions;
 use std::os::fd::RawFd;
 
 use snapshot::{
-    AddressSpace, Credentials, InodeId, Pid, Process, ProcessState, Reason, Resume, Snapshot, Thread, ThreadState,
+    AddressSpace, Credentials, InodeId, Pid, Process, ProcessState, Reason, Resume, Snapshot, Thread,
+    ThreadState,
 };
 
 use crate::check::{self, Expected};
@@ -144,7 +145,8 @@ impl<'a> Build<'a> {
                 (false, Some(owner)) => owner,
                 (false, None) => {
                     let path = format!("/proc/{pid}/mem");
-                    let mem = OpenOptions::new().write(true).open(path).map_err(failure("open its memory"))?;
+                    let mem =
+                        OpenOptions::new().write(true).open(path).map_err(failure("open its memory"))?;
                     let owner = map.owner(Owner::Mem(mem));
                     through_mem = Some(owner);
                     owners.push(owner);
@@ -175,7 +177,8 @@ impl<'a> Build<'a> {
     /// Protection, layout, descriptors; and the other threads, while there are all privileges.
     fn finish_memory(&mut self, common: &Common<'_>, deadline: Deadline) -> Result<(), Failure> {
         let mut calls = memory::finish(&self.areas);
-        let exe = self.mm.exe.and_then(|id| common.files.fd(id)).filter(|&fd| !is_same_file(fd, common.own.exe));
+        let exe =
+            self.mm.exe.and_then(|id| common.files.fd(id)).filter(|&fd| !is_same_file(fd, common.own.exe));
         calls.push(memory::set_layout(&self.mm.layout, exe));
         calls.push(call!("close our files", libc::SYS_close_range, common.files.base, u32::MAX, 0u64));
         if self.mm.thp_disabled {
@@ -196,7 +199,8 @@ impl<'a> Build<'a> {
 
     fn adopt_threads(&mut self, common: &Common<'_>, deadline: Deadline) -> Result<(), Failure> {
         for t in living(self.process).filter(|t| t.tid != self.process.pid) {
-            let tracee = Tracee::adopt(t.tid, common.scratch, deadline).map_err(failure("take over a thread"))?;
+            let tracee =
+                Tracee::adopt(t.tid, common.scratch, deadline).map_err(failure("take over a thread"))?;
             self.others.push(tracee);
         }
         Ok(())
@@ -211,10 +215,13 @@ impl<'a> Build<'a> {
         living.reverse();
         let main = living.last().map(|t| t.tid).ok_or("it has no living thread").map_err(failure(step))?;
         for t in living {
-            let mut calls =
-                thread::set_up(p.pid, t, &own.credentials, own.timer_slack_ns, &mut self.losses);
+            let mut calls = thread::set_up(p.pid, t, &own.credentials, own.timer_slack_ns, &mut self.losses);
             if t.tid == main {
-                calls.extend(signal::queue(signal::Queue::Process(p.pid), &p.signals.pending, &mut self.losses));
+                calls.extend(signal::queue(
+                    signal::Queue::Process(p.pid),
+                    &p.signals.pending,
+                    &mut self.losses,
+                ));
                 calls.extend(self.set_dumpable());
             }
             let tracee = self.tracee(t.tid).ok_or("a thread is missing").map_err(failure(step))?;
@@ -244,7 +251,8 @@ impl<'a> Build<'a> {
         let step = "set limits and priorities";
         let p = self.process;
         for t in living(self.process) {
-            thread::schedule(t.tid, &t.scheduling, common.own.nice, &mut self.losses).map_err(failure(step))?;
+            thread::schedule(t.tid, &t.scheduling, common.own.nice, &mut self.losses)
+                .map_err(failure(step))?;
         }
         let now = sys::limits(p.pid).map_err(failure(step))?;
         for ((limit, resource), now) in p.rlimits.iter().zip(0u32..).zip(now) {
@@ -308,7 +316,12 @@ impl<'a> Build<'a> {
     }
 
     /// What is not as it was.
-    pub(crate) fn differences(&self, common: &Common<'_>, parent: Option<Pid>, has_ctty: bool) -> Vec<String> {
+    pub(crate) fn differences(
+        &self,
+        common: &Common<'_>,
+        parent: Option<Pid>,
+        has_ctty: bool,
+    ) -> Vec<String> {
         check::differences(&Expected {
             snapshot: common.snapshot,
             process: self.process,
@@ -321,10 +334,10 @@ impl<'a> Build<'a> {
 
     /// Lets all threads go.
     pub(crate) fn release(&self) -> Result<(), InjectError> {
-        if let ProcessState::Stopped { signal } = self.process.state {
-            // Stops before its first instruction.
+        if let ProcessState::Stopped { .. } = self.process.state {
+            // Stops before its first instruction, whatever it does with other stopping signals. Its parent is told (again).
             // SAFETY: a signal to a process that we hold.
-            unsafe { libc::kill(self.process.pid, signal) };
+            unsafe { libc::kill(self.process.pid, libc::SIGSTOP) };
         }
         for t in living(self.process) {
             if let Some(tracee) = self.tracee(t.tid) {

@@ -374,7 +374,10 @@ impl Context<'_> {
             let all = u64::MAX;
             // SAFETY: the kernel reads an eight-byte set and a timespec, and writes nothing.
             while unsafe {
-                sys::raw(libc::SYS_rt_sigtimedwait, [&raw const all as u64, 0, &raw const none as u64, 8, 0, 0])
+                sys::raw(
+                    libc::SYS_rt_sigtimedwait,
+                    [&raw const all as u64, 0, &raw const none as u64, 8, 0, 0],
+                )
             }
             .is_ok()
             {}
@@ -400,9 +403,9 @@ impl Context<'_> {
         if let Some(c) = p.threads.first().map(|t| &t.credentials) {
             // SAFETY: numbers only.
             let r = unsafe {
-                sys::raw(libc::SYS_setresgid, [c.gid.into(), c.egid.into(), c.sgid.into(), 0, 0, 0]).and_then(|_| {
-                    sys::raw(libc::SYS_setresuid, [c.uid.into(), c.euid.into(), c.suid.into(), 0, 0, 0])
-                })
+                sys::raw(libc::SYS_setresgid, [c.gid.into(), c.egid.into(), c.sgid.into(), 0, 0, 0]).and_then(
+                    |_| sys::raw(libc::SYS_setresuid, [c.uid.into(), c.euid.into(), c.suid.into(), 0, 0, 0]),
+                )
             };
             if let Err(e) = r {
                 self.fail(node.pid, Step::Identity, e);
@@ -435,7 +438,6 @@ fn set_name(p: &Process) {
     }
     let _ = sys::prctl(libc::PR_SET_NAME, name.as_ptr() as u64);
 }
-
 
 fn set_actions(p: &Process) -> Result<(), Errno> {
     for (action, signo) in p.signals.actions.iter().zip(1..=64) {

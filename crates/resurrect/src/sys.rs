@@ -83,10 +83,7 @@ pub(crate) fn fork(flags: u64, tid: Pid, exit_signal: i32) -> Result<Pid> {
     // SAFETY: memory is not shared (no CLONE_VM), so that parent and child go on independently on copies of this stack; the process
     // has a single thread, so that no lock is held by somebody who is not there in the child.
     let r = unsafe {
-        raw(
-            libc::SYS_clone3,
-            [&raw const args as u64, size_of::<libc::clone_args>() as u64, 0, 0, 0, 0],
-        )
+        raw(libc::SYS_clone3, [&raw const args as u64, size_of::<libc::clone_args>() as u64, 0, 0, 0, 0])
     }?;
     Ok(r as Pid)
 }
@@ -232,7 +229,7 @@ pub(crate) fn has_rseq() -> bool {
     const ENOUGH: u64 = 32;
     // An address that is aligned but cannot be used: without a registration the kernel gets as far as the address (EFAULT),
     // with one it does not (EINVAL, EBUSY or EPERM).
-    let nowhere = u64::MAX & !(ENOUGH - 1);
+    let nowhere = !(ENOUGH - 1);
     // SAFETY: nothing at such an address can be registered.
     let r = unsafe { raw(libc::SYS_rseq, [nowhere, ENOUGH, 0, 0x5305_3053, 0, 0]) };
     !matches!(r, Err(Errno::EFAULT | Errno::ENOSYS))

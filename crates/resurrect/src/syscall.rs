@@ -197,7 +197,8 @@ mod tests {
     #[test]
     fn updated_timeouts_are_stored_in_their_own_unit() {
         let updated = |timeval| {
-            let resume = Resume::RestartUpdated { timeout_addr: 0x1000, timeval, remaining_ns: 2_000_003_000 };
+            let resume =
+                Resume::RestartUpdated { timeout_addr: 0x1000, timeval, remaining_ns: 2_000_003_000 };
             continuation(&thread(libc::SYS_select, -38, resume)).unwrap().store.unwrap()
         };
         assert_eq!(updated(true), (0x1000, two_words(2, 3).to_vec()));

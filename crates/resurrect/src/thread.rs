@@ -80,7 +80,12 @@ pub(crate) fn set_up(
 }
 
 /// Scheduling policy, priority and CPUs: set from outside.
-pub(crate) fn schedule(tid: Pid, s: &Scheduling, own_nice: i32, losses: &mut Vec<Reason>) -> Result<(), String> {
+pub(crate) fn schedule(
+    tid: Pid,
+    s: &Scheduling,
+    own_nice: i32,
+    losses: &mut Vec<Reason>,
+) -> Result<(), String> {
     const SCHED_FLAG_RESET_ON_FORK: u64 = 1;
     let real_time = [libc::SCHED_FIFO as u32, libc::SCHED_RR as u32].contains(&s.policy);
     if s.policy != 0 || s.nice != own_nice || s.reset_on_fork {
@@ -104,9 +109,12 @@ pub(crate) fn schedule(tid: Pid, s: &Scheduling, own_nice: i32, losses: &mut Vec
             }
         }
         // SAFETY: the kernel reads 1024 bytes.
-        let r = unsafe { sys::raw(libc::SYS_sched_setaffinity, [tid as u64, 1024, mask.as_ptr() as u64, 0, 0, 0]) };
+        let r = unsafe {
+            sys::raw(libc::SYS_sched_setaffinity, [tid as u64, 1024, mask.as_ptr() as u64, 0, 0, 0])
+        };
         if let Err(e) = r {
-            let text = format!("thread {tid}: its CPUs {:?} cannot be chosen ({e}): it runs on any", s.affinity);
+            let text =
+                format!("thread {tid}: its CPUs {:?} cannot be chosen ({e}): it runs on any", s.affinity);
             losses.push(Reason::new("affinity", text));
         }
     }
@@ -135,7 +143,8 @@ pub(crate) fn leave_rseq_section(
         return Ok(());
     }
     // struct rseq_cs: version and flags (4 bytes each), start_ip, post_commit_offset, abort_ip.
-    let (start, len, abort) = (word(section.wrapping_add(8))?, word(section.wrapping_add(16))?, word(section.wrapping_add(24))?);
+    let (start, len, abort) =
+        (word(section.wrapping_add(8))?, word(section.wrapping_add(16))?, word(section.wrapping_add(24))?);
     if regs.rip.wrapping_sub(start) >= len {
         return Ok(());
     }

@@ -74,14 +74,14 @@ pub(crate) fn restore(tty: &Tty) -> Result<Vec<Reason>, String> {
             | libc::ECHOKE);
         set(fd.as_raw_fd(), &mut quiet)?;
         if let Some(e) = tty.input.iter().find_map(|&b| type_in(fd.as_raw_fd(), b).err()) {
-            let text = format!("{}: {} bytes typed and not yet read are lost ({e})", tty.name, tty.input.len());
+            let text =
+                format!("{}: {} bytes typed and not yet read are lost ({e})", tty.name, tty.input.len());
             losses.push(Reason::new("terminal-input", text));
         }
     }
     set(fd.as_raw_fd(), &mut wanted)?;
     let w = tty.window;
-    let mut size =
-        libc::winsize { ws_row: w.rows, ws_col: w.cols, ws_xpixel: w.xpixel, ws_ypixel: w.ypixel };
+    let mut size = libc::winsize { ws_row: w.rows, ws_col: w.cols, ws_xpixel: w.xpixel, ws_ypixel: w.ypixel };
     // SAFETY: TIOCSWINSZ reads a winsize.
     unsafe { sys::ioctl(fd.as_raw_fd(), libc::TIOCSWINSZ, &mut size) }
         .map_err(|e| format!("TIOCSWINSZ: {e}"))?;

@@ -10,7 +10,7 @@ use crate::Bytes;
 pub struct PipeId(pub u64);
 
 /// Which end of a pipe an open file is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum PipeEnd {
     #[allow(missing_docs)]

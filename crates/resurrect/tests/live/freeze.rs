@@ -208,7 +208,8 @@ impl Freezer {
             unsupported: vec![],
             decision: Decision::Continue { losses: vec![] },
         };
-        if stat[3] == "Z" {
+        // A dead leader is a zombie as well, but not alone.
+        if stat[3] == "Z" && fs::read_dir(format!("/proc/{pid}/task")).unwrap().count() == 1 {
             process.state = ProcessState::Zombie { status: number(52) as i32 };
             self.snapshot.processes.push(process);
             return;
@@ -264,9 +265,15 @@ impl Freezer {
         }
         let tty = number(7) as u64;
         if tty != 0 {
-            process.ctty = self.snapshot.ttys.iter().find(|(_, t)| libc::makedev(t.major, t.minor) == tty).map(|(id, _)| *id);
+            process.ctty = self
+                .snapshot
+                .ttys
+                .iter()
+                .find(|(_, t)| libc::makedev(t.major, t.minor) == tty)
+                .map(|(id, _)| *id);
         }
-        let subreaper = remote_call(main, vdso, libc::SYS_prctl, |buf| [libc::PR_GET_CHILD_SUBREAPER as u64, buf, 0, 0]);
+        let subreaper =
+            remote_call(main, vdso, libc::SYS_prctl, |buf| [libc::PR_GET_CHILD_SUBREAPER as u64, buf, 0, 0]);
         process.child_subreaper = words(&subreaper.1)[0] as u32 != 0;
         self.snapshot.processes.push(process);
     }
@@ -285,7 +292,14 @@ impl Freezer {
         process.signals.pending = pending(tid, true);
     }
 
-    fn address_space(&mut self, pid: Pid, tid: Pid, smaps: &[u8], stat: &[String], vdso: u64) -> AddressSpace {
+    fn address_space(
+        &mut self,
+        pid: Pid,
+        tid: Pid,
+        smaps: &[u8],
+        stat: &[String],
+        vdso: u64,
+    ) -> AddressSpace {
         let n = |i: usize| stat[i].parse::<u64>().unwrap();
         let auxv = words(&fs::read(format!("/proc/{pid}/task/{tid}/auxv")).unwrap());
         let (brk, _) = remote_call(tid, vdso, libc::SYS_brk, |_| [0; 4]);
@@ -304,7 +318,8 @@ impl Freezer {
                 brk: brk as u64,
                 auxv,
             },
-            dumpable: remote_call(tid, vdso, libc::SYS_prctl, |_| [libc::PR_GET_DUMPABLE as u64, 0, 0, 0]).0 as u32,
+            dumpable: remote_call(tid, vdso, libc::SYS_prctl, |_| [libc::PR_GET_DUMPABLE as u64, 0, 0, 0]).0
+                as u32,
             ..AddressSpace::default()
         };
         let exe = fs::read_link(format!("/proc/{pid}/task/{tid}/exe")).unwrap();
@@ -317,14 +332,14 @@ impl Freezer {
         for (i, &at) in starts.iter().enumerate() {
             let end = starts.get(i + 1).copied().unwrap_or(lines.len());
             let flags = lines[at..end].iter().find_map(|l| l.strip_prefix("VmFlags:")).unwrap();
-            if let Some(vma) = self.vma(pid, lines[at], flags, &pagemap) {
+            if let Some(vma) = self.vma(tid, lines[at], flags, &pagemap) {
                 mm.vmas.push(vma);
             }
         }
         mm
     }
 
-    fn vma(&mut self, pid: Pid, header: &str, flags: &str, pagemap: &fs::File) -> Option<Vma> {
+    fn vma(&mut self, tid: Pid, header: &str, flags: &str, pagemap: &fs::File) -> Option<Vma> {
         let mut columns = header.splitn(6, ' ');
         let (start, end) = columns.next().unwrap().split_once('-').unwrap();
         let (start, end) = (u64::from_str_radix(start, 16).unwrap(), u64::from_str_radix(end, 16).unwrap());
@@ -367,12 +382,13 @@ impl Freezer {
         } else if path == "/dev/zero (deleted)" {
             let inode = InodeId(ino);
             if !self.snapshot.inodes.contains_key(&inode) {
-                let contents = read_memory(pid, start, (end - start) as usize);
+                let contents = read_memory(tid, start, (end - start) as usize);
                 let pfn = self.memory.store(&contents);
                 let count = (contents.len() / 4096) as u32;
                 let pages = vec![PageCacheRun { index: offset / 4096, pfn, count, dirty: true }];
                 let mut object = inode_of(&fs::metadata("/proc/self/exe").unwrap(), b"");
-                (object.fs_type, object.pages, object.size) = ("tmpfs".into(), pages, offset + contents.len() as u64);
+                (object.fs_type, object.pages, object.size) =
+                    ("tmpfs".into(), pages, offset + contents.len() as u64);
                 self.snapshot.inodes.insert(inode, object);
             }
             VmaKind::SharedAnonymous { inode, offset }
@@ -382,7 +398,8 @@ impl Freezer {
             VmaKind::Anonymous
         };
         let mut pages: Vec<PageRun> = Vec::new();
-        if !shared && !matches!(kind, VmaKind::Special { .. }) {
+        let is_reservation = prot.is_empty() && end - start > 1 << 32;
+        if !shared && !is_reservation && !matches!(kind, VmaKind::Special { .. }) {
             let mut entries = vec![0u8; ((end - start) / 4096 * 8) as usize];
             let got = pagemap.read_at(&mut entries, start / 4096 * 8).unwrap();
             for (i, entry) in words(&entries[..got / 8 * 8]).into_iter().enumerate() {
@@ -396,7 +413,7 @@ impl Freezer {
                 let pfn = match self.frames.get(&frame) {
                     Some(&pfn) => pfn,
                     None => {
-                        let pfn = self.memory.store(&read_memory(pid, addr, 4096));
+                        let pfn = self.memory.store(&read_memory(tid, addr, 4096));
                         self.frames.insert(frame, pfn);
                         pfn
                     }
@@ -412,13 +429,26 @@ impl Freezer {
                 }
             }
         }
-        Some(Vma { start, end, prot, shared, flags: vm_flags, kind, name: None, pages, swapped: vec![], lost_pages: 0 })
+        Some(Vma {
+            start,
+            end,
+            prot,
+            shared,
+            flags: vm_flags,
+            kind,
+            name: None,
+            pages,
+            swapped: vec![],
+            lost_pages: 0,
+        })
     }
 
     fn mapped_file(&mut self, path: &[u8], writable: bool) -> FileId {
         let flags = if writable { libc::O_RDWR } else { libc::O_RDONLY };
         let known = self.snapshot.files.iter().find(|(id, f)| {
-            f.path.as_bytes() == path && f.flags & libc::O_ACCMODE == flags && !self.descriptors.iter().any(|d| d.2 == **id)
+            f.path.as_bytes() == path
+                && f.flags & libc::O_ACCMODE == flags
+                && !self.descriptors.iter().any(|d| d.2 == **id)
         });
         if let Some((id, _)) = known {
             return *id;
@@ -511,7 +541,8 @@ impl Freezer {
     fn pipe(&mut self, at: &str, path: &[u8]) -> Pipe {
         let mut options = fs::OpenOptions::new();
         let mut reader = options.read(true).custom_flags(libc::O_NONBLOCK).open(at).unwrap();
-        let capacity = check(unsafe { libc::fcntl(reader.as_raw_fd(), libc::F_GETPIPE_SZ) }.into(), "F_GETPIPE_SZ");
+        let capacity =
+            check(unsafe { libc::fcntl(reader.as_raw_fd(), libc::F_GETPIPE_SZ) }.into(), "F_GETPIPE_SZ");
         let mut buffers = Vec::new();
         let mut page = [0; 4096];
         while let Ok(n @ 1..) = reader.read(&mut page) {
@@ -529,7 +560,10 @@ impl Freezer {
         }
         let c_path = std::ffi::CString::new(at).unwrap();
         let fd = unsafe {
-            OwnedFd::from_raw_fd(libc::open(c_path.as_ptr(), libc::O_RDWR | libc::O_NOCTTY | libc::O_NONBLOCK))
+            OwnedFd::from_raw_fd(libc::open(
+                c_path.as_ptr(),
+                libc::O_RDWR | libc::O_NOCTTY | libc::O_NONBLOCK,
+            ))
         };
         let mut t: libc::termios2 = unsafe { std::mem::zeroed() };
         let mut w: libc::winsize = unsafe { std::mem::zeroed() };
@@ -701,7 +735,8 @@ fn thread(pid: Pid, tid: Pid, alive: bool, vdso: u64) -> Thread {
     const PR_GET_TID_ADDRESS: u64 = 40;
     let (_, address) = remote_call(tid, vdso, libc::SYS_prctl, |buf| [PR_GET_TID_ADDRESS, buf, 0, 0]);
     thread.clear_child_tid = words(&address)[0];
-    let (_, signal) = remote_call(tid, vdso, libc::SYS_prctl, |buf| [libc::PR_GET_PDEATHSIG as u64, buf, 0, 0]);
+    let (_, signal) =
+        remote_call(tid, vdso, libc::SYS_prctl, |buf| [libc::PR_GET_PDEATHSIG as u64, buf, 0, 0]);
     thread.pdeath_signal = words(&signal)[0] as i32;
     thread.scheduling.nice = stat_fields(&format!("{dir}/stat"))[19].parse().unwrap();
     thread

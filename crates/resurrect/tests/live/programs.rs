@@ -71,7 +71,14 @@ fn memory() {
     let data: Vec<u64> = (0..WORDS).map(|_| random(&mut seed)).collect();
     // 1 TiB of reservation, a mapping that was writable once, a page that is not accessible but has contents.
     let map = |len, prot, flags| unsafe {
-        let p = libc::mmap(std::ptr::null_mut(), len, prot, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags, -1, 0);
+        let p = libc::mmap(
+            std::ptr::null_mut(),
+            len,
+            prot,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags,
+            -1,
+            0,
+        );
         assert_ne!(p, libc::MAP_FAILED);
         p.cast::<u8>()
     };
@@ -100,7 +107,7 @@ fn memory() {
     assert!(std::fs::read("/proc/self/environ").unwrap().starts_with(b"MARK=otherworld"));
     // The heap can still grow.
     let more: Vec<u8> = vec![1; 200 << 20];
-    assert_eq!(more.iter().map(|&b| b as usize).sum::<usize>(), 200 << 20);
+    assert!(more.iter().step_by(4096).all(|&b| b == 1));
 }
 
 fn threads() {
@@ -200,7 +207,8 @@ fn wait_for(pid: i32) -> i32 {
 fn pipes() {
     let (r, w) = nix::unistd::pipe().unwrap();
     let (mut r, mut w) = (Some(File::from(r)), Some(File::from(w)));
-    let mut numbers = File::options().create(true).truncate(true).read(true).write(true).open("numbers").unwrap();
+    let mut numbers =
+        File::options().create(true).truncate(true).read(true).write(true).open("numbers").unwrap();
     let go = go_fifo();
     let parent = std::process::id();
     let child = fork(|| {
@@ -231,14 +239,16 @@ fn files() {
     use std::os::unix::fs::OpenOptionsExt;
     let mut append = File::options().create(true).append(true).open("log").unwrap();
     append.write_all(b"one\n").unwrap();
-    let mut random = File::options().create(true).truncate(true).read(true).write(true).open("random").unwrap();
+    let mut random =
+        File::options().create(true).truncate(true).read(true).write(true).open("random").unwrap();
     random.write_all(&[b'x'; 10000]).unwrap();
     random.seek(std::io::SeekFrom::Start(1234)).unwrap();
     let null = File::open("/dev/null").unwrap();
     let dir = File::open(".").unwrap();
     let path = File::options().read(true).custom_flags(libc::O_PATH).open("log").unwrap();
     assert_eq!(unsafe { libc::dup2(append.as_raw_fd(), 777) }, 777);
-    let fifo_nonblock = File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("go").unwrap();
+    let fifo_nonblock =
+        File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("go").unwrap();
     unsafe { libc::umask(0o27) };
     let go = go_fifo();
     ready();
@@ -359,7 +369,12 @@ fn vectors() {
     let mut byte = 0u8;
     let mut result = 0i64;
     ready();
-    let control = [(&raw const mxcsr) as u64, (&raw const cw) as u64, &raw mut mxcsr_after as u64, &raw mut cw_after as u64];
+    let control = [
+        (&raw const mxcsr) as u64,
+        (&raw const cw) as u64,
+        &raw mut mxcsr_after as u64,
+        &raw mut cw_after as u64,
+    ];
     unsafe {
         std::arch::asm!(
             "mov {t}, [{c}]", "ldmxcsr [{t}]",
