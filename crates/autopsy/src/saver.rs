@@ -11,7 +11,7 @@ const VERSION: u32 = 1;
 const KEY: &str = "OWFPU";
 const COMPLETE: u32 = 2;
 /// Where the header's table of components begins, and how many there are.
-const COMPONENTS_AT: usize = 48;
+const COMPONENTS_AT: usize = 40;
 const COMPONENTS: usize = 32;
 const HEADER: usize = COMPONENTS_AT + COMPONENTS * 16;
 /// Bytes of a slot before the XSAVE area.
