@@ -498,6 +498,7 @@ impl Autopsy<'_> {
 
     /// Leaders by the PID table of the initial PID namespace (`init_pid_ns.idr`).
     fn pid_table(&self) -> Result<Vec<u64>> {
+        self.kernel.check::<PidStruct>()?;
         let idr = self
             .kernel
             .symbol("init_pid_ns")?
