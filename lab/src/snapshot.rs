@@ -162,6 +162,20 @@ impl Lab {
         Ok(Guest { machine, agent, dir, _lock: lock })
     }
 
+    /// Switches a guest that has ended on again, with the disk as it left it. `snapshot` is the one that it was started from.
+    pub fn boot_again(&self, guest: Guest, snapshot: &Snapshot) -> Result<Guest> {
+        let Guest { machine, agent, dir, _lock } = guest;
+        drop((machine, agent));
+        let console = dir.join("console.log");
+        fs::rename(&console, dir.join("console-before.log")).at(&console)?;
+        let kernel = self.kernel(snapshot.config.series)?;
+        let initramfs = self.boot_initramfs(snapshot)?;
+        let machine = Machine::start(&dir, &snapshot.config, &kernel.image(), &initramfs, &Begin::Boot)?;
+        let mut agent = machine.channel()?;
+        agent.ping(BOOT_DEADLINE)?;
+        Ok(Guest { machine, agent, dir, _lock })
+    }
+
     /// A connection to the agent of a guest that another process of the lab runs under this name. It must not hold one itself.
     pub fn attach(&self, name: &str) -> Result<Channel> {
         let dir = self.cache().join("runs").join(name);

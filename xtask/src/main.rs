@@ -15,6 +15,7 @@ mod lab_cmd;
 mod survive;
 mod test;
 mod ui;
+mod unhappy;
 mod vmcore_cmd;
 mod workload;
 
@@ -77,6 +78,8 @@ enum Command {
     Survivors(survive::Survivors),
     /// Takes live vector registers through panics, with and without the register saver.
     FpuRuns(fpu_runs::FpuRuns),
+    /// Breaks one thing at a time on a machine, and looks whether it is named and nothing else is lost.
+    Unhappy(unhappy::Unhappy),
     /// Compares what the running kernel says in /proc with what is read from its memory after the panic, and with what the
     /// resurrected processes show.
     GroundTruth(ground_truth::GroundTruth),
@@ -98,6 +101,7 @@ fn main() -> ExitCode {
         Command::CrashRuns(command) => command.run(&cli.global),
         Command::Survivors(command) => command.run(&cli.global),
         Command::FpuRuns(command) => command.run(&cli.global),
+        Command::Unhappy(command) => command.run(&cli.global),
         Command::GroundTruth(command) => command.run(&cli.global),
         Command::Bench(command) => command.run(&cli.global),
         Command::Vmcore(command) => command.run(&cli.global),

@@ -7,6 +7,7 @@ use lab::Series;
 use crate::crash_runs::{CrashRuns, Tally};
 use crate::ground_truth::GroundTruth;
 use crate::survive::Survivors;
+use crate::unhappy::Unhappy;
 use crate::{Global, build, ui};
 
 /// Runs the unit tests (cargo nextest if it is there, else cargo test), then the tests in virtual machines. The last line counts
@@ -43,6 +44,7 @@ impl Test {
                 CrashRuns::new(series, runs).campaign(global)?,
             );
             add(&format!("kernel {series}, survivors"), Survivors::new(series).count(global)?);
+            add(&format!("kernel {series}, unhappy paths"), Unhappy::new(series).count(global)?);
             add(&format!("kernel {series}, ground truth"), GroundTruth::new(series).count(global)?);
         }
         ui::finish();
