@@ -6,7 +6,9 @@ use anyhow::{Context, Result, bail};
 use autopsy::Autopsy;
 use clap::Subcommand;
 use ktypes::Kernel;
-use snapshot::{Decision, FileKind, LogRecord, Panic, Pid, Process, Prot, Snapshot, ThreadState, VmaKind};
+use snapshot::{
+    Decision, FileKind, LogRecord, Panic, Pid, Process, Prot, Severity, Snapshot, ThreadState, VmaKind,
+};
 use vmcore::Vmcore;
 
 use crate::cli::Exit;
@@ -80,7 +82,12 @@ fn answer(args: &Args, core: Vmcore) -> Result<String> {
     let snapshot = autopsy.snapshot()?;
     for finding in &snapshot.findings {
         let process = finding.pid.map(|p| format!("process {p}: ")).unwrap_or_default();
-        tracing::info!("{:?}: {process}{}: {}", finding.severity, finding.object, finding.text);
+        // What is missing from the answer, or may be, is said unasked.
+        if finding.pid.is_none() || finding.severity == Severity::Broken {
+            tracing::warn!("{process}{}: {}", finding.object, finding.text);
+        } else {
+            tracing::info!("{:?}: {process}{}: {}", finding.severity, finding.object, finding.text);
+        }
     }
     match what {
         What::Maps { pid } => {

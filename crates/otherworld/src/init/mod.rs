@@ -275,6 +275,8 @@ impl Life {
                     if let Err(error) = worker.end(Duration::from_secs(5)) {
                         self.trouble(format!("{error:#}"));
                     }
+                    // The mark alone says only that the worker has come to this point.
+                    self.released = back;
                     if !back {
                         bail!("no process has come back");
                     }
