@@ -162,6 +162,7 @@ impl<'a> Build<'a> {
     pub(crate) fn finish(&mut self, common: &Common<'_>, deadline: Deadline) -> Result<(), Failure> {
         self.finish_memory(common, deadline)?;
         self.adopt_threads(common, deadline)?;
+        let mut continuations = self.continuations()?;
         // Before it changes user, after all that a low limit could hinder.
         self.set_from_outside(common)?;
         self.set_up_threads(common, deadline)?;
@@ -171,7 +172,7 @@ impl<'a> Build<'a> {
             self.leader.exit(instruction, deadline).map_err(failure("end the first thread"))?;
             self.await_leaders_end(deadline)?;
         }
-        self.set_registers(common, instruction, deadline)
+        self.set_registers(common, &mut continuations, instruction, deadline)
     }
 
     /// Protection, layout, descriptors; and the other threads, while there are all privileges.
@@ -287,28 +288,38 @@ impl<'a> Build<'a> {
         }
     }
 
-    /// Interrupted calls, registers, signal masks; the scratch area goes.
-    fn set_registers(
-        &mut self,
-        common: &Common<'_>,
-        instruction: u64,
-        deadline: Deadline,
-    ) -> Result<(), Failure> {
-        let step = "set registers";
-        let mut continuations: Vec<(&Thread, Continuation)> = Vec::new();
+    /// How each living thread goes on. Read before rseq is registered: that makes the kernel forget who was inside a sequence.
+    fn continuations(&self) -> Result<Vec<(&'a Thread, Continuation)>, Failure> {
+        let step = "read restartable sequences";
+        let mut continuations = Vec::new();
         for t in living(self.process) {
             let mut c = syscall::continuation(t).map_err(failure(step))?;
             let tracee = self.tracee(t.tid).ok_or("a thread is missing").map_err(failure(step))?;
             if let Some(rseq) = &t.rseq {
                 thread::leave_rseq_section(tracee, rseq, &mut c.regs).map_err(failure(step))?;
             }
-            thread::prepare(tracee, &mut c, instruction, deadline).map_err(failure(step))?;
             continuations.push((t, c));
+        }
+        Ok(continuations)
+    }
+
+    /// Interrupted calls, registers, signal masks; the scratch area goes.
+    fn set_registers(
+        &mut self,
+        common: &Common<'_>,
+        continuations: &mut [(&Thread, Continuation)],
+        instruction: u64,
+        deadline: Deadline,
+    ) -> Result<(), Failure> {
+        let step = "set registers";
+        for (t, c) in continuations.iter_mut() {
+            let tracee = self.tracee(t.tid).ok_or("a thread is missing").map_err(failure(step))?;
+            thread::prepare(tracee, c, instruction, deadline).map_err(failure(step))?;
         }
         let main = continuations.first().and_then(|(t, _)| self.tracee(t.tid));
         let main = main.ok_or("it has no living thread").map_err(failure(step))?;
         remove_scratch(self.process, main, common.scratch, instruction, deadline).map_err(failure(step))?;
-        for (t, c) in &continuations {
+        for (t, c) in continuations.iter() {
             let tracee = self.tracee(t.tid).ok_or("a thread is missing").map_err(failure(step))?;
             thread::set_state(tracee, t, &c.regs).map_err(failure(step))?;
         }

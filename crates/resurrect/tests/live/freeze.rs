@@ -726,6 +726,8 @@ fn thread(pid: Pid, tid: Pid, alive: bool, vdso: u64) -> Thread {
         let word = |i: usize| u32::from_ne_bytes(rseq[i..i + 4].try_into().unwrap());
         thread.rseq = Some(Rseq { addr, len: word(8), signature: word(12) });
     }
+    // Calls made in the thread look to the kernel as if it had left its restartable sequence.
+    let section = thread.rseq.map(|r| (r.addr + 8, read_memory(tid, r.addr + 8, 8)));
     let (_, stack) = remote_call(tid, vdso, libc::SYS_sigaltstack, |buf| [0, buf, 0, 0]);
     let w = words(&stack);
     const SS_DISABLE: u32 = 2;
@@ -738,6 +740,10 @@ fn thread(pid: Pid, tid: Pid, alive: bool, vdso: u64) -> Thread {
     let (_, signal) =
         remote_call(tid, vdso, libc::SYS_prctl, |buf| [libc::PR_GET_PDEATHSIG as u64, buf, 0, 0]);
     thread.pdeath_signal = words(&signal)[0] as i32;
+    if let Some((addr, bytes)) = section {
+        let memory = fs::OpenOptions::new().write(true).open(format!("/proc/{tid}/mem")).unwrap();
+        memory.write_all_at(&bytes, addr).unwrap();
+    }
     thread.scheduling.nice = stat_fields(&format!("{dir}/stat"))[19].parse().unwrap();
     thread
 }

@@ -56,6 +56,7 @@ const TESTS: &[(&str, fn())] = &[
     ("missing_frame_costs_one_process_only", missing_frame_costs_one_process_only),
     ("check_finds_what_is_wrong", check_finds_what_is_wrong),
     ("other_vdso_is_given_up", other_vdso_is_given_up),
+    ("twenty_at_once", twenty_at_once),
     ("nothing_survives_a_dead_worker", nothing_survives_a_dead_worker),
 ];
 
@@ -645,6 +646,19 @@ fn other_vdso_is_given_up() {
     frozen.snapshot.kernel.vdso = frozen.snapshot.kernel.vdso.map(|(len, hash)| (len, hash ^ 1));
     let report = resurrect(&frozen);
     assert_given_up(&report, running.pid, "vDSO");
+}
+
+fn twenty_at_once() {
+    let all: Vec<Running> = (0..20).map(|_| start("idle")).collect();
+    let pids: Vec<Pid> = all.iter().map(|r| r.pid).collect();
+    pids.iter().copied().for_each(settle);
+    let frozen = record_and_kill(&pids);
+    let report = resurrect(&frozen);
+    for running in &all {
+        assert_resumed(&report, running.pid);
+        say_go(running, 1);
+        assert_ends_with(running, 0);
+    }
 }
 
 fn nothing_survives_a_dead_worker() {

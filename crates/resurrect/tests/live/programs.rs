@@ -404,16 +404,19 @@ fn vectors() {
 /// aborted, as it would have been by being taken off its CPU.
 fn rseq() {
     static STOP: AtomicI32 = AtomicI32::new(0);
+    static STARTED: AtomicI32 = AtomicI32::new(0);
     unsafe extern "C" {
         static __rseq_offset: isize;
     }
     let go = go_fifo();
+    handle(libc::SIGUSR1, 0);
     let spinner = std::thread::spawn(|| {
         let mut aborts = 0u64;
         let area: u64;
         unsafe { std::arch::asm!("mov {}, fs:0", out(reg) area) };
         let area = (area as i64 + unsafe { __rseq_offset } as i64) as u64;
         while STOP.load(Ordering::SeqCst) == 0 {
+            STARTED.store(1, Ordering::SeqCst);
             unsafe {
                 std::arch::asm!(
                     ".pushsection __rseq_test, \"aw\"",
@@ -435,9 +438,18 @@ fn rseq() {
         }
         aborts
     });
+    while STARTED.load(Ordering::SeqCst) == 0 {
+        std::thread::yield_now();
+    }
     ready();
     await_go(&go);
     STOP.store(1, Ordering::SeqCst);
+    // A signal aborts the sequence; it may come just before the thread enters it again.
+    while !spinner.is_finished() {
+        use std::os::unix::thread::JoinHandleExt;
+        unsafe { libc::pthread_kill(spinner.as_pthread_t(), libc::SIGUSR1) };
+        std::thread::yield_now();
+    }
     assert!(spinner.join().unwrap() > 0);
 }
 
