@@ -1,209 +1,328 @@
 //! `cargo xtask bench`: how long each part takes, beside the floor.
+//!
+//! Three crashes per run, so that what is compared has been measured side by side: the demo's programs under an init that does
+//! nothing (the floor); the same programs resurrected (the times); and with much more memory (pouring, beside a plain copy in
+//! the same crash kernel).
 
+use std::fmt;
 use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
-use lab::{Guest, Lab, MachineConfig, Panic, Series, Snapshot};
+use lab::{Guest, Key, Lab, MachineConfig, Panic, Series, Snapshot};
+use serde::Serialize;
 use serde_json::Value;
 
-use crate::crash::{self, Quiet};
+use crate::crash::{self, Moment, Quiet};
 use crate::guest::{self, Installation};
-use crate::{Global, ui, workload};
+use crate::survive;
+use crate::{Global, build, ui, workload};
 
 /// How long the programs run before the panic.
 const WORK: Duration = Duration::from_secs(6);
 const FLOOR_DEADLINE: Duration = Duration::from_secs(120);
-/// How much of the vmcore is copied for comparison, in bytes.
-const COPY_BYTES: u64 = 256 << 20;
+const ARM_DEADLINE: Duration = Duration::from_secs(120);
+/// Survivors with much memory, for the rate of pouring.
+const BIG: [&str; 2] = ["memory-small", "memory-huge"];
 /// Where `otherworld arm` leaves the crash kernel's initramfs.
 const INITRAMFS: &str = "/var/lib/otherworld/crash-initramfs.img";
+/// Where the init that does nothing lies in the guest.
+const IDLE: &str = "/root/lab-idle";
 
 /// Measures, medians of several runs with the demo's programs: panic to the crash kernel's init, init to the snapshot, snapshot to
-/// the release of all processes; beside them the same crash kernel and initramfs with an init that does nothing.
+/// the release of all processes; beside them the same crash kernel with an init that does nothing. Worth something only on a
+/// machine that does nothing else.
 #[derive(Debug, Args)]
 pub struct Bench {
     /// The kernel: 6.1 or 6.12; both if none is named.
     #[arg(long)]
     kernel: Option<Series>,
-    /// How many runs of each.
+    /// How many runs.
     #[arg(long, default_value_t = 5)]
     runs: usize,
-    /// Also print the numbers as JSON.
+    /// Print JSON instead of a table.
     #[arg(long)]
     json: bool,
 }
 
-/// One run's numbers; times in milliseconds, rates in MB/s, memory in MiB.
-#[derive(Debug, Clone, Copy, serde::Serialize)]
+/// One run's numbers. Times are milliseconds; those from the panic on by the host's clock and the console's lines.
+#[derive(Debug, Clone, Serialize)]
 struct Numbers {
+    /// Panic to the first words of an init that does nothing.
     floor: f64,
+    /// Panic to the first words of our init.
     panic_to_init: f64,
     init_to_snapshot: f64,
     snapshot_to_released: f64,
-    pour: f64,
-    copy: f64,
-    peak_memory: f64,
+    /// The report's whole timeline, since init.
+    marks: Vec<(String, f64)>,
+    /// MiB; the crash kernel's memory at its fullest, of the demo's resurrection.
+    peak_mib: f64,
+    /// MiB; memory copied into processes, in the run with much of it.
     poured_mib: f64,
+    /// GB/s, from the first frame looked up to the last one copied.
+    pour: f64,
+    /// GB/s; the same amount out of a mapping of the vmcore into fresh memory.
+    copy: f64,
+}
+
+/// All of one kernel.
+#[derive(Debug, Serialize)]
+struct Measured {
+    kernel: String,
+    initramfs_bytes: u64,
+    binary_bytes: u64,
+    runs: Vec<Numbers>,
 }
 
 impl Bench {
     /// Runs it.
     pub fn run(self, global: &Global) -> Result<bool> {
         let lab = global.lab()?;
+        let mut all = Vec::new();
         for series in crate::series_or_all(self.kernel) {
-            let input = workload::with_input(&lab, &MachineConfig::new(series, global.accel()))?;
-            let armed = guest::armed(&lab, &input, &Installation::for_demo())?;
-            let mut all = Vec::new();
-            for n in 0..self.runs.max(1) {
-                ui::note(&format!("kernel {series}, run {} of {}", n + 1, self.runs));
-                let floor = floor(&lab, &armed, n)?;
-                all.push(measure(&lab, &armed, n, floor)?);
+            let measured = self.measure(&lab, &MachineConfig::new(series, global.accel()))?;
+            if !self.json {
+                ui::line(measured.to_string());
             }
-            let of = |pick: fn(&Numbers) -> f64| median(all.iter().map(pick).collect());
-            let added = of(|run| run.init_to_snapshot + run.snapshot_to_released);
-            ui::line(format!(
-                "kernel {}, medians of {} runs, the demo's five programs",
-                lab.kernel(series)?.release,
-                all.len()
-            ));
-            ui::line(format!("  panic → init that does nothing (floor) {:>8.0} ms", of(|run| run.floor)));
-            ui::line(format!(
-                "  panic → otherworld's init              {:>8.0} ms",
-                of(|run| run.panic_to_init)
-            ));
-            ui::line(format!(
-                "  init → snapshot complete               {:>8.0} ms",
-                of(|run| run.init_to_snapshot)
-            ));
-            ui::line(format!(
-                "  snapshot → all released                {:>8.0} ms",
-                of(|run| run.snapshot_to_released)
-            ));
-            ui::line(format!(
-                "  added after init, as part of the floor {:>8.2}    (aim: ≤ 0.50)",
-                added / of(|run| run.floor)
-            ));
-            ui::line(format!(
-                "  poured                                 {:>8.1} MiB",
-                of(|run| run.poured_mib)
-            ));
-            ui::line(format!(
-                "  pouring                                {:>8.3} GB/s",
-                of(|run| run.pour) / 1000.0
-            ));
-            ui::line(format!(
-                "  memcpy from vmcore to fresh memory     {:>8.3} GB/s",
-                of(|run| run.copy) / 1000.0
-            ));
-            ui::line(format!(
-                "  pouring as part of memcpy              {:>8.2}    (aim: ≥ 0.70)",
-                of(|run| run.pour / run.copy)
-            ));
-            ui::line(format!(
-                "  crash kernel's peak memory             {:>8.0} MiB",
-                of(|run| run.peak_memory)
-            ));
-            if self.json {
-                println!("{}", serde_json::to_string_pretty(&all)?);
-            }
+            all.push(measured);
         }
         ui::finish();
+        if self.json {
+            println!("{}", serde_json::to_string_pretty(&all)?);
+        }
         Ok(true)
+    }
+
+    fn measure(&self, lab: &Lab, config: &MachineConfig) -> Result<Measured> {
+        let series = config.series;
+        let armed = guest::armed(lab, &workload::with_input(lab, config)?, &Installation::for_demo())?;
+        let idle = with_idle_init(lab, &armed)?;
+        let mut initramfs_bytes = 0;
+        let mut runs = Vec::new();
+        for n in 1..=self.runs.max(1) {
+            let note = |what: &str| ui::note(&format!("kernel {series}, run {n} of {}: {what}", self.runs));
+            note("an init that does nothing");
+            let floor = floor(lab, &idle, n)?;
+            note("the demo's programs");
+            let (mut guest, report, host) = crashed(lab, &armed, &format!("bench-{series}-{n}"), n, &[])?;
+            let marks = since_init(&report)?;
+            let mark = |name: &str| time_of(&marks, name);
+            let size = guest.agent.shell(&format!("stat -c %s {INITRAMFS}"), ARM_DEADLINE)?;
+            initramfs_bytes = size.trim().parse().context("the size of the initramfs")?;
+            let peak_mib = peak_mib(&report)?;
+            let panic_to_init =
+                host.iter().find(|m| m.name == "init").context("no mark of init on the console")?;
+            drop(guest);
+            note("much memory");
+            let (mut guest, report, _) = crashed(lab, &armed, &format!("pour-{series}-{n}"), n, &BIG)?;
+            let (bytes, pour) = poured(&report)?;
+            runs.push(Numbers {
+                floor,
+                panic_to_init: panic_to_init.since_panic_ms as f64,
+                init_to_snapshot: mark("snapshot-complete")?,
+                snapshot_to_released: mark("released")? - mark("snapshot-complete")?,
+                marks,
+                peak_mib,
+                poured_mib: bytes as f64 / f64::from(1 << 20),
+                pour,
+                copy: copy_rate(&mut guest, bytes)?,
+            });
+        }
+        Ok(Measured {
+            kernel: lab.kernel(series)?.release,
+            initramfs_bytes,
+            binary_bytes: fs::metadata(build::static_binaries()?.otherworld)?.len(),
+            runs,
+        })
     }
 }
 
-/// Milliseconds from the panic to the first words of an init that does nothing, under the same crash kernel, command line and initramfs.
-fn floor(lab: &Lab, armed: &Snapshot, n: usize) -> Result<f64> {
-    let mut guest = lab.start(armed, &format!("floor-{}-{n}", armed.config.series))?;
+/// The armed layer with another init in the crash kernel's initramfs.
+fn with_idle_init(lab: &Lab, armed: &Snapshot) -> Result<Snapshot> {
+    let init = fs::read(build::idle()?)?;
+    let layer = lab.derive(armed, "floor", &Key::new("floor").with_bytes(&init), |agent, _| {
+        agent.write_file(IDLE, 0o755, &init)?;
+        agent.shell(&format!("otherworld arm --init {IDLE}"), ARM_DEADLINE).map(drop)
+    });
+    layer.context("arming with an init that does nothing failed")
+}
+
+/// Milliseconds from the panic to the first words of an init that does nothing, under the same crash kernel and command line.
+fn floor(lab: &Lab, idle: &Snapshot, n: usize) -> Result<f64> {
+    let mut guest = lab.start(idle, &format!("floor-{}-{n}", idle.config.series))?;
+    guest::seed(&mut guest, n as u64)?;
     workload::start(&mut guest.agent)?;
-    let status = guest.agent.shell("otherworld status --json", Duration::from_secs(60))?;
-    let status: Value = serde_json::from_str(&status)?;
-    let details = &status["details"];
-    let (kernel, cmdline) = (details["kernel"].as_str(), details["cmdline"].as_str());
-    let (kernel, cmdline) =
-        kernel.zip(cmdline).context("`otherworld status --json` does not tell kernel and command line")?;
-    // A later archive's /init replaces an earlier one's.
-    let own = fs::read(lab.boot_initramfs(armed)?)?;
-    let mut initramfs = guest.agent.read_file(INITRAMFS)?;
-    initramfs.resize(initramfs.len().next_multiple_of(4), 0);
-    initramfs.extend(own);
-    guest.agent.write_file("/root/floor.img", 0o600, &initramfs)?;
-    guest.agent.load_crash_kernel(kernel, "/root/floor.img", &format!("{cmdline} lab.probe"))?;
     guest.agent.wait(&[1], WORK)?;
     let from = guest.machine.console.len();
     let panic =
         crash::crash(&mut guest, &Panic::default(), &mut Quiet)?.context("the guest did not panic")?;
     let console = &guest.machine.console;
     let ms = console.wait_for(from, "the init that does nothing", FLOOR_DEADLINE, |line| {
-        line.text.contains("lab: probe ok").then_some(line.ms)
+        line.text.contains("lab-idle: init").then_some(line.ms)
     })?;
     Ok((ms - panic.ms) as f64)
 }
 
-fn measure(lab: &Lab, armed: &Snapshot, n: usize, floor: f64) -> Result<Numbers> {
-    let mut guest = lab.start(armed, &format!("bench-{}-{n}", armed.config.series))?;
+/// A guest after its resurrection, the report, and the console's marks.
+fn crashed(
+    lab: &Lab,
+    armed: &Snapshot,
+    name: &str,
+    n: usize,
+    survivors: &[&str],
+) -> Result<(Guest, Value, Vec<Moment>)> {
+    let mut guest = lab.start(armed, name)?;
     guest::seed(&mut guest, n as u64)?;
-    let pids = workload::start(&mut guest.agent)?;
+    let survivors = survivors.iter().filter_map(|name| survivors::find(name)).collect::<Vec<_>>();
+    let mut pids: Vec<i32> = survive::start(&mut guest, &survivors, None, false)?.into_values().collect();
+    pids.extend(workload::start(&mut guest.agent)?);
     guest.agent.wait(&[1], WORK)?;
-    let panic = Panic { alive: pids, ..Panic::default() };
+    let panic = Panic { alive: pids.clone(), ..Panic::default() };
     let Some(line) = crash::crash(&mut guest, &panic, &mut Quiet)? else {
         bail!("some program had ended before the panic")
     };
     let mut timeline = Vec::new();
     crash::wait_agent(&mut guest, &line, &mut timeline, &mut Quiet)?;
     crash::fetch_report(&mut guest)?;
-    let report: Value = serde_json::from_str(&fs::read_to_string(guest.dir.join("report.json"))?)?;
-    let mark = |name: &str| -> Result<f64> {
-        let marks = report["timeline"].as_array().context("the report has no timeline")?;
-        let mark = marks.iter().find(|mark| mark["name"] == name);
-        mark.and_then(|mark| mark["ms"].as_f64()).with_context(|| format!("the timeline has no {name}"))
-    };
-    let init =
-        timeline.iter().find(|moment| moment.name == "init").context("no mark of init on the console")?;
-    let (bytes, us) = (&report["pour"]["bytes"], &report["pour"]["us"]);
-    let (bytes, us) =
-        bytes.as_f64().zip(us.as_f64()).context("the report does not tell how fast memory was poured")?;
+    let report = report(&guest.dir.join("report.json"))?;
+    // Processes that are not there cost nothing: such a number would be a lie.
+    for pid in pids {
+        match crash::reported_fate(&report, pid) {
+            Some(fate) if fate.starts_with("resurrected") => {}
+            fate => {
+                guest.keep_artifacts()?;
+                bail!(
+                    "process {pid} did not come back: {} ({})",
+                    fate.unwrap_or_default(),
+                    guest.dir.display()
+                )
+            }
+        }
+    }
+    Ok((guest, report, timeline))
+}
+
+fn report(path: &Path) -> Result<Value> {
+    Ok(serde_json::from_str(&fs::read_to_string(path)?)?)
+}
+
+/// The report's timeline, from init on, in order of time.
+fn since_init(report: &Value) -> Result<Vec<(String, f64)>> {
+    let marks = report["timeline"].as_array().context("the report has no timeline")?;
+    let mut marks: Vec<(String, f64)> = marks
+        .iter()
+        .filter_map(|mark| Some((mark["name"].as_str()?.to_owned(), mark["ms"].as_f64()?)))
+        .collect();
+    let init = time_of(&marks, "init")?;
+    marks.iter_mut().for_each(|(_, ms)| *ms -= init);
+    marks.sort_by(|(_, a), (_, b)| a.total_cmp(b));
+    Ok(marks)
+}
+
+fn time_of(marks: &[(String, f64)], name: &str) -> Result<f64> {
+    let mark = marks.iter().find(|(found, _)| found == name);
+    mark.map(|(_, ms)| *ms).with_context(|| format!("the timeline has no {name}"))
+}
+
+fn peak_mib(report: &Value) -> Result<f64> {
     let memory = &report["crash_kernel"];
-    let peak = memory["mem_total_kib"].as_f64().zip(memory["mem_available_min_kib"].as_f64());
-    let (total, least) = peak.context("the report does not tell the crash kernel's memory")?;
-    Ok(Numbers {
-        floor,
-        panic_to_init: init.since_panic_ms as f64,
-        init_to_snapshot: mark("snapshot-complete")? - mark("init")?,
-        snapshot_to_released: mark("released")? - mark("snapshot-complete")?,
-        pour: bytes / us,
-        copy: copy_rate(&mut guest)?,
-        peak_memory: (total - least) / 1024.0,
-        poured_mib: bytes / f64::from(1 << 20),
-    })
+    let kib = memory["mem_total_kib"].as_f64().zip(memory["mem_available_min_kib"].as_f64());
+    let (total, least) = kib.context("the report does not tell the crash kernel's memory")?;
+    Ok((total - least) / 1024.0)
 }
 
-/// MB/s of a plain copy out of an mmap of /proc/vmcore into fresh memory, in the crash kernel, with nothing else at work.
-fn copy_rate(guest: &mut Guest) -> Result<f64> {
+/// How many bytes were poured, and GB/s.
+fn poured(report: &Value) -> Result<(u64, f64)> {
+    let (bytes, us) = (report["pour"]["bytes"].as_u64(), report["pour"]["us"].as_f64());
+    let (bytes, us) = bytes.zip(us).context("the report does not tell how fast memory was poured")?;
+    Ok((bytes, bytes as f64 / us / 1000.0))
+}
+
+/// GB/s of a plain copy out of an mmap of /proc/vmcore into fresh memory, in the crash kernel, with nothing else at work.
+fn copy_rate(guest: &mut Guest, bytes: u64) -> Result<f64> {
     guest.agent.shell("pkill -STOP -u demo; true", Duration::from_secs(30))?;
-    Ok(guest.agent.copy_rate(COPY_BYTES)?)
+    Ok(guest.agent.copy_rate(bytes)? / 1000.0)
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    match values.len() {
-        0 => f64::NAN,
-        n if n % 2 == 1 => values[middle],
-        _ => (values[middle - 1] + values[middle]) / 2.0,
+impl fmt::Display for Measured {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let of = |pick: &dyn Fn(&Numbers) -> f64| Spread::of(self.runs.iter().map(pick).collect());
+        let row = |f: &mut fmt::Formatter<'_>, what: &str, spread: Spread, unit: &str, digits: usize| {
+            let Spread { median, least, most } = spread;
+            writeln!(f, "  {what:44} {median:>9.digits$} {least:>9.digits$} {most:>9.digits$} {unit}")
+        };
+        writeln!(f, "kernel {}, {} runs", self.kernel, self.runs.len())?;
+        writeln!(f, "  {:44} {:>9} {:>9} {:>9}", "", "median", "min", "max")?;
+        row(f, "panic → an init that does nothing (floor)", of(&|run| run.floor), "ms", 0)?;
+        row(f, "panic → our init", of(&|run| run.panic_to_init), "ms", 0)?;
+        row(f, "init → snapshot complete", of(&|run| run.init_to_snapshot), "ms", 0)?;
+        row(f, "snapshot complete → all released", of(&|run| run.snapshot_to_released), "ms", 0)?;
+        let added = |run: &Numbers| (run.init_to_snapshot + run.snapshot_to_released) / run.floor;
+        row(f, "init → all released, of the floor", of(&added), "(aim: ≤ 0.50)", 2)?;
+        row(f, "crash kernel's peak memory", of(&|run| run.peak_mib), "MiB", 0)?;
+        row(f, "memory poured", of(&|run| run.poured_mib), "MiB", 0)?;
+        row(f, "pouring", of(&|run| run.pour), "GB/s", 3)?;
+        row(f, "plain copy out of the vmcore", of(&|run| run.copy), "GB/s", 3)?;
+        row(f, "pouring, of the plain copy", of(&|run| run.pour / run.copy), "(aim: ≥ 0.70)", 2)?;
+        let kib = |bytes: u64| bytes.div_ceil(1024);
+        writeln!(f, "  initramfs {} KiB, binary {} KiB", kib(self.initramfs_bytes), kib(self.binary_bytes))?;
+        writeln!(f, "  since init, with the demo's programs:")?;
+        for (name, _) in self.runs.first().map_or(&[][..], |run| &run.marks) {
+            let times = self.runs.iter().filter_map(|run| time_of(&run.marks, name).ok()).collect();
+            row(f, &format!("  {name}"), Spread::of(times), "ms", 0)?;
+        }
+        Ok(())
+    }
+}
+
+/// Of some numbers.
+#[derive(Debug, PartialEq)]
+struct Spread {
+    median: f64,
+    least: f64,
+    most: f64,
+}
+
+impl Spread {
+    /// Not a number for none.
+    fn of(mut values: Vec<f64>) -> Self {
+        values.sort_by(f64::total_cmp);
+        let at = |n: usize| values.get(n).copied().unwrap_or(f64::NAN);
+        let (low, high) = (values.len().saturating_sub(1) / 2, values.len() / 2);
+        Self {
+            median: (at(low) + at(high)) / 2.0,
+            least: at(0),
+            most: values.last().copied().unwrap_or(f64::NAN),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::median;
+    use super::*;
 
     #[test]
     fn the_median_is_in_the_middle() {
-        assert_eq!(median(vec![9.0, 1.0, 5.0]), 5.0);
-        assert_eq!(median(vec![4.0, 1.0, 2.0, 3.0]), 2.5);
-        assert!(median(Vec::new()).is_nan());
+        assert_eq!(Spread::of(vec![9.0, 1.0, 5.0]), Spread { median: 5.0, least: 1.0, most: 9.0 });
+        assert_eq!(Spread::of(vec![4.0, 1.0, 2.0, 3.0]), Spread { median: 2.5, least: 1.0, most: 4.0 });
+        assert!(Spread::of(Vec::new()).median.is_nan());
+    }
+
+    #[test]
+    fn times_count_from_init() {
+        let report = serde_json::json!({ "timeline": [
+            { "name": "init", "ms": 100 }, { "name": "released", "ms": 350 }, { "name": "vmcore-open", "ms": 120 },
+        ]});
+        let marks = since_init(&report).unwrap();
+        assert_eq!(
+            marks.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(),
+            ["init", "vmcore-open", "released"]
+        );
+        assert_eq!(time_of(&marks, "released").unwrap(), 250.0);
+        assert!(time_of(&marks, "poured").is_err());
+        assert!(since_init(&serde_json::json!({})).is_err());
     }
 }

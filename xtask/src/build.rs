@@ -56,12 +56,21 @@ pub fn static_binaries() -> Result<Binaries> {
 
 /// Builds the lab's agent; its path.
 pub fn agent() -> Result<PathBuf> {
+    lab_binary("lab-agent")
+}
+
+/// Builds the init that does nothing; its path.
+pub fn idle() -> Result<PathBuf> {
+    lab_binary("lab-idle")
+}
+
+fn lab_binary(name: &str) -> Result<PathBuf> {
     let dir = target_dir().join("static");
     fs::create_dir_all(&dir)?;
     let built = build_static(&["lab"])?;
-    let built = built.first().context("the lab has no agent")?;
-    copy_if_changed(&built.path, &dir.join("lab-agent"))?;
-    Ok(dir.join("lab-agent"))
+    let binary = built.iter().find(|executable| executable.path.ends_with(name));
+    copy_if_changed(&binary.with_context(|| format!("the lab has no {name}"))?.path, &dir.join(name))?;
+    Ok(dir.join(name))
 }
 
 struct Executable {
@@ -87,6 +96,8 @@ fn build_static(packages: &[&str]) -> Result<Vec<Executable>> {
     }
     let output = cargo
         .env("RUSTFLAGS", "-C target-feature=+crt-static")
+        // One directory for all, so that work trees' own target directories do not each build everything again.
+        .env("CARGO_TARGET_DIR", target_dir().join("static-build"))
         .stderr(std::process::Stdio::inherit())
         .output()
         .context("cannot run cargo")?;

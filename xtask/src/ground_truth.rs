@@ -1,5 +1,8 @@
 //! `cargo xtask ground-truth`: /proc before the panic against autopsy's reading, and against /proc after the resurrection.
 
+//!
+//! Which fields are compared, and which may differ and why, is told in `docs/ground-truth.md`.
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -12,27 +15,26 @@ use autopsy::ground_truth::{Comparison, Record, compare};
 use clap::Args;
 use lab::image::DEMO_UID;
 use lab::{Guest, Lab, MachineConfig, Panic, Program, Series};
+use survivors::{Expect, Needs, Survivor, TABLE};
 
 use crate::crash::{self, Quiet};
 use crate::crash_runs::Tally;
 use crate::guest::{self, Installation};
+use crate::survive::PROGRAM;
 use crate::{Global, ui, workload};
 
-/// Fields of /proc in which a resurrected process may differ from what it was, and why.
+/// Fields of /proc in which a resurrected process may differ from what it was, and why (`docs/ground-truth.md`).
 const MAY_DIFFER: &[(&str, &str)] = &[
     ("stat.starttime", "the process was made again: the kernel notes the new time"),
     ("fdinfo.mnt_id", "the file systems were mounted again"),
-    ("fdinfo.ino", "pipes and terminals are new objects with new numbers"),
-    (
-        "smaps.Anonymous",
-        "pages that were never written, or were shared after fork, may be counted differently",
-    ),
     ("ns.time", "resurrected processes live in a time namespace that continues the dead kernel's clocks"),
     ("ns.time_for_children", "as ns.time"),
     ("ns.mnt", "a service's own mount namespace is gone"),
-    ("thread.syscall", "an interrupted call is restarted, some as restart_syscall"),
     ("cgroup", "control groups are not rebuilt"),
 ];
+
+/// Inodes of these exist in memory only; they are new ones, with new numbers.
+const NUMBERED_ANEW: &[&str] = &["pipe:["];
 
 /// Programs that do nothing on their own before and after: every field of them is compared. Name and shell script.
 const STILL: &[(&str, &str)] = &[
@@ -52,6 +54,13 @@ for n in range(3): threading.Thread(target=time.sleep, args=(5000,)).start()'",
     ("nice", "exec nice -n 7 sleep 5004"),
 ];
 
+/// Where survivors look for the sign of another kernel. Once all are ready a FIFO without a writer takes its place: whoever
+/// looks stays in open(2), before the panic and after it, and so keeps the state that it has set up.
+const BOOT_ID: &str = "/var/lib/boot-id";
+const READY_DEADLINE: Duration = Duration::from_secs(240);
+/// Length of the sleeps of survivors that sleep, in milliseconds: longer than all this takes.
+const LONG: &str = "3000000";
+
 /// Compares what the running kernel said in /proc with what is read from its memory after the panic, and with what the
 /// resurrected processes show.
 #[derive(Debug, Args)]
@@ -62,15 +71,18 @@ pub struct GroundTruth {
     /// How many differences are printed.
     #[arg(long, default_value_t = 40)]
     show: usize,
+    /// Alters one field of one process in the recording: both comparisons must fail (to see that they can).
+    #[arg(long)]
+    damage: bool,
 }
 
 impl GroundTruth {
     /// One kernel, as part of the tests.
     pub fn new(kernel: Series) -> Self {
-        Self { kernel: Some(kernel), show: 40 }
+        Self { kernel: Some(kernel), show: 40, damage: false }
     }
 
-    /// Runs it; whether all fields agree.
+    /// Runs it; whether all processes agree.
     pub fn run(self, global: &Global) -> Result<bool> {
         let tally = self.count(global)?;
         ui::finish();
@@ -78,29 +90,28 @@ impl GroundTruth {
         Ok(tally.failed == 0 && tally.passed > 0)
     }
 
-    /// Runs it; each of the two comparisons counts as one test.
+    /// Runs it; each process counts once in each of the two comparisons.
     pub fn count(self, global: &Global) -> Result<Tally> {
         let lab = global.lab()?;
         let mut tally = Tally::default();
         for series in crate::series_or_all(self.kernel) {
             let config = MachineConfig::new(series, global.accel());
-            let failed =
-                self.on(&lab, &config).with_context(|| format!("ground truth on kernel {series}"))?;
-            tally.passed += 2 - failed;
-            tally.failed += failed;
+            let found = self.on(&lab, &config).with_context(|| format!("ground truth on kernel {series}"))?;
+            tally.passed += found.passed;
+            tally.failed += found.failed;
         }
         Ok(tally)
     }
 
-    /// How many of the two comparisons failed.
-    fn on(&self, lab: &Lab, config: &MachineConfig) -> Result<usize> {
-        let armed = guest::armed(lab, &workload::with_input(lab, config)?, &Installation::for_demo())?;
+    fn on(&self, lab: &Lab, config: &MachineConfig) -> Result<Tally> {
+        let armed =
+            guest::armed(lab, &workload::with_input(lab, config)?, &Installation::for_programs(PROGRAM))?;
         let mut guest = lab.start(&armed, &format!("ground-truth-{}", config.series))?;
-        let busy = workload::start(&mut guest.agent)?;
-        let mut still = Vec::new();
+        let mut still = start_survivors(&mut guest)?;
         for (_, script) in STILL {
             still.push(guest.agent.spawn(&Program::shell(script).uid(DEMO_UID))?);
         }
+        let busy = workload::start(&mut guest.agent)?;
         // Time to get where they stay; five seconds of work for the others.
         guest.agent.wait(&busy, Duration::from_secs(5))?;
         ui::note("recording /proc before the panic");
@@ -110,90 +121,178 @@ impl GroundTruth {
         let Some(line) = crash::crash(&mut guest, &panic, &mut Quiet)? else {
             bail!("some program had ended before the panic")
         };
+        // From here on there is something to look at if it goes wrong.
+        let tally = self.after_panic(&mut guest, config, &line, &still, &busy);
+        if !matches!(tally, Ok(Tally { failed: 0, .. })) {
+            guest.keep_artifacts()?;
+            ui::line(format!("artifacts: {}", guest.dir.display()));
+        }
+        tally
+    }
+
+    fn after_panic(
+        &self,
+        guest: &mut Guest,
+        config: &MachineConfig,
+        line: &lab::Line,
+        still: &[i32],
+        busy: &[i32],
+    ) -> Result<Tally> {
         ui::note("waiting for the processes under the second kernel");
-        crash::wait_agent(&mut guest, &line, &mut Vec::new(), &mut Quiet)?;
+        crash::wait_agent(guest, line, &mut Vec::new(), &mut Quiet)?;
         let after_dir = guest.dir.join("proc-after");
         guest.agent.record()?.write_to(&after_dir)?;
-        crash::fetch_report(&mut guest)?;
+        crash::fetch_report(guest)?;
         ui::note("reading the dead kernel's memory");
         let core = guest.dir.join("vmcore");
         let mut file = File::create(&core)?;
         guest.agent.read_pieces("/proc/vmcore", |piece| file.write_all(piece))?;
         drop(file);
 
-        let before = Record::read(&before_dir)?;
+        let mut before = Record::read(&guest.dir.join("proc-before"))?;
+        if self.damage {
+            damage(&mut before, still)?;
+        }
+        let families = |roots: &[i32]| families(&before, roots);
+        let (still_ones, restless) = (families(still), families(busy));
         let kernel = ktypes::Kernel::open(vmcore::Vmcore::open(&core)?)?;
         let (_, found) = Autopsy::new(&kernel).snapshot_with_record()?;
-        let read = compare(&before, &found);
-        self.tell(
-            &format!("kernel {}: /proc before the panic, and what is read from memory", config.series),
-            &read,
-        );
-        let shown = self.resurrected(&guest, before, &Record::read(&after_dir)?, &still)?;
-        self.tell(
-            &format!("kernel {}: /proc before the panic, and of the resurrected processes", config.series),
-            &shown,
-        );
-        let failed = [&read, &shown].into_iter().filter(|result| !agrees(result)).count();
-        if failed > 0 {
-            guest.keep_artifacts()?;
-            ui::line(format!("artifacts: {}", guest.dir.display()));
-        } else {
-            fs::remove_file(&core)?;
-        }
-        Ok(failed)
-    }
+        // What demo programs start and wait for may come and go between the recording and the panic.
+        let read = Verdict::of(&before, &found, |pid| !restless.contains(&pid));
+        self.tell(&format!("kernel {}: /proc and the dead kernel's memory", config.series), &read);
 
-    /// Compares two recordings for the processes that came back.
-    fn resurrected(
-        &self,
-        guest: &Guest,
-        mut before: Record,
-        after: &Record,
-        still: &[i32],
-    ) -> Result<Comparison> {
         let lives = resurrected_pids(&guest.dir)?;
-        if let Some(gone) = still.iter().find(|pid| !lives.contains(pid)) {
-            bail!("process {gone} did not come back (see report.json in {})", guest.dir.display());
-        }
-        let families = families(&before, still);
-        let mut after = after.clone();
+        let gone: Vec<i32> = still.iter().copied().filter(|pid| !lives.contains(pid)).collect();
+        let mut after = Record::read(&after_dir)?;
+        let unmoved = |pid: &i32| still_ones.contains(pid) && !read.comparison.moved.contains(pid);
         for record in [&mut before, &mut after] {
             record.processes.retain(|pid, _| lives.contains(pid));
             for (pid, fields) in &mut record.processes {
-                fields.retain(|(name, _), _| !MAY_DIFFER.iter().any(|(free, _)| free == name));
-                for ((name, _), value) in fields.iter_mut() {
-                    if *name == "fd" && value.starts_with("pipe:[") {
-                        "pipe".clone_into(value);
-                    }
-                }
+                make_comparable(fields);
                 // Context switches tell the comparison who has run meanwhile; these have not, but are new threads.
-                if families.contains(pid) {
+                if unmoved(pid) {
                     fields.retain(|(name, _), _| *name != "thread.switches");
                 }
             }
         }
-        Ok(compare(&before, &after))
+        let mut shown = Verdict::of(&before, &after, |pid| still_ones.contains(&pid));
+        // Whoever has not come back has shown nothing.
+        shown.missing.extend(gone);
+        self.tell(&format!("kernel {}: /proc before and after the resurrection", config.series), &shown);
+        fs::remove_file(&core).or_else(|error| if shown.failed() > 0 { Ok(()) } else { Err(error) })?;
+        Ok(Tally { passed: read.passed() + shown.passed(), failed: read.failed() + shown.failed() })
     }
 
-    fn tell(&self, what: &str, result: &Comparison) {
-        let fields: usize = result.compared.values().sum();
-        ui::line(format!("{what}: {fields} fields, {} differences", result.differences.len()));
+    fn tell(&self, what: &str, verdict: &Verdict) {
+        let result = &verdict.comparison;
+        ui::line(format!(
+            "{what}: {} processes ({} of them had moved on), {} fields, {} differences",
+            verdict.compared.len(),
+            result.moved.len(),
+            result.compared.values().sum::<usize>(),
+            result.differences.len()
+        ));
         for difference in result.differences.iter().take(self.show) {
             ui::line(format!("  {difference}"));
         }
         if result.differences.len() > self.show {
             ui::line(format!("  … and {} more", result.differences.len() - self.show));
         }
+        for pid in &verdict.missing {
+            ui::line(format!("  process {pid} is in one of the two only"));
+        }
     }
 }
 
-fn agrees(result: &Comparison) -> bool {
-    result.differences.is_empty() && !result.compared.is_empty()
+/// A comparison, counted by processes.
+struct Verdict {
+    comparison: Comparison,
+    /// Processes that both records have.
+    compared: BTreeSet<i32>,
+    /// Processes with a difference.
+    differing: BTreeSet<i32>,
+    /// Processes that only one record has although both should.
+    missing: BTreeSet<i32>,
 }
 
-/// The still programs and their children.
-fn families(record: &Record, still: &[i32]) -> BTreeSet<i32> {
+impl Verdict {
+    fn of(expected: &Record, found: &Record, must_be_in_both: impl Fn(i32) -> bool) -> Self {
+        let comparison = compare(expected, found);
+        let in_both = |pid: &&i32| found.processes.contains_key(pid);
+        let compared = expected.processes.keys().filter(in_both).copied().collect();
+        let differing = comparison.differences.iter().map(|difference| difference.pid).collect();
+        let missing = comparison.alone.iter().copied().filter(|pid| must_be_in_both(*pid)).collect();
+        Self { comparison, compared, differing, missing }
+    }
+
+    fn failed(&self) -> usize {
+        self.differing.len() + self.missing.len()
+    }
+
+    fn passed(&self) -> usize {
+        self.compared.len() - self.differing.len()
+    }
+}
+
+/// Takes out of a process's fields what may differ after the resurrection.
+fn make_comparable(fields: &mut BTreeMap<(&'static str, u64), String>) {
+    let anew: BTreeSet<u64> = fields
+        .iter()
+        .filter(|((name, _), path)| *name == "fd" && NUMBERED_ANEW.iter().any(|kind| path.starts_with(kind)))
+        .map(|((_, fd), _)| *fd)
+        .collect();
+    fields.retain(|(name, which), _| {
+        !MAY_DIFFER.iter().any(|(free, _)| free == name) && !(*name == "fdinfo.ino" && anew.contains(which))
+    });
+    for ((name, which), value) in fields.iter_mut() {
+        if *name == "fd" && anew.contains(which) {
+            value.truncate(value.find('[').unwrap_or(value.len()));
+        }
+    }
+}
+
+/// Starts all survivors that are to survive and can stand still; their process ids.
+fn start_survivors(guest: &mut Guest) -> Result<Vec<i32>> {
+    let script = format!("cp /proc/sys/kernel/random/boot_id {BOOT_ID} && chmod 644 {BOOT_ID}");
+    guest.agent.shell(&script, READY_DEADLINE)?;
+    // This one never enters the kernel: there is no moment at which /proc and its memory could agree.
+    let chosen: Vec<&Survivor> = TABLE
+        .iter()
+        .filter(|survivor| survivor.expect == Expect::Survives && survivor.name != "fpu-loop")
+        .collect();
+    let mut pids = Vec::new();
+    for (root, dir) in [(false, "/home/demo/survivors"), (true, "/root/survivors")] {
+        let names = chosen
+            .iter()
+            .filter(|survivor| matches!(survivor.needs, Needs::Root | Needs::Tty) == root)
+            .map(|survivor| survivor.name);
+        let how =
+            [PROGRAM, "start", "--dir", dir, "--timeout", "200", "--period", LONG, "--boot-id", BOOT_ID];
+        let program = Program::new(how.into_iter().chain(names)).uid(if root { 0 } else { DEMO_UID });
+        let output = guest.agent.run(&program, READY_DEADLINE)?;
+        pids.extend(output.lines().filter_map(|line| {
+            let mut words = line.split_whitespace();
+            (words.next() == Some("ready")).then(|| words.nth(1)?.parse::<i32>().ok()).flatten()
+        }));
+    }
+    if pids.len() != chosen.len() {
+        bail!("{} of {} survivors are ready", pids.len(), chosen.len());
+    }
+    let script = format!("mkfifo -m 644 {BOOT_ID}.new && mv {BOOT_ID}.new {BOOT_ID} && sync");
+    guest.agent.shell(&script, READY_DEADLINE)?;
+    Ok(pids)
+}
+
+/// Alters one field of the first of these processes.
+fn damage(record: &mut Record, still: &[i32]) -> Result<()> {
+    let fields = still.first().and_then(|pid| record.processes.get_mut(pid)).context("nothing to damage")?;
+    let umask = fields.get_mut(&("status.Umask", 0)).context("the recording has no umask")?;
+    umask.push('1');
+    Ok(())
+}
+
+/// These processes and all their children.
+fn families(record: &Record, roots: &[i32]) -> BTreeSet<i32> {
     let parents: BTreeMap<i32, i32> = record
         .processes
         .iter()
@@ -201,7 +300,7 @@ fn families(record: &Record, still: &[i32]) -> BTreeSet<i32> {
         .collect();
     let descends = |mut pid: i32| {
         for _ in 0..parents.len() {
-            if still.contains(&pid) {
+            if roots.contains(&pid) {
                 return true;
             }
             let Some(parent) = parents.get(&pid) else { return false };
