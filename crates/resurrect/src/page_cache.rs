@@ -83,8 +83,9 @@ fn lives_in_memory(inode: &Inode) -> bool {
 
 /// Writes what is newer in the dead page cache than on the disk to the regular file at `path`.
 ///
-/// Dirty pages are written, and all cached pages when the size on disk is another one than it was in memory; then the size and the
-/// times are set. A file that the disk never saw is created with its owner, mode and parent directories, if all of its contents
+/// Dirty pages are written, and all cached pages when size or modification time on disk are other ones than they were in memory (pages
+/// may be clean because their data had been written, while the transaction that says where to find it was never committed); then the size
+/// and the times are set. A file that the disk never saw is created with its owner, mode and parent directories, if all of its contents
 /// are known. A file that is up to date is not touched.
 pub fn restore(path: &Path, inode: &Inode, mem: &dyn PhysMem) -> Result<Restored, PageCacheError> {
     let name = || path.display().to_string();
@@ -93,7 +94,7 @@ pub fn restore(path: &Path, inode: &Inode, mem: &dyn PhysMem) -> Result<Restored
     let on_disk = match std::fs::metadata(path) {
         Ok(meta) => {
             verify(path, inode, &meta)?;
-            Some(meta.size())
+            Some(meta)
         }
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
             let want = inode.size.div_ceil(PAGE_SIZE);
@@ -107,8 +108,8 @@ pub fn restore(path: &Path, inode: &Inode, mem: &dyn PhysMem) -> Result<Restored
         }
         Err(e) => return Err(io("look for")(e)),
     };
-    done.resized = on_disk.is_some_and(|size| size != inode.size);
-    let all = done.created || done.resized;
+    done.resized = on_disk.as_ref().is_some_and(|meta| meta.size() != inode.size);
+    let all = done.created || done.resized || on_disk.is_some_and(|meta| is_older(&meta, inode));
     if !all && !inode.pages.iter().any(|r| r.dirty) {
         return Ok(done);
     }
@@ -147,6 +148,12 @@ fn verify(path: &Path, inode: &Inode, meta: &Metadata) -> Result<(), PageCacheEr
         return Err(PageCacheError::Replaced { path: path(), found: meta.ino(), expected: inode.ino });
     }
     Ok(())
+}
+
+/// The disk knows another modification time than the dead kernel did. File systems that keep whole seconds only say 0 nanoseconds.
+fn is_older(meta: &Metadata, inode: &Inode) -> bool {
+    let nsec = meta.mtime_nsec();
+    meta.mtime() != inode.mtime.sec || (nsec != 0 && nsec != i64::from(inode.mtime.nsec))
 }
 
 fn create(path: &Path, inode: &Inode) -> io::Result<File> {
@@ -205,7 +212,9 @@ mod tests {
     fn on_disk(dir: &Path, contents: &[u8], mut inode: Inode) -> (std::path::PathBuf, Inode) {
         let path = dir.join("file");
         std::fs::write(&path, contents).unwrap();
-        inode.ino = std::fs::metadata(&path).unwrap().ino();
+        let meta = std::fs::metadata(&path).unwrap();
+        inode.ino = meta.ino();
+        inode.mtime = snapshot::Timestamp { sec: meta.mtime(), nsec: meta.mtime_nsec() as u32 };
         (path, inode)
     }
 
@@ -220,6 +229,17 @@ mod tests {
         assert!(now[..4096].iter().all(|&b| b == b'.'), "a clean page was written");
         assert!(now[4096..8192].iter().all(|&b| b == b'e') && now[8192..].iter().all(|&b| b == b'f'));
         assert_eq!(now.len(), 8292);
+        let meta = std::fs::metadata(&path).unwrap();
+        assert_eq!((meta.mtime(), meta.mtime_nsec()), (inode.mtime.sec, i64::from(inode.mtime.nsec)));
+    }
+
+    #[test]
+    fn all_pages_are_written_when_the_disk_has_an_older_file_of_the_same_size() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, mut inode) = on_disk(dir.path(), &[b'.'; 4096], inode(4096, &[(0, 1, 1, false)]));
+        inode.mtime = snapshot::Timestamp { sec: 1_000_000_000, nsec: 7 };
+        assert_eq!(restore(&path, &inode, &mem()).unwrap().written, 4096);
+        assert_eq!(std::fs::read(&path).unwrap(), [b'b'; 4096]);
         let meta = std::fs::metadata(&path).unwrap();
         assert_eq!((meta.mtime(), meta.mtime_nsec()), (1_000_000_000, 7));
     }
