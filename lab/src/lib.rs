@@ -61,7 +61,7 @@ impl Lab {
     /// [`Error::Host`] with what to install, if that is not allowed.
     pub fn open(cache: &Path, agent: &Path) -> Result<Self> {
         host::ensure_tools()?;
-        for dir in ["kernels", "images", "snapshots", "runs"] {
+        for dir in ["kernels", "images", "snapshots", "runs", "locks"] {
             let dir = cache.join(dir);
             fs::create_dir_all(&dir).at(&dir)?;
         }
@@ -101,7 +101,7 @@ impl Lab {
     }
 
     fn lock(&self, what: &str) -> Result<host::Lock> {
-        host::Lock::take(&self.cache.join(format!(".{what}.lock")))
+        host::Lock::take(&self.cache.join("locks").join(what))
     }
 
     /// Whether a refresh was asked for and `file` is older than that.

@@ -18,7 +18,7 @@ const LAYOUT: &str = "4";
 const BOOT_DEADLINE: Duration = Duration::from_secs(300);
 const AGENT_DEADLINE: Duration = Duration::from_secs(60);
 /// How many layers of the same label are kept beside those that others stand on.
-const KEEP_LAYERS: usize = 6;
+const KEEP_LAYERS: usize = 10;
 /// How many run directories are kept, besides those marked to be kept.
 const KEEP_RUNS: usize = 24;
 
@@ -71,7 +71,6 @@ impl Lab {
         let kernel = self.kernel(config.series)?;
         let image = self.image()?;
         let agent = fs::read(self.agent_binary()).at(self.agent_binary())?;
-        let _lock = self.lock("snapshots")?;
         let config_text = serde_json::to_string(config).unwrap_or_default();
         let key = Key::new("boot")
             .with(LAYOUT)
@@ -80,6 +79,8 @@ impl Lab {
             .with(&config_text)
             .with_bytes(&agent);
         let label = format!("boot-{}", config.series);
+        // Only who wants the same layer waits.
+        let _lock = self.lock(&format!("{label}-{}", key.text()))?;
         if let Some(snapshot) = self.existing(&label, &key, config) {
             return Ok(snapshot);
         }
@@ -105,7 +106,7 @@ impl Lab {
     ) -> Result<Snapshot> {
         let key = Key::new(label).with(LAYOUT).with(&parent.key).with(&inputs.text());
         let label = format!("{label}-{}", parent.config.series);
-        let _lock = self.lock("snapshots")?;
+        let _lock = self.lock(&format!("{label}-{}", key.text()))?;
         if let Some(snapshot) = self.existing(&label, &key, &parent.config) {
             return Ok(snapshot);
         }
