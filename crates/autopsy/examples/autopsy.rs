@@ -1,26 +1,28 @@
-//! Prints what a core tells, as JSON: `cargo run --example autopsy -- CORE [--quiet]`.
+//! Prints what a core tells, as JSON: `cargo run --example autopsy -- CORE`, or how long it takes:
+//! `cargo run --release --example autopsy -- CORE --times N`.
 
 use std::time::Instant;
 
 fn main() -> anyhow::Result<()> {
-    let core = std::env::args().nth(1).unwrap_or_else(|| "/proc/vmcore".into());
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let core = args.first().map_or("/proc/vmcore", String::as_str);
+    let times = args.iter().position(|a| a == "--times").and_then(|at| args.get(at + 1)?.parse::<u32>().ok());
     let start = Instant::now();
     let kernel = ktypes::Kernel::open(vmcore::Vmcore::open(core.as_ref())?)?;
-    let opened = Instant::now();
-    let snapshot = autopsy::autopsy(&kernel)?;
-    let done = Instant::now();
-    eprintln!(
-        "{} processes, {} mappings; kernel opened in {:?}, autopsy in {:?}",
-        snapshot.processes.len(),
-        snapshot.address_spaces.values().map(|mm| mm.vmas.len()).sum::<usize>(),
-        opened - start,
-        done - opened,
-    );
-    for finding in &snapshot.findings {
-        eprintln!("{:?} {:?} {}: {}", finding.severity, finding.pid, finding.object, finding.text);
-    }
-    if std::env::args().nth(2).as_deref() != Some("--quiet") {
-        serde_json::to_writer(std::io::stdout().lock(), &snapshot)?;
+    eprintln!("kernel opened in {:?}", start.elapsed());
+    for _ in 0..times.unwrap_or(1) {
+        let start = Instant::now();
+        let snapshot = autopsy::autopsy(&kernel)?;
+        eprintln!(
+            "{} processes, {} mappings, {} findings in {:?}",
+            snapshot.processes.len(),
+            snapshot.address_spaces.values().map(|mm| mm.vmas.len()).sum::<usize>(),
+            snapshot.findings.len(),
+            start.elapsed(),
+        );
+        if times.is_none() {
+            serde_json::to_writer(std::io::stdout().lock(), &snapshot)?;
+        }
     }
     Ok(())
 }

@@ -96,7 +96,7 @@ impl Autopsy<'_> {
             return 0;
         }
         let cycles = tsc.wrapping_sub(keeper.cycle_last) & keeper.mask;
-        let ns = i128::from(cycles) * i128::from(keeper.mult) >> keeper.shift;
+        let ns = (i128::from(cycles) * i128::from(keeper.mult)) >> keeper.shift;
         if ns > MAX_SINCE_TICK {
             let text = "the time of the panic and the last tick do not fit together; the tick's is taken";
             self.find(Severity::Note, "clock", text);

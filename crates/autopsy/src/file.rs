@@ -160,6 +160,9 @@ impl Autopsy<'_> {
             return Ok((0, 0));
         }
         let owner: Owner = self.kernel.read(at)?;
+        if owner.pid == 0 {
+            return Ok((0, owner.signum));
+        }
         let pid = self.pid_number(owner.pid)?;
         let is_group = u64::from(owner.pid_type) == self.enumerator("PIDTYPE_PGID", 2);
         Ok((if is_group { -pid } else { pid }, owner.signum))

@@ -327,8 +327,8 @@ mod tests {
     /// What XSAVES stores: `enabled` components have a place, `present` ones a value.
     fn compacted(enabled: u64, present: u64) -> Vec<u8> {
         let mut area = vec![0xee; EXTENDED];
-        for at in 0..416 {
-            area[at] = content(if at < 160 { 0 } else { 1 }, at);
+        for (at, byte) in area.iter_mut().enumerate().take(416) {
+            *byte = content(usize::from(at >= 160), at);
         }
         area[MXCSR].copy_from_slice(&[0xa0, 0x1f, 0, 0, 0xff, 0xff, 0, 0]);
         area[XSTATE_BV..XSTATE_BV + 8].copy_from_slice(&present.to_le_bytes());

@@ -11,13 +11,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::io;
+use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use ktypes::KernelType;
 use snapshot::{
-    AddressSpace, Bytes, OpenFile, Pid, Process, ProcessState, Prot, Seccomp, Snapshot, Thread, ThreadState,
-    Vma, VmaFlags, VmaKind,
+    AddressSpace, Bytes, OpenFile, PAGE_SIZE, PageRun, Pid, Process, ProcessState, Prot, Seccomp, Snapshot,
+    Thread, ThreadState, Vma, VmaFlags, VmaKind,
 };
 
 use crate::Autopsy;
@@ -44,12 +45,16 @@ pub const MOVING: &[&str] = &[
     "thread.syscall",
     "thread.SigPnd",
     "thread.SigBlk",
+    "cmdline",
+    "environ",
 ];
 
 /// How many context switches a thread has behind it.
 const SWITCHES: &str = "thread.switches";
 /// How many bytes of a recording's file are looked at.
 const MAX_FILE: u64 = 64 << 20;
+/// Longest command line or environment that is compared, bytes.
+const MAX_TEXT: u64 = 1 << 20;
 /// Nanoseconds of a tick of /proc (USER_HZ is 100).
 const TICK_NS: u64 = 10_000_000;
 
@@ -172,6 +177,18 @@ impl Autopsy<'_> {
         let mount_ids = self.mount_ids.borrow();
         for process in &snapshot.processes {
             let Some(fields) = record.processes.get_mut(&process.pid) else { continue };
+            if let Some(space) = process.address_space.and_then(|id| snapshot.address_spaces.get(&id)) {
+                let layout = &space.layout;
+                let texts = [
+                    ("cmdline", layout.arg_start..layout.arg_end),
+                    ("environ", layout.env_start..layout.env_end),
+                ];
+                for (name, range) in texts {
+                    if let Some(bytes) = self.contents(space, range) {
+                        put(fields, name, 0, Bytes(bytes));
+                    }
+                }
+            }
             for descriptor in &process.descriptors {
                 if let Some(id) = mount_ids.get(&descriptor.file) {
                     put(fields, "fdinfo.mnt_id", descriptor.fd as u64, id);
@@ -186,6 +203,27 @@ impl Autopsy<'_> {
         }
         drop(mount_ids);
         Ok((snapshot, record))
+    }
+}
+
+impl Autopsy<'_> {
+    /// What a process had in its own pages; `None` if some of it was elsewhere.
+    fn contents(&self, space: &AddressSpace, range: Range<u64>) -> Option<Vec<u8>> {
+        let len = range.end.checked_sub(range.start).filter(|len| *len <= MAX_TEXT)?;
+        let mut bytes = vec![0; len as usize];
+        let mut done = 0;
+        while done < bytes.len() {
+            let at = range.start + done as u64;
+            let vma = space.vmas.iter().find(|vma| (vma.start..vma.end).contains(&at))?;
+            let within =
+                |run: &&PageRun| (run.addr..run.addr + u64::from(run.count) * PAGE_SIZE).contains(&at);
+            let run = vma.pages.iter().find(within)?;
+            let n = (PAGE_SIZE - at % PAGE_SIZE).min((bytes.len() - done) as u64) as usize;
+            let phys = run.pfn * PAGE_SIZE + (at - run.addr);
+            self.kernel.vmcore().read_phys(phys, &mut bytes[done..done + n]).ok()?;
+            done += n;
+        }
+        Some(bytes)
     }
 }
 
@@ -386,6 +424,11 @@ fn recorded_process(path: &Path) -> Fields {
                 .unwrap_or("")
                 .to_owned();
             put(f, name, 0, value);
+        }
+    }
+    for name in ["cmdline", "environ"] {
+        if let Ok(bytes) = std::fs::read(path.join(name)) {
+            put(f, name, 0, Bytes(bytes));
         }
     }
     if let Ok(bytes) = std::fs::read(path.join("auxv")) {

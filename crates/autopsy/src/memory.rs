@@ -408,7 +408,7 @@ impl Autopsy<'_> {
                 && area.vm_start < area.vm_end
                 && area.vm_end <= USER_END
                 && area.vm_start >= after
-                && (area.vm_start | area.vm_end) % PAGE_SIZE == 0;
+                && (area.vm_start | area.vm_end).is_multiple_of(PAGE_SIZE);
             if !sane {
                 let why = format!("{:x}-{:x} cannot be the next mapping", area.vm_start, area.vm_end);
                 return Err(corrupt("vm_area_struct", addr, why));

@@ -347,10 +347,11 @@ impl Autopsy<'_> {
 
     /// The thread groups of all user processes; makes their threads known to each other.
     fn groups(&self) -> Result<Vec<Group>> {
+        let leaders = self.leaders()?;
         // Without it all would be lost, one by one.
         self.kernel.check::<Signal>()?;
         let mut groups = Vec::new();
-        for leader in self.leaders()?.into_iter().filter(|l| !l.task.is_kernel_thread()) {
+        for leader in leaders.into_iter().filter(|l| !l.task.is_kernel_thread()) {
             let before = self.set_subject(Some(leader.task.pid));
             match self.group(&leader) {
                 Ok(group) => groups.push(group),
