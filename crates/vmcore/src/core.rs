@@ -96,14 +96,20 @@ impl Vmcore {
         let head = read_up_to(&file, 0, end).map_err(io("read"))?;
         let headers = elf::headers(&head).map_err(bad)?;
 
-        let mut notes = Notes::default();
+        let (mut notes, mut cut) = (Notes::default(), false);
         for (offset, len) in headers.notes {
             if len > MAX_NOTES {
                 return Err(bad(format!("a note segment of {len} bytes")));
             }
-            notes.add(&read_up_to(&file, offset, len).map_err(io("read"))?);
+            let bytes = read_up_to(&file, offset, len).map_err(io("read"))?;
+            cut |= (bytes.len() as u64) < len;
+            notes.add(&bytes);
         }
-        let info = notes.vmcoreinfo.ok_or(Error::NoVmcoreInfo)?;
+        let info = match notes.vmcoreinfo {
+            Some(info) => info,
+            None if cut => return Err(bad(format!("the file ends at {size:#x}, before its notes do"))),
+            None => return Err(Error::NoVmcoreInfo),
+        };
 
         let expected_size = headers.loads.iter().map(|s| s.file_offset + s.len).max().unwrap_or(0);
         // Cut first, then made disjoint: the kernel's image has a PT_LOAD of its own at the
