@@ -83,7 +83,7 @@ pub enum LiveFpu {
     GiveUp,
     /// Its process enters its crash procedure, or is given up when it has none.
     CrashProcedure,
-    /// It goes on with the last registers known, and the report warns.
+    /// It goes on with the FPU in its initial state, and the report warns.
     ResumeAnyway,
 }
 
@@ -236,6 +236,13 @@ fn judge(
     }
     if let ProcessState::Exiting { .. } = process.state {
         reasons.push(Reason::new("exiting", "it was exiting when the kernel died"));
+    }
+    if !matches!(process.cgroup.as_bytes(), b"" | b"/") {
+        let text = format!(
+            "it was in the control group {}: it runs in the root group, without limits",
+            process.cgroup
+        );
+        losses.push(Reason::new("cgroup", text));
     }
     judge_namespaces(process, &mut reasons);
     judge_memory(snapshot, process, mm_users, &mut reasons);
@@ -602,6 +609,14 @@ mod tests {
             |severity| Finding { severity, pid: Some(500), object: "memory".into(), text: "x".into() };
         assert_eq!(reasons(|s| s.findings.push(doubt(Severity::Doubt))), ["memory"]);
         assert!(reasons(|s| s.findings.push(doubt(Severity::Note))).is_empty());
+    }
+
+    #[test]
+    fn leaving_a_control_group_is_a_loss() {
+        let mut s = machine(vec![process(500, 1, 1000)]);
+        s.processes[0].cgroup = "/system.slice/redis.service".into();
+        decide(&mut s, &all());
+        assert!(matches!(decision(&s, 500), Decision::Continue { losses } if losses[0].code == "cgroup"));
     }
 
     #[test]
