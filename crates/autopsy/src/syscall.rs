@@ -819,7 +819,7 @@ impl Dead<'_> {
 
     /// Whether an address is that of an inode in evict() (fs/inode.c): without names and references, not yet cleared.
     fn is_being_removed(&self, addr: u64) -> Option<bool> {
-        if addr >> 63 == 0 || addr % 8 != 0 {
+        if addr >> 63 == 0 || !addr.is_multiple_of(8) {
             return None;
         }
         let inode: DyingInode = self.kernel.read(addr).ok()?;

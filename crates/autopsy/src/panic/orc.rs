@@ -229,7 +229,7 @@ impl<'k> Unwinder<'k> {
             if self.entry_ip(middle)? <= ip { low = middle + 1 } else { high = middle }
         }
         let beyond =
-            low == self.count && !self.kernel.symbolize(ip).is_some_and(|(_, offset)| offset < MAX_FUNCTION);
+            low == self.count && self.kernel.symbolize(ip).is_none_or(|(_, offset)| offset >= MAX_FUNCTION);
         Ok(if beyond { None } else { low.checked_sub(1) })
     }
 
