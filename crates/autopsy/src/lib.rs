@@ -30,9 +30,9 @@ mod saver;
 mod signal;
 mod socket;
 pub mod syscall;
-mod thread;
 #[cfg(test)]
 mod testing;
+mod thread;
 mod tty;
 
 pub use error::{Error, Result};

@@ -810,7 +810,10 @@ mod tests {
     impl Machine {
         fn new() -> Self {
             let mut synth = Synth::new();
-            declare::<Task>(&mut synth, &[("tasks", named("list_head")), ("pid_links", array(named("hlist_node"), 4))]);
+            declare::<Task>(
+                &mut synth,
+                &[("tasks", named("list_head")), ("pid_links", array(named("hlist_node"), 4))],
+            );
             declare::<Signal>(&mut synth, &[]);
             declare::<PidStruct>(&mut synth, &[("tasks", array(named("hlist_head"), 4))]);
             declare::<Holder>(&mut synth, &[("idr_rt", named("xarray"))]);

@@ -27,8 +27,8 @@ use ktypes::{Kernel, KernelType};
 use snapshot::{Clocks, Pid, Registers, Resume, SyscallInFlight};
 
 use iov_iter::{Buffers, Layout, Progress, Search, Stack, Wanted};
-use table::{Class, Row, Shape, Transfer, row_of};
 pub use table::name;
+use table::{Class, Row, Shape, Transfer, row_of};
 use timers::RestartBlock;
 pub use timers::{Expiry, Timers};
 
