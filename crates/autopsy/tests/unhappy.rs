@@ -190,8 +190,9 @@ fn a_cycle_in_the_task_list_costs_nobody() {
         if to != 0 {
             fake.synth.write_u64(fake.next(from), target);
         }
-        // Backwards too: only the PID table is left to know the others.
-        fake.synth.write_u64(fake.prev(3), fake.node(6));
+        // Backwards too: only the PID table is left to know those in between.
+        let last = PROCESSES as usize;
+        fake.synth.write_u64(fake.prev(last), fake.node(last));
         let (pids, said) = fake.look().unwrap();
         assert_eq!(pids, everybody(), "{from} leads to {to}: {said}");
         if to != 0 {

@@ -29,8 +29,8 @@ use crate::report::{Fate, Mark, Pour};
 pub enum FromWorker {
     /// How the kernel died.
     Panic { kernel: Box<Kernel>, panic: Box<Panic> },
-    /// What init needs to rebuild the surroundings.
-    Surveyed { mounts: Vec<Mount>, highest_pid: i32 },
+    /// What init needs to rebuild the surroundings; and what to report of the processes should this be the last word.
+    Surveyed { mounts: Vec<Mount>, highest_pid: i32, processes: Vec<Fate>, findings: Vec<Finding> },
     /// It has the directory open that init named.
     Holding,
     /// A point in time for the report.

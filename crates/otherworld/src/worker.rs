@@ -76,8 +76,12 @@ impl Worker {
         });
         let highest_pid =
             snapshot.processes.iter().flat_map(|p| p.threads.iter().map(|t| t.tid).chain([p.pid])).max();
-        let surveyed =
-            FromWorker::Surveyed { mounts: snapshot.mounts.clone(), highest_pid: highest_pid.unwrap_or(300) };
+        let surveyed = FromWorker::Surveyed {
+            mounts: snapshot.mounts.clone(),
+            highest_pid: highest_pid.unwrap_or(300),
+            processes: self.processes.clone(),
+            findings: self.findings.clone(),
+        };
         self.channel.send(&surveyed)?;
         self.enter_root()?;
         self.resurrect(&kernel, &snapshot, &config)

@@ -215,7 +215,11 @@ impl Life {
                     self.report.dead_kernel = Some(*kernel);
                     self.report.panic = Some(*panic);
                 }
-                FromWorker::Surveyed { mounts, highest_pid } => return Ok((mounts, highest_pid)),
+                FromWorker::Surveyed { mounts, highest_pid, processes, findings } => {
+                    self.report.processes = processes;
+                    self.report.findings = findings;
+                    return Ok((mounts, highest_pid));
+                }
                 other => self.side_matter(other)?,
             }
         }
