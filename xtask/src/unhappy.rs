@@ -497,7 +497,7 @@ fn worker_ended(guest: &mut Guest, pids: &[i32], why: &str) -> Result<String> {
     for pid in pids {
         is_gone(guest, *pid)?;
     }
-    guest.agent.shell("! pgrep -f resurrect-worker", COMMAND_DEADLINE).context("the worker is left")?;
+    guest.agent.shell("! pgrep -f '[r]esurrect-worker'", COMMAND_DEADLINE).context("the worker is left")?;
     Ok(failures)
 }
 
