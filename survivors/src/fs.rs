@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::stat::{Mode, umask};
 
 use crate::Stage;
-use crate::child::Child;
+use crate::child::{Child, Ready};
 use crate::procfs::same;
 
 /// Working directory and umask.
@@ -34,7 +34,7 @@ pub fn root(stage: &mut Stage) -> Result<()> {
     let jail = stage.path("jail");
     fs::create_dir_all(jail.join("inside"))?;
     fs::write(jail.join("landmark"), "jail")?;
-    let mut child = Child::fork(stage, "root", |_, ready| {
+    let jailed = |ready: Ready| -> Result<()> {
         nix::unistd::chroot(&jail).context("chroot")?;
         std::env::set_current_dir("/inside")?;
         ready.announce()?;
@@ -51,9 +51,13 @@ pub fn root(stage: &mut Stage) -> Result<()> {
         same("working directory", &"/inside".into(), &std::env::current_dir()?)?;
         ensure!(!fs::exists("/../proc/self")?, "the jail is open");
         Ok(())
+    };
+    // From inside, its usual place for messages is out of reach.
+    let mut child = Child::fork(stage, "root", |_, ready| {
+        jailed(ready).inspect_err(|error| drop(fs::write("/message", format!("{error:#}"))))
     })?;
 
     let crash = stage.crash()?;
     fs::write(stage.path("jail/word"), if crash.damage { "damage" } else { "go" })?;
-    child.join()
+    child.join().with_context(|| fs::read_to_string(stage.path("jail/message")).unwrap_or_default())
 }

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -55,6 +56,7 @@ pub struct Stage {
     dir: PathBuf,
     ready_file: PathBuf,
     boot_id: Vec<u8>,
+    boot_id_trace: Trace,
     is_ready: bool,
 }
 
@@ -67,7 +69,9 @@ impl Stage {
     ) -> Result<Self> {
         let boot_id = fs::read(&options.boot_id)
             .with_context(|| format!("cannot read {}", options.boot_id.display()))?;
-        Ok(Self { name, options, dir, ready_file, boot_id, is_ready: false })
+        let boot_id_trace = trace(&options.boot_id)
+            .with_context(|| format!("cannot look at {}", options.boot_id.display()))?;
+        Ok(Self { name, options, dir, ready_file, boot_id, boot_id_trace, is_ready: false })
     }
 
     /// How this survivor is run.
@@ -102,7 +106,13 @@ impl Stage {
     }
 
     /// Whether another kernel runs than at the start.
+    ///
+    /// The file is opened only when it seems to be another one: a crash that met the descriptor would find a program with a file of
+    /// the kernel's open, which is not what any survivor is about.
     pub fn in_another_kernel(&self) -> bool {
+        if trace(&self.options.boot_id).is_ok_and(|trace| trace == self.boot_id_trace) {
+            return false;
+        }
         // A file that cannot be read (or is just being rewritten by a test) says nothing.
         fs::read(&self.options.boot_id).is_ok_and(|id| !id.is_empty() && id != self.boot_id)
     }
@@ -128,6 +138,15 @@ impl Stage {
         self.ready()?;
         Ok(self.wait())
     }
+}
+
+/// What a file looks like from outside: device, inode, length, time of last change. The kernel makes the inodes of its own files anew
+/// in each boot, with that moment as their time.
+type Trace = (u64, u64, u64, i64, i64);
+
+fn trace(path: &Path) -> std::io::Result<Trace> {
+    let file = fs::metadata(path)?;
+    Ok((file.dev(), file.ino(), file.len(), file.ctime(), file.ctime_nsec()))
 }
 
 /// CLOCK_MONOTONIC as a duration.
