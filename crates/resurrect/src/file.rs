@@ -31,7 +31,7 @@ pub(crate) struct Files {
     pub(crate) base: RawFd,
     open: BTreeMap<FileId, Result<OwnedFd, Reason>>,
     pipes: BTreeMap<PipeId, Result<pipe::Opened, String>>,
-    ttys: BTreeMap<TtyId, Result<Vec<Reason>, String>>,
+    ttys: BTreeMap<TtyId, Result<tty::Restored, String>>,
     inodes: BTreeMap<InodeId, Result<page_cache::Restored, String>>,
 }
 
@@ -122,7 +122,7 @@ impl Files {
                 _ => None,
             })
             .collect();
-        ttys.iter().filter_map(|id| self.ttys.get(id)?.as_ref().ok()).flatten().cloned().collect()
+        ttys.iter().filter_map(|id| self.ttys.get(id)?.as_ref().ok()).flat_map(|tty| tty.losses.clone()).collect()
     }
 
     fn open_one(
@@ -163,7 +163,8 @@ impl Files {
             FileKind::Tty { tty: id } => {
                 let tty = snapshot.ttys.get(id);
                 let tty = tty.ok_or_else(|| Reason::new("terminal", "it is not in the snapshot"))?;
-                let restored = self.ttys.entry(*id).or_insert_with(|| tty::restore(tty));
+                let base = self.base;
+                let restored = self.ttys.entry(*id).or_insert_with(|| tty::restore(tty, base));
                 restored.as_ref().map_err(|why| Reason::new("terminal", why.clone()))?;
                 if path == Path::new("/dev/console") {
                     sys::open(path, flags | libc::O_NOCTTY | libc::O_NONBLOCK, 0)

@@ -707,8 +707,10 @@ impl<'a> Run<'a> {
         zombies
     }
 
-    fn release(&mut self, builds: Vec<Build<'a>>, zombies: Vec<&'a Process>) {
+    fn release(&mut self, mut builds: Vec<Build<'a>>, zombies: Vec<&'a Process>) {
         let mut back = zombies;
+        // Whoever stopped a process must find it stopped, not traced.
+        builds.sort_by_key(|build| !matches!(build.process.state, ProcessState::Stopped { .. }));
         for mut build in builds {
             match build.release() {
                 Ok(()) => {

@@ -55,8 +55,16 @@ pub(crate) fn open(tty: &Tty, flags: i32) -> Result<OwnedFd, Errno> {
     sys::open(&device(tty), (flags & libc::O_ACCMODE) | libc::O_NOCTTY | libc::O_NONBLOCK, 0)
 }
 
-/// Gives the terminal its settings, window size and unread input. Returns what could not be given back.
-pub(crate) fn restore(tty: &Tty) -> Result<Vec<Reason>, String> {
+/// A terminal that has its state again.
+pub(crate) struct Restored {
+    /// What could not be given back.
+    pub(crate) losses: Vec<Reason>,
+    /// Keeps it open: with its last descriptor a terminal loses its window size and what was typed.
+    _open: OwnedFd,
+}
+
+/// Gives the terminal its settings, window size and unread input. It keeps them while the result, or a process, has it open.
+pub(crate) fn restore(tty: &Tty, above: RawFd) -> Result<Restored, String> {
     let fd = open(tty, libc::O_RDWR).map_err(|e| format!("open {}: {e}", device(tty).display()))?;
     let mut losses = Vec::new();
     let mut wanted = Termios2::from(&tty.termios);
@@ -85,7 +93,8 @@ pub(crate) fn restore(tty: &Tty) -> Result<Vec<Reason>, String> {
     // SAFETY: TIOCSWINSZ reads a winsize.
     unsafe { sys::ioctl(fd.as_raw_fd(), libc::TIOCSWINSZ, &mut size) }
         .map_err(|e| format!("TIOCSWINSZ: {e}"))?;
-    Ok(losses)
+    let open = sys::lift(fd, above).map_err(|e| format!("dup: {e}"))?;
+    Ok(Restored { losses, _open: open })
 }
 
 fn set(fd: RawFd, termios: &mut Termios2) -> Result<(), String> {

@@ -9,6 +9,9 @@ use crate::{
     ThreadState, VmaKind,
 };
 
+/// The kernel's return value of an interrupted call (-EINTR).
+const EINTR: i64 = -4;
+
 /// What is to be done with a process.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "do")]
@@ -251,6 +254,11 @@ fn judge(
         let tid = thread.tid;
         if let Resume::Impossible { why } = &thread.resume {
             reasons.push(Reason::new("system-call", format!("thread {tid}: {why}")));
+        }
+        // Programs must expect this of the calls that it is done to, but without the crash it would not have happened.
+        if let Resume::Return { value: EINTR, why } = &thread.resume {
+            let text = format!("thread {tid}: its system call returns EINTR: {why}");
+            losses.push(Reason::new("interrupted", text));
         }
         if thread.seccomp != Seccomp::Off {
             let text = format!("thread {tid} runs under seccomp: not brought back by this version");
@@ -558,6 +566,19 @@ mod tests {
         let policy = Policy { select: vec![nobody, Selector::default()], ..Policy::default() };
         decide(&mut s, &policy);
         assert!(!decision(&s, 500).is_continue());
+    }
+
+    #[test]
+    fn an_interrupted_call_is_a_loss_and_a_short_count_is_none() {
+        let losses = |value| {
+            let mut s = machine(vec![process(500, 1, 0)]);
+            s.processes[0].threads[0].resume = Resume::Return { value, why: "it waited".into() };
+            decide(&mut s, &Policy { all: true, ..Policy::default() });
+            let Decision::Continue { losses } = decision(&s, 500).clone() else { panic!("it is to go on") };
+            losses.into_iter().map(|reason| reason.code).collect::<Vec<_>>()
+        };
+        assert_eq!(losses(-4), ["interrupted"]);
+        assert!(losses(100).is_empty());
     }
 
     #[test]
