@@ -495,6 +495,11 @@ fn worker_ended(guest: &mut Guest, pids: &[i32], why: &str) -> Result<String> {
     let meddled = String::from_utf8_lossy(&meddled).into_owned();
     ensure!(meddled.contains("done"), "the worker was not meddled with: {meddled}");
     for pid in pids {
+        let (word, reasons) = fate(&report, *pid)?;
+        ensure!(
+            word == "failed" && reasons.contains("aborted"),
+            "the report says of {pid}: {word} {reasons}"
+        );
         is_gone(guest, *pid)?;
     }
     guest.agent.shell("! pgrep -f '[r]esurrect-worker'", COMMAND_DEADLINE).context("the worker is left")?;
