@@ -7,6 +7,8 @@ pub struct Facts {
     pub lpj: Option<u64>,
     /// The running kernel trusts the TSC (it is the clock source): spares the crash kernel checking it against the other timers.
     pub tsc_reliable: bool,
+    /// The running kernel found the timer's interrupt where the firmware says it is.
+    pub timer_found: bool,
     /// Physical address of the register saver's header.
     pub saver: Option<u64>,
     /// How many kernels ago the machine was cold-booted, as the crash kernel will count.
@@ -67,6 +69,8 @@ const DROPPED: [(&str, &str); 34] = [
 /// - `quiet`: a serial console is slow;
 /// - `cryptomgr.notests`: no self-tests of the cipher implementations, 0.1 s and more;
 /// - `lpj=` and `tsc=reliable`: no calibration, where the running kernel knows;
+/// - `no_timer_check`, where the running kernel's check succeeded: it waits for ten ticks, and on a virtual machine whose host is
+///   busy it may wait in vain, which the kernel takes for broken hardware and panics;
 /// - `otherworld.saver=` and `otherworld.generation=`: for our own init.
 ///
 /// `irqpoll` is not added: kdump needed it for controllers with stuck interrupts long ago, and it costs at every interrupt.
@@ -83,6 +87,9 @@ pub fn derive(running: &str, facts: &Facts) -> String {
     out.extend(["maxcpus=1", "reset_devices", "panic=10", "quiet", "cryptomgr.notests"].map(str::to_owned));
     out.extend(facts.lpj.map(|lpj| format!("lpj={lpj}")));
     out.extend(facts.tsc_reliable.then(|| "tsc=reliable".to_owned()));
+    if facts.timer_found && !words.iter().any(|w| w == "no_timer_check") {
+        out.push("no_timer_check".to_owned());
+    }
     out.extend(facts.saver.map(|phys| format!("otherworld.saver={phys:#x}")));
     out.push(format!("otherworld.generation={}", facts.generation));
     out.extend(split(&facts.extra));
@@ -114,6 +121,12 @@ pub fn value<'a>(cmdline: &'a str, key: &str) -> Option<&'a str> {
 pub fn lpj_from_log(log: &str) -> Option<u64> {
     let rest = &log[log.find("(lpj=")? + "(lpj=".len()..];
     rest.split(')').next()?.parse().ok()
+}
+
+/// Whether the kernel's check of the timer's interrupt (arch/x86/kernel/apic/io_apic.c, `check_timer`) succeeded at once. `false`
+/// also when the log no longer reaches back to the boot.
+pub fn timer_found(log: &str) -> bool {
+    log.contains("Linux version ") && !log.contains("timer not connected to IO-APIC")
 }
 
 /// `loops_per_jiffy` from `/proc/cpuinfo`'s `bogomips` (lpj × HZ / 500 000, two decimals) and CONFIG_HZ.
@@ -160,6 +173,25 @@ mod tests {
         assert_eq!(value(&second, "otherworld.generation"), Some("2"));
         assert_eq!(value(&second, "root"), Some("/dev/vda"));
         assert_eq!(value(&second, "roo"), None);
+    }
+
+    #[test]
+    fn the_timer_check_is_left_out_only_where_it_has_succeeded() {
+        assert!(timer_found("[0.0] Linux version 6.1\n[0.1] x\n"));
+        assert!(!timer_found(
+            "[0.0] Linux version 6.1\n[0.1] ..MP-BIOS bug: 8254 timer not connected to IO-APIC\n"
+        ));
+        assert!(!timer_found("[9.0] the beginning has been overwritten\n"));
+        let facts = Facts { timer_found: true, generation: 1, ..Facts::default() };
+        assert!(
+            derive("quiet", &facts).ends_with("cryptomgr.notests no_timer_check otherworld.generation=1")
+        );
+        assert_eq!(
+            derive("no_timer_check", &facts).matches("no_timer_check").count(),
+            1,
+            "the administrator's stays"
+        );
+        assert!(!derive("quiet", &Facts::default()).contains("no_timer_check"));
     }
 
     #[test]

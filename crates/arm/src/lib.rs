@@ -259,8 +259,10 @@ fn derive_cmdline(
         .and_then(|text| text.lines().find_map(|l| l.strip_prefix("CONFIG_HZ=")?.parse().ok()));
     let from_cpuinfo = || cmdline::lpj_from_bogomips(&root.read("/proc/cpuinfo").ok()?, hz?);
     let clock = root.read("/sys/devices/system/clocksource/clocksource0/current_clocksource");
+    let log = state::kernel_log().unwrap_or_default();
     let facts = cmdline::Facts {
-        lpj: state::kernel_log().as_deref().and_then(cmdline::lpj_from_log).or_else(from_cpuinfo),
+        lpj: cmdline::lpj_from_log(&log).or_else(from_cpuinfo),
+        timer_found: cmdline::timer_found(&log),
         tsc_reliable: clock.is_ok_and(|c| c == "tsc"),
         saver,
         generation,

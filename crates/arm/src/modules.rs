@@ -212,9 +212,7 @@ pub fn read_module(path: &Path) -> io::Result<Vec<u8>> {
             lzma_rust2::XzReader::new(&bytes[..], true).take(MAX).read_to_end(&mut plain)?;
         }
         Some([0x28, 0xb5, 0x2f, 0xfd]) => {
-            let decoder = ruzstd::decoding::StreamingDecoder::new(&bytes[..])
-                .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e.to_string()))?;
-            decoder.take(MAX).read_to_end(&mut plain)?;
+            zstd::Decoder::new(&bytes[..])?.take(MAX).read_to_end(&mut plain)?;
         }
         _ => plain = bytes,
     }
