@@ -168,24 +168,29 @@ impl Life {
         let holding = survey.is_ok() && self.hand_over_root(&mut worker, within(deadlines.mount));
         switch::root(Path::new(NEW_ROOT))?;
         self.switched = true;
-        self.mount_the_rest(&old_mounts, manifest, whole);
+        let plan = mounts::plan(&old_mounts, &manifest.devices);
+        let (late, now): (Vec<_>, Vec<_>) = plan.into_iter().partition(mounts::Step::can_wait);
+        self.mount(now, manifest, whole);
         sys::set_hostname(
             self.report.dead_kernel.as_ref().map(|k| k.nodename.as_bytes()).unwrap_or_default(),
         );
         if let Err(error) = sys::loopback_up() {
             self.trouble(format!("the loopback interface stays down: {error}"));
         }
-        // Whatever comes next: how the machine died is on the disk from here on.
-        self.save_report(manifest);
         self.note_time("surroundings");
 
-        let (_, highest_pid) = survey?;
-        if !holding {
-            bail!("the worker ended before the root file system was mounted");
-        }
-        sys::continue_pids_after(highest_pid);
-        worker.send(&ToWorker::Go)?;
-        self.watch(&mut worker, within(deadlines.resurrect))
+        let outcome = survey.and_then(|(_, highest_pid)| {
+            if !holding {
+                bail!("the worker ended before the root file system was mounted");
+            }
+            sys::continue_pids_after(highest_pid);
+            worker.send(&ToWorker::Go)?;
+            // Whatever comes next: how the machine died is on the disk from here on. The worker does not wait for the disk.
+            self.save_report(manifest);
+            self.watch(&mut worker, within(deadlines.resurrect))
+        });
+        self.mount(late, manifest, whole);
+        outcome
     }
 
     /// Waits for the root device and checks its file system.
@@ -247,9 +252,8 @@ impl Life {
         }
     }
 
-    fn mount_the_rest(&mut self, old: &[Mount], manifest: &Manifest, whole: Instant) {
-        let plan = mounts::plan(old, &manifest.devices);
-        for step in plan {
+    fn mount(&mut self, steps: Vec<mounts::Step>, manifest: &Manifest, whole: Instant) {
+        for step in steps {
             let done = mounts::carry_out(&step, manifest, whole);
             let (mounted, note) = match done {
                 Ok(note) => (true, note),

@@ -25,6 +25,14 @@ pub struct Step {
     pub how: How,
 }
 
+impl Step {
+    /// Whether the processes need not wait for it: interfaces for administrators, which take their time (some load a module).
+    pub fn can_wait(&self) -> bool {
+        let waits = ["securityfs", "debugfs", "tracefs", "bpf", "pstore", "configfs", "fusectl", "efivarfs"];
+        self.how == How::Virtual && waits.iter().any(|fs_type| self.fs_type.as_bytes() == fs_type.as_bytes())
+    }
+}
+
 /// How a mount comes back.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum How {
@@ -297,12 +305,19 @@ mod tests {
         assert_eq!(how[0], ("/proc".into(), &How::Virtual));
         assert_eq!(how[1], ("/run".into(), &How::Virtual));
         assert!(matches!(how[2].1, How::Disk(d) if d.name == "vdb"));
+        assert!(!steps.iter().any(Step::can_wait), "programs may have files open in all of these");
         assert_eq!(how[3].1, &How::Bind { from: "/srv/data/www".into() });
         assert_eq!(how[4].1, &How::Bind { from: "/var/scratch".into() });
         assert_eq!(how[5].1, &How::Bind { from: "/run/lock".into() });
         for (n, part) in [(6, "nfs4"), (7, "/dev/vdc was mounted after arming"), (8, "automounter")] {
             assert!(matches!(how[n].1, How::Skip { why } if why.contains(part)), "{:?}", how[n]);
         }
+    }
+
+    #[test]
+    fn interfaces_for_administrators_can_wait() {
+        let steps = plan(&[old(1, "/sys/kernel/debug", "/", "debugfs", "debugfs", (0, 7))], &[]);
+        assert!(steps[0].can_wait());
     }
 
     #[test]
