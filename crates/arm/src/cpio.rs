@@ -134,8 +134,11 @@ mod tests {
         w.finish().unwrap()
     }
 
+    /// Name, mode, device, contents.
+    type Entry = (String, u32, (u32, u32), Vec<u8>);
+
     /// Reads the archive back with nothing but the format's description.
-    fn parse(mut bytes: &[u8]) -> Vec<(String, u32, (u32, u32), Vec<u8>)> {
+    fn parse(mut bytes: &[u8]) -> Vec<Entry> {
         let total = bytes.len();
         let mut out = Vec::new();
         loop {
