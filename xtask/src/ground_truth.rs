@@ -57,6 +57,8 @@ for n in range(3): threading.Thread(target=time.sleep, args=(5000,)).start()'",
 /// Where survivors look for the sign of another kernel. Once all are ready a FIFO without a writer takes its place: whoever
 /// looks stays in open(2), before the panic and after it, and so keeps the state that it has set up.
 const BOOT_ID: &str = "/var/lib/boot-id";
+/// The lab's agent in a guest.
+const AGENT: &str = "/usr/local/lib/lab/agent";
 const READY_DEADLINE: Duration = Duration::from_secs(240);
 /// Length of the sleeps of survivors that sleep, in milliseconds: longer than all this takes.
 const LONG: &str = "3000000";
@@ -153,11 +155,15 @@ impl GroundTruth {
         if self.damage {
             damage(&mut before, still)?;
         }
-        let families = |roots: &[i32]| families(&before, roots);
-        let (still_ones, restless) = (families(still), families(busy));
         let kernel = ktypes::Kernel::open(vmcore::Vmcore::open(&core)?)?;
-        let (_, found) = Autopsy::new(&kernel).snapshot_with_record()?;
+        let (_, mut found) = Autopsy::new(&kernel).snapshot_with_record()?;
+        let still_ones = families(&before, still);
         // What demo programs start and wait for may come and go between the recording and the panic.
+        let restless = &families(&before, busy) | &families(&found, busy);
+        // Whoever records and panics cannot stand still meanwhile.
+        for record in [&mut before, &mut found] {
+            record.processes.retain(|_, fields| fields.get(&("exe", 0)).is_none_or(|exe| exe != AGENT));
+        }
         let read = Verdict::of(&before, &found, |pid| !restless.contains(&pid));
         self.tell(&format!("kernel {}: /proc and the dead kernel's memory", config.series), &read);
 
@@ -175,11 +181,14 @@ impl GroundTruth {
                 }
             }
         }
+        allow_new_forms(&mut before, &after);
         let mut shown = Verdict::of(&before, &after, |pid| still_ones.contains(&pid));
         // Whoever has not come back has shown nothing.
         shown.missing.extend(gone);
         self.tell(&format!("kernel {}: /proc before and after the resurrection", config.series), &shown);
-        fs::remove_file(&core).or_else(|error| if shown.failed() > 0 { Ok(()) } else { Err(error) })?;
+        if read.failed() == 0 {
+            fs::remove_file(&core)?;
+        }
         Ok(Tally { passed: read.passed() + shown.passed(), failed: read.failed() + shown.failed() })
     }
 
@@ -251,14 +260,56 @@ fn make_comparable(fields: &mut BTreeMap<(&'static str, u64), String>) {
     }
 }
 
+/// Takes over what the resurrected processes show where it says the same in another form, or allows more.
+fn allow_new_forms(before: &mut Record, after: &Record) {
+    for (pid, fields) in &mut before.processes {
+        let Some(now) = after.processes.get(pid) else { continue };
+        for (field, value) in fields.iter_mut() {
+            let Some(new) = now.get(field) else { continue };
+            let same = match field.0 {
+                "thread.syscall" => is_same_call(value, new),
+                // A huge page where there were small ones: the rest of it is zero, as it would have been when touched.
+                "smaps.Anonymous" => value.parse::<u64>().ok() < new.parse().ok(),
+                _ => false,
+            };
+            if same {
+                value.clone_from(new);
+            }
+        }
+    }
+}
+
+/// Whether a thread waits for the same in both lines of `PID/task/TID/syscall`, although it shows it differently.
+fn is_same_call(before: &str, after: &str) -> bool {
+    let (old, new): (Vec<&str>, Vec<&str>) = (before.split(' ').collect(), after.split(' ').collect());
+    let (Some(old_nr), Some(new_nr)) = (old.first(), new.first()) else { return false };
+    match (*old_nr, *new_nr) {
+        // The kernel continues a wait with a timeout as restart_syscall(2).
+        (_, "219") => old[1..] == new[1..],
+        // It had done all but return (a signal to itself): it shows no call any more.
+        (_, "-1") => old.len() > 2 && old[old.len() - 2..] == new[1..],
+        // A write that had moved a part goes on with the rest: the end of the buffer is the same.
+        ("1", "1") => {
+            let end = |call: &[&str]| -> Option<u64> {
+                let number = |at: usize| u64::from_str_radix(call.get(at)?.trim_start_matches("0x"), 16).ok();
+                number(2)?.checked_add(number(3)?)
+            };
+            end(&old).is_some() && end(&old) == end(&new) && old[1] == new[1] && old[4..] == new[4..]
+        }
+        _ => false,
+    }
+}
+
 /// Starts all survivors that are to survive and can stand still; their process ids.
 fn start_survivors(guest: &mut Guest) -> Result<Vec<i32>> {
     let script = format!("cp /proc/sys/kernel/random/boot_id {BOOT_ID} && chmod 644 {BOOT_ID}");
     guest.agent.shell(&script, READY_DEADLINE)?;
-    // This one never enters the kernel: there is no moment at which /proc and its memory could agree.
+    // The one never enters the kernel: there is no moment at which /proc and its memory could agree. The other's wait ends with
+    // EINTR, as after any interruption (signal(7)), and its thread with it.
+    let restless = ["fpu-loop", "syscall-sigtimedwait"];
     let chosen: Vec<&Survivor> = TABLE
         .iter()
-        .filter(|survivor| survivor.expect == Expect::Survives && survivor.name != "fpu-loop")
+        .filter(|survivor| survivor.expect == Expect::Survives && !restless.contains(&survivor.name))
         .collect();
     let mut pids = Vec::new();
     for (root, dir) in [(false, "/home/demo/survivors"), (true, "/root/survivors")] {
@@ -319,4 +370,28 @@ fn resurrected_pids(dir: &Path) -> Result<BTreeSet<i32>> {
         .iter()
         .filter(|process| process["fate"].as_str().is_some_and(|fate| fate.starts_with("resurrected")));
     Ok(lives.filter_map(|process| Some(process["pid"].as_i64()? as i32)).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_may_look_different_when_it_is_the_same() {
+        assert!(is_same_call("230 0x1 0x0 0x7f 0x70", "219 0x1 0x0 0x7f 0x70"));
+        assert!(!is_same_call("230 0x1 0x0 0x7f 0x70", "219 0x1 0x0 0x7f 0x71"));
+        assert!(is_same_call("1 0x4 0x1000 0x300 0x22 0x7f 0x70", "1 0x4 0x1100 0x200 0x22 0x7f 0x70"));
+        assert!(!is_same_call("1 0x4 0x1000 0x300 0x22 0x7f 0x70", "1 0x4 0x1100 0x300 0x22 0x7f 0x70"));
+        assert!(is_same_call("234 0x1 0x2 0x7f 0x70", "-1 0x7f 0x70"));
+        assert!(!is_same_call("234 0x1 0x2 0x7f 0x70", "-1 0x7e 0x70"));
+        assert!(!is_same_call("0 0x1 0x2 0x7f 0x70", "1 0x1 0x2 0x7f 0x70"));
+    }
+
+    #[test]
+    fn whatever_may_differ_is_documented() {
+        let text = include_str!("../../docs/ground-truth.md");
+        for (field, why) in MAY_DIFFER {
+            assert!(text.contains(&format!("| `{field}` | {why} |")), "{field}");
+        }
+    }
 }
