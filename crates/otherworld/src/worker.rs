@@ -25,6 +25,9 @@ pub const COMMAND: &str = "resurrect-worker";
 /// The hidden command that mounts one file system.
 pub const MOUNT_COMMAND: &str = "mount-one";
 
+/// Nice value while the dead kernel is read.
+const READING_NICE: i32 = 15;
+
 /// Does the whole work; every outcome is told to PID 1.
 pub fn run(channel_fd: i32) -> Result<()> {
     // SAFETY: PID 1 made this descriptor for us and named it on the command line; nobody else knows it.
@@ -57,6 +60,8 @@ impl Worker {
     fn work(&mut self) -> Result<()> {
         // The manifest lies in the initramfs, which will be out of reach.
         let config = Manifest::load().context("reading the manifest")?.config;
+        // There is one CPU. PID 1 goes first with what then waits for devices and disks; reading fills the gaps.
+        rustix::process::setpriority_process(None, READING_NICE).context("cannot become nice")?;
         let core = Vmcore::open(Path::new("/proc/vmcore"))?;
         self.mark("vmcore-open")?;
         let kernel = Kernel::open(core)?;
@@ -74,6 +79,8 @@ impl Worker {
         self.processes = fates(&snapshot, |_| {
             (FateKind::Failed, vec![Reason::new("aborted", "the resurrection ended before it was rebuilt")])
         });
+        // Before there are processes that would inherit it.
+        rustix::process::setpriority_process(None, 0).context("cannot become less nice")?;
         let highest_pid =
             snapshot.processes.iter().flat_map(|p| p.threads.iter().map(|t| t.tid).chain([p.pid])).max();
         let surveyed = FromWorker::Surveyed {
