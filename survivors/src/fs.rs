@@ -1,7 +1,9 @@
 //! Where a process stands in the file system.
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::stat::{Mode, umask};
@@ -14,7 +16,7 @@ use crate::procfs::same;
 pub fn context(stage: &mut Stage) -> Result<()> {
     let dir = stage.path("here");
     fs::create_dir(&dir)?;
-    fs::write(dir.join("landmark"), "here")?;
+    write_to_disk(&dir.join("landmark"), "here")?;
     std::env::set_current_dir(&dir)?;
     umask(Mode::from_bits_truncate(0o037));
 
@@ -29,11 +31,18 @@ pub fn context(stage: &mut Stage) -> Result<()> {
     same("mode of a new file", &0o640, &mode)
 }
 
+/// What becomes of a closed file that was never synced is not the question here.
+fn write_to_disk(path: &Path, text: &str) -> Result<()> {
+    let mut file = fs::File::create(path)?;
+    file.write_all(text.as_bytes())?;
+    Ok(file.sync_all()?)
+}
+
 /// Root directory. In a child, which then sees no /proc; its parent tells it of the crash by making a file.
 pub fn root(stage: &mut Stage) -> Result<()> {
     let jail = stage.path("jail");
     fs::create_dir_all(jail.join("inside"))?;
-    fs::write(jail.join("landmark"), "jail")?;
+    write_to_disk(&jail.join("landmark"), "jail")?;
     let jailed = |ready: Ready| -> Result<()> {
         nix::unistd::chroot(&jail).context("chroot")?;
         std::env::set_current_dir("/inside")?;

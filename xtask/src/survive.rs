@@ -23,6 +23,8 @@ use crate::{Global, ui};
 pub const PROGRAM: &str = "/usr/local/lib/otherworld/survivors/survivors";
 const READY_DEADLINE: Duration = Duration::from_secs(240);
 const VERDICT_DEADLINE: Duration = Duration::from_secs(150);
+/// Codes of losses that all survivors have alike and none looks at.
+const OF_ALL: &[&str] = &["cgroup"];
 /// The panic comes within so many microseconds after all are ready.
 const MOMENTS_US: u64 = 2_000_000;
 /// The CPU that panics; computing survivors are on the other, where they are caught in user mode.
@@ -248,6 +250,11 @@ impl Claim {
         self.fate.starts_with("resurrected")
     }
 
+    /// Whether it lives and has lost nothing that a survivor could notice.
+    fn whole(&self) -> bool {
+        self.lives() && self.reasons.iter().all(|(code, _)| OF_ALL.contains(&code.as_str()))
+    }
+
     /// Whether a reason with this code is given.
     pub fn has(&self, code: &str) -> bool {
         self.reasons.iter().any(|(found, _)| found == code)
@@ -303,7 +310,7 @@ impl Row {
             "" if claim.lives() => Some("the report says that it lives, but it has come to no verdict"),
             "" => None,
             _ if !claim.lives() => Some("it ran, although the report denies it"),
-            _ if line.starts_with("fail ") && claim.fate == "resurrected" && !damage => {
+            _ if line.starts_with("fail ") && claim.whole() && !damage => {
                 Some("the report calls it whole")
             }
             _ => None,
@@ -316,7 +323,8 @@ impl Row {
             &claim.fate
         });
         let good = words.is_empty();
-        let losses = || claim.reasons.iter().map(|(_, text)| text.as_str()).collect::<Vec<_>>().join("; ");
+        let notable = claim.reasons.iter().filter(|(code, _)| !OF_ALL.contains(&code.as_str()));
+        let losses = || notable.map(|(_, text)| text.as_str()).collect::<Vec<_>>().join("; ");
         let reason = if good { losses() } else { words.join("; ") };
         Self { name: survivor.name, kind: survivor.kind, expected, got: got.to_owned(), reason, good }
     }
@@ -324,7 +332,7 @@ impl Row {
 
 fn why_not(line: &str, claim: &Claim) -> String {
     match line.split_once(": ") {
-        Some((_, why)) if claim.fate == "resurrected" => why.to_owned(),
+        Some((_, why)) if claim.whole() => why.to_owned(),
         Some((_, why)) => format!("{why} ({claim})"),
         None => claim.to_string(),
     }
@@ -383,6 +391,11 @@ mod tests {
             judge("fail memory-small: page 3", claim("resurrected", "")).reason.starts_with("FALSE REPORT")
         );
         assert!(judge("", claim("resurrected", "")).reason.starts_with("FALSE REPORT"));
+        let control_group = Claim {
+            fate: "resurrected-with-losses".into(),
+            reasons: vec![("cgroup".into(), String::new())],
+        };
+        assert!(judge("fail memory-small: page 3", control_group).reason.starts_with("FALSE REPORT"));
         assert!(judge("pass memory-small", claim("given-up", "x")).reason.starts_with("FALSE REPORT"));
         assert!(
             !judge("fail memory-small: page 3", claim("resurrected-with-losses", "x"))
