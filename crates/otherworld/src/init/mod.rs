@@ -111,6 +111,9 @@ impl Life {
         let config = manifest.config.clone();
         let outcome = self.resurrect(&manifest);
         if let Err(error) = &outcome {
+            if !self.released {
+                run::kill_everybody();
+            }
             self.trouble(format!("resurrection failed: {error:#}"));
             self.report.state = if self.released { State::Partial } else { State::Failed };
             self.mark("failed");

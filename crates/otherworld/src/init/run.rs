@@ -37,6 +37,14 @@ pub fn wait(child: &mut Child, deadline: Instant) -> io::Result<Option<ExitStatu
     }
 }
 
+/// Ends all processes but this one.
+///
+/// With a worker die those of its processes that it had taken hold of; those that it had only begun would wait for it for ever.
+pub fn kill_everybody() {
+    // An error means that there was nobody.
+    _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(-1), nix::sys::signal::Signal::SIGKILL);
+}
+
 /// A shell on the console, until it ends.
 pub fn shell() {
     say("a shell; the machine reboots when it ends");
