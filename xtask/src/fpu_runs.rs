@@ -14,6 +14,8 @@ use crate::{Global, ui};
 
 /// The panic comes within so many microseconds after both are ready.
 const MOMENTS_US: u64 = 3_000_000;
+/// A panic that met no live registers is drawn again, so often per run at most.
+const DRAWS: u32 = 5;
 /// The code of the report's reasons that are about lost live registers.
 const LIVE_FPU: &str = "live-fpu";
 
@@ -36,6 +38,15 @@ pub struct FpuRuns {
     /// What the guest's configuration says of threads whose registers are lost.
     #[arg(long, value_enum, default_value = "give-up")]
     live_fpu: LiveFpu,
+}
+
+/// What one panic has shown.
+enum Outcome {
+    /// It met what it was to meet; what was not as it should be.
+    Met(Vec<String>),
+    /// There was no saver, and still every register of the loop is right: something else was on its CPU at that moment, and the
+    /// kernel had its registers in memory. That says nothing about live ones. (Lost registers are millions of rounds off and fail.)
+    NothingLost,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -82,11 +93,25 @@ impl FpuRuns {
                 self.runs
             ));
             for n in 1..=self.runs {
-                let (cpu, after_us) = (draw.usize(..2), draw.u64(..MOMENTS_US));
                 let name = format!("fpu-{series}-{n:03}");
-                let trouble = match self.once(&lab, &armed, &name, cpu, after_us, draw.u64(..)) {
-                    Ok(trouble) => trouble,
-                    Err(error) => vec![format!("{error:#}")],
+                let mut draws = 0;
+                let (cpu, after_us, trouble) = loop {
+                    let (cpu, after_us) = (draw.usize(..2), draw.u64(..MOMENTS_US));
+                    draws += 1;
+                    let (found, trouble) = match self.once(&lab, &armed, &name, cpu, after_us, draw.u64(..)) {
+                        Ok(Outcome::Met(trouble)) => (true, trouble),
+                        Ok(Outcome::NothingLost) => {
+                            (false, vec![format!("nothing was lost in {DRAWS} panics")])
+                        }
+                        Err(error) => (true, vec![format!("{error:#}")]),
+                    };
+                    if found || draws == DRAWS {
+                        break (cpu, after_us, trouble);
+                    }
+                    ui::line(format!(
+                        "run {n:>3}  panic at {:>4} ms on CPU {cpu}: the loop was not on its CPU and every register of it is right; again",
+                        after_us / 1000
+                    ));
                 };
                 let verdict = if trouble.is_empty() { "as it should be" } else { "WRONG" };
                 ui::line(format!("run {n:>3}  panic at {:>4} ms on CPU {cpu}: {verdict}", after_us / 1000));
@@ -107,7 +132,7 @@ impl FpuRuns {
         Ok(tally)
     }
 
-    /// One panic; what was not as it should be.
+    /// One panic.
     fn once(
         &self,
         lab: &Lab,
@@ -116,7 +141,7 @@ impl FpuRuns {
         cpu: usize,
         after_us: u64,
         seed: u64,
-    ) -> Result<Vec<String>> {
+    ) -> Result<Outcome> {
         let find = |name| survivors::find(name).with_context(|| format!("there is no survivor {name}"));
         let (sleep, compute) = (find("fpu-sleep")?, find("fpu-loop")?);
         let mut guest = lab.start(armed, name)?;
@@ -128,6 +153,10 @@ impl FpuRuns {
         let mut trouble = Vec::new();
         for survivor in [sleep, compute] {
             let line = survive::verdict(&mut guest, survivor);
+            let survived = kept(survivor, &line, &claim(&claims, &pids, survivor)).is_none();
+            if self.without_saver && survivor.name == compute.name && survived && trouble.is_empty() {
+                return Ok(Outcome::NothingLost);
+            }
             let wrong = if self.without_saver && survivor.name == compute.name {
                 lost(self.live_fpu, &line, &claim(&claims, &pids, survivor))
             } else {
@@ -138,7 +167,7 @@ impl FpuRuns {
         if !trouble.is_empty() {
             guest.keep_artifacts()?;
         }
-        Ok(trouble)
+        Ok(Outcome::Met(trouble))
     }
 }
 

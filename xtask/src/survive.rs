@@ -310,9 +310,7 @@ impl Row {
             "" if claim.lives() => Some("the report says that it lives, but it has come to no verdict"),
             "" => None,
             _ if !claim.lives() => Some("it ran, although the report denies it"),
-            _ if line.starts_with("fail ") && claim.whole() && !damage => {
-                Some("the report calls it whole")
-            }
+            _ if line.starts_with("fail ") && claim.whole() && !damage => Some("the report calls it whole"),
             _ => None,
         };
         let words: Vec<_> =
@@ -391,10 +389,8 @@ mod tests {
             judge("fail memory-small: page 3", claim("resurrected", "")).reason.starts_with("FALSE REPORT")
         );
         assert!(judge("", claim("resurrected", "")).reason.starts_with("FALSE REPORT"));
-        let control_group = Claim {
-            fate: "resurrected-with-losses".into(),
-            reasons: vec![("cgroup".into(), String::new())],
-        };
+        let control_group =
+            Claim { fate: "resurrected-with-losses".into(), reasons: vec![("cgroup".into(), String::new())] };
         assert!(judge("fail memory-small: page 3", control_group).reason.starts_with("FALSE REPORT"));
         assert!(judge("pass memory-small", claim("given-up", "x")).reason.starts_with("FALSE REPORT"));
         assert!(
