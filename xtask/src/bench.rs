@@ -20,8 +20,8 @@ use crate::guest::{self, Installation};
 use crate::survive;
 use crate::{Global, build, ui, workload};
 
-/// How long the programs run before the panic.
-const WORK: Duration = Duration::from_secs(6);
+/// The panic comes when this part of the time has passed in which all programs are alive in an uninterrupted run.
+const WORK: f64 = 0.5;
 const FLOOR_DEADLINE: Duration = Duration::from_secs(120);
 const ARM_DEADLINE: Duration = Duration::from_secs(120);
 /// Survivors with much memory, for the rate of pouring.
@@ -98,16 +98,20 @@ impl Bench {
 
     fn measure(&self, lab: &Lab, config: &MachineConfig) -> Result<Measured> {
         let series = config.series;
-        let armed = guest::armed(lab, &workload::with_input(lab, config)?, &Installation::for_demo())?;
+        let prepared = workload::prepared(lab, config)?;
+        let alive = workload::reference(&prepared)?.all_alive_ms();
+        let work = Duration::from_millis((alive as f64 * WORK) as u64);
+        let armed = guest::armed(lab, &prepared, &Installation::for_demo())?;
         let idle = with_idle_init(lab, &armed)?;
         let mut initramfs_bytes = 0;
         let mut runs = Vec::new();
         for n in 1..=self.runs.max(1) {
             let note = |what: &str| ui::note(&format!("kernel {series}, run {n} of {}: {what}", self.runs));
             note("an init that does nothing");
-            let floor = floor(lab, &idle, n)?;
+            let floor = floor(lab, &idle, n, work)?;
             note("the demo's programs");
-            let (mut guest, report, host) = crashed(lab, &armed, &format!("bench-{series}-{n}"), n, &[])?;
+            let (mut guest, report, host) =
+                crashed(lab, &armed, &format!("bench-{series}-{n}"), n, work, &[])?;
             let marks = since_init(&report)?;
             let mark = |name: &str| time_of(&marks, name);
             let size = guest.agent.shell(&format!("stat -c %s {INITRAMFS}"), ARM_DEADLINE)?;
@@ -117,7 +121,7 @@ impl Bench {
                 host.iter().find(|m| m.name == "init").context("no mark of init on the console")?;
             drop(guest);
             note("much memory");
-            let (mut guest, report, _) = crashed(lab, &armed, &format!("pour-{series}-{n}"), n, &BIG)?;
+            let (mut guest, report, _) = crashed(lab, &armed, &format!("pour-{series}-{n}"), n, work, &BIG)?;
             let (bytes, pour) = poured(&report)?;
             runs.push(Numbers {
                 floor,
@@ -151,11 +155,11 @@ fn with_idle_init(lab: &Lab, armed: &Snapshot) -> Result<Snapshot> {
 }
 
 /// Milliseconds from the panic to the first words of an init that does nothing, under the same crash kernel and command line.
-fn floor(lab: &Lab, idle: &Snapshot, n: usize) -> Result<f64> {
+fn floor(lab: &Lab, idle: &Snapshot, n: usize, work: Duration) -> Result<f64> {
     let mut guest = lab.start(idle, &format!("floor-{}-{n}", idle.config.series))?;
     guest::seed(&mut guest, n as u64)?;
     workload::start(&mut guest.agent)?;
-    guest.agent.wait(&[1], WORK)?;
+    guest.agent.wait(&[1], work)?;
     let from = guest.machine.console.len();
     let panic =
         crash::crash(&mut guest, &Panic::default(), &mut Quiet)?.context("the guest did not panic")?;
@@ -172,6 +176,7 @@ fn crashed(
     armed: &Snapshot,
     name: &str,
     n: usize,
+    work: Duration,
     survivors: &[&str],
 ) -> Result<(Guest, Value, Vec<Moment>)> {
     let mut guest = lab.start(armed, name)?;
@@ -179,7 +184,7 @@ fn crashed(
     let survivors = survivors.iter().filter_map(|name| survivors::find(name)).collect::<Vec<_>>();
     let mut pids: Vec<i32> = survive::start(&mut guest, &survivors, None, false)?.into_values().collect();
     pids.extend(workload::start(&mut guest.agent)?);
-    guest.agent.wait(&[1], WORK)?;
+    guest.agent.wait(&[1], work)?;
     let panic = Panic { alive: pids.clone(), ..Panic::default() };
     let Some(line) = crash::crash(&mut guest, &panic, &mut Quiet)? else {
         bail!("some program had ended before the panic")

@@ -127,6 +127,13 @@ impl Reference {
     }
 }
 
+/// How the uninterrupted run went in a [`prepared`] layer.
+pub fn reference(prepared: &Snapshot) -> Result<Reference> {
+    let path = prepared.dir.join("reference/reference.json");
+    let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    Ok(serde_json::from_str(&text)?)
+}
+
 /// A booted guest with the programs and their input in place.
 pub fn with_input(lab: &Lab, config: &MachineConfig) -> Result<Snapshot> {
     let booted = lab.booted(config)?;

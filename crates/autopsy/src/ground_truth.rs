@@ -167,7 +167,12 @@ pub fn compare_except(expected: &Record, found: &Record, moving: &[&str]) -> Com
 struct Switches {
     nvcsw: u64,
     nivcsw: u64,
+    blocked: u64,
 }
+
+/// Calls that put another signal mask in force for as long as they wait: rt_sigtimedwait, rt_sigsuspend, pselect6, ppoll,
+/// epoll_pwait, io_pgetevents, epoll_pwait2. /proc shows that mask, the snapshot the one that the program goes on with.
+const MASKING: [&str; 7] = ["128 ", "130 ", "270 ", "271 ", "281 ", "333 ", "441 "];
 
 impl Autopsy<'_> {
     /// Everything, and beside the snapshot the record of it that can be compared with a recording of /proc.
@@ -202,7 +207,12 @@ impl Autopsy<'_> {
         for (addr, tid, tgid) in threads {
             let count: Switches = self.kernel.read(addr)?;
             if let Some(fields) = record.processes.get_mut(&tgid) {
-                fields.insert((SWITCHES, tid as u64), format!("{} {}", count.nvcsw, count.nivcsw));
+                let tid = tid as u64;
+                fields.insert((SWITCHES, tid), format!("{} {}", count.nvcsw, count.nivcsw));
+                let call = fields.get(&("thread.syscall", tid));
+                if call.is_some_and(|call| MASKING.iter().any(|masking| call.starts_with(masking))) {
+                    fields.insert(("thread.SigBlk", tid), format!("{:016x}", count.blocked));
+                }
             }
         }
         drop(mount_ids);
