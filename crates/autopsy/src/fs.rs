@@ -341,7 +341,7 @@ impl Autopsy<'_> {
     }
 
     /// A dentry's path from the root of its file system.
-    fn path_in_fs(&self, addr: u64) -> Result<Bytes> {
+    pub(crate) fn path_in_fs(&self, addr: u64) -> Result<Bytes> {
         let mut names: Vec<Vec<u8>> = Vec::new();
         let mut at = addr;
         for _ in 0..MAX_COMPONENTS {

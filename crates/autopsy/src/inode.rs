@@ -16,8 +16,10 @@ pub(crate) const S_IFDIR: u32 = 0o040_000;
 pub(crate) const S_IFCHR: u32 = 0o020_000;
 pub(crate) const S_IFIFO: u32 = 0o010_000;
 
-/// i_state: I_DIRTY_SYNC, I_DIRTY_DATASYNC, I_DIRTY_PAGES, I_DIRTY_TIME (bits 0 to 2 and 11).
+/// i_state: I_DIRTY_SYNC, I_DIRTY_DATASYNC, I_DIRTY_PAGES (bits 0 to 2) and I_DIRTY_TIME (bit 11).
 const I_DIRTY: u64 = 0x807;
+/// The same since the bits that are waited for come first, as an enum (6.12): bits 3 to 5 and 11.
+const I_DIRTY_AFTER_WAIT_BITS: u64 = 0x838;
 /// Entries of one file's page cache: 16 TiB.
 const MAX_PAGES: usize = 1 << 32;
 
@@ -89,6 +91,8 @@ impl Autopsy<'_> {
         }
         let raw = &facts.raw;
         let (dev_major, dev_minor) = device(facts.dev);
+        let has_wait_bits = self.kernel.enum_value("__I_NEW").is_ok();
+        let dirty_bits = if has_wait_bits { I_DIRTY_AFTER_WAIT_BITS } else { I_DIRTY };
         let stamp = |sec, nsec: Option<u64>, nsec32: Option<u32>| Timestamp {
             sec,
             nsec: nsec.map_or(nsec32.unwrap_or(0), |n| n as u32),
@@ -108,7 +112,7 @@ impl Autopsy<'_> {
             ctime: stamp(raw.ctime, raw.ctime_nsec, raw.ctime_nsec32),
             path: path.clone(),
             // The state's bits are in the low half, whether it is 32 or 64 bits wide.
-            dirty: u64::from(self.kernel.read_u32(raw.i_state)?) & I_DIRTY != 0,
+            dirty: u64::from(self.kernel.read_u32(raw.i_state)?) & dirty_bits != 0,
             pages: Vec::new(),
             swapped_pages: 0,
         };

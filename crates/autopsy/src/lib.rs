@@ -34,6 +34,7 @@ pub mod syscall;
 mod testing;
 mod thread;
 mod tty;
+mod writeback;
 
 pub use error::{Error, Result};
 pub use process::TaskSummary;
@@ -123,6 +124,8 @@ impl<'k> Autopsy<'k> {
             Vec::new()
         });
         let processes = self.processes()?;
+        self.set_subject(None);
+        let unwritten = self.unwritten_files(&mounts, clocks.realtime_ns / 1_000_000_000);
         Ok(Snapshot {
             format: snapshot::FORMAT,
             kernel,
@@ -133,6 +136,7 @@ impl<'k> Autopsy<'k> {
             address_spaces: self.address_spaces.take(),
             files: self.files.take(),
             inodes: self.inodes.take(),
+            unwritten,
             pipes: self.pipes.take(),
             ttys: self.ttys.take(),
             findings: self.findings.take(),

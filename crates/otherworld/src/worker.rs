@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail};
 use arm::Manifest;
 use autopsy::Autopsy;
 use ktypes::Kernel;
-use snapshot::{PhysMap, PhysMem, PhysMemError, PhysRange, Reason, Snapshot, StableBytes};
+use snapshot::{Finding, PhysMap, PhysMem, PhysMemError, PhysRange, Reason, Severity, Snapshot, StableBytes};
 use vmcore::Vmcore;
 
 use crate::protocol::{Channel, FromWorker, ToWorker};
@@ -121,9 +121,16 @@ impl Worker {
         let mut report = resurrect::resurrect(snapshot, &memory, &options, &mut Told(&mut self.channel))?;
         let pour = Pour { bytes: report.poured_bytes, us: report.pour_time.as_micros() as u64 };
         let processes = std::mem::take(&mut report.outcomes).into_iter().map(fate).collect();
+        let mut findings = snapshot.findings.clone();
+        findings.extend(std::mem::take(&mut report.files_stale).into_iter().map(|file| Finding {
+            severity: Severity::Loss,
+            pid: None,
+            object: "writeback".to_owned(),
+            text: format!("{} may be older on the disk than programs left it: {}", file.path, file.why),
+        }));
         self.channel.send(&FromWorker::Done {
             processes,
-            findings: snapshot.findings.clone(),
+            findings,
             pour: Some(pour),
             resurrection: serde_json::to_value(&report)?,
         })?;

@@ -11,7 +11,7 @@ use snapshot::{
     FileId, FileKind, InodeId, OpenFile, PhysMem, PipeId, Process, Reason, Snapshot, TtyId, VmaKind,
 };
 
-use crate::{FileWritten, page_cache, pipe, sys, tty};
+use crate::{FileStale, FileWritten, page_cache, pipe, sys, tty};
 
 /// Flags that only mean something to the open call itself.
 const CREATION_FLAGS: i32 = libc::O_CREAT
@@ -62,6 +62,7 @@ impl Files {
             processes.iter().flat_map(|p| needed(snapshot, p)).map(|(id, _)| id).collect();
         let mut files = Self { base: (highest + 1).max(500), ..Self::default() };
         files.make_room(ids.len() + 2 * snapshot.pipes.len() + snapshot.inodes.len())?;
+        files.write_back(snapshot, mem);
         for id in ids {
             let opened = match snapshot.files.get(&id) {
                 Some(file) => files.open_one(snapshot, file, mem),
@@ -101,6 +102,26 @@ impl Files {
         reasons
     }
 
+    /// Brings all files up to date that the dead kernel had not written, whoever may open them.
+    fn write_back(&mut self, snapshot: &Snapshot, mem: &dyn PhysMem) {
+        for id in &snapshot.unwritten {
+            if let Some(inode) = snapshot.inodes.get(id) {
+                let path = inode.path.as_path();
+                let restored = page_cache::restore(path, inode, mem).map_err(|e| e.to_string());
+                self.inodes.insert(*id, restored);
+            }
+        }
+    }
+
+    /// Files that could not be brought up to date: what the disk has of them is older, or nothing.
+    pub(crate) fn stale(&self, snapshot: &Snapshot) -> Vec<FileStale> {
+        let failed = self.inodes.iter().filter_map(|(id, r)| Some((id, r.as_ref().err()?)));
+        let stale = |(id, why): (&InodeId, &String)| {
+            Some(FileStale { path: snapshot.inodes.get(id)?.path.clone(), why: why.clone() })
+        };
+        failed.filter_map(stale).collect()
+    }
+
     /// Files that had news in the dead page cache.
     pub(crate) fn written(&self, snapshot: &Snapshot) -> Vec<FileWritten> {
         let done = self.inodes.iter().filter_map(|(id, r)| Some((id, r.as_ref().ok()?)));
@@ -122,7 +143,10 @@ impl Files {
                 _ => None,
             })
             .collect();
-        ttys.iter().filter_map(|id| self.ttys.get(id)?.as_ref().ok()).flat_map(|tty| tty.losses.clone()).collect()
+        ttys.iter()
+            .filter_map(|id| self.ttys.get(id)?.as_ref().ok())
+            .flat_map(|tty| tty.losses.clone())
+            .collect()
     }
 
     fn open_one(

@@ -155,6 +155,9 @@ pub struct Report {
     pub pour_time: Duration,
     /// Files that were brought up to date from the dead page cache.
     pub files_written: Vec<FileWritten>,
+    /// Files of which the disk has an older state than the dead kernel had, or none.
+    #[serde(default)]
+    pub files_stale: Vec<FileStale>,
 }
 
 /// One entry of the timeline.
@@ -175,6 +178,15 @@ pub struct FileWritten {
     pub bytes: u64,
     /// The disk did not have it at all.
     pub created: bool,
+}
+
+/// A file that could not be brought up to date.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct FileStale {
+    #[allow(missing_docs)]
+    pub path: Bytes,
+    /// For people.
+    pub why: String,
 }
 
 /// What became of a process.
@@ -315,6 +327,7 @@ impl<'a> Run<'a> {
             Files::open(self.snapshot, &processes, mem).map_err(system("raise the limit on descriptors"))?;
         self.refuse_files(&mut wanted, &files);
         self.report.files_written = files.written(self.snapshot);
+        self.report.files_stale = files.stale(self.snapshot);
         let mut reverse = ReverseMap::default();
         let shared =
             shared_memory::Objects::make(self.snapshot, &self.processes(&wanted), files.base, &mut reverse);

@@ -77,6 +77,9 @@ pub struct Snapshot {
     pub files: BTreeMap<FileId, OpenFile>,
     /// Inodes behind the files and mappings, with what the page cache held of them.
     pub inodes: BTreeMap<InodeId, Inode>,
+    /// Regular files with a name, open or not, of which the disk may not have the last state.
+    #[serde(default)]
+    pub unwritten: Vec<InodeId>,
     /// Pipes and FIFOs.
     pub pipes: BTreeMap<PipeId, Pipe>,
     /// Terminals.

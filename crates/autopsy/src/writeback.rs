@@ -1,0 +1,150 @@
+//! Files of which the disk may not have the last state, open or not: every super block's list of inodes, s_inodes (fs/inode.c,
+//! include/linux/fs.h; 6.1 and 6.12).
+//!
+//! A program that goes on may open again what it had written and closed before. Found here are regular files that have a name; new
+//! directories without files in them, renames and removals are not.
+
+use ktypes::KernelType;
+use snapshot::{Bytes, InodeId, Mount, Severity};
+
+use crate::Autopsy;
+use crate::error::Result;
+use crate::fs::device;
+use crate::inode::S_IFREG;
+
+/// Super blocks of one machine.
+const MAX_SUPER_BLOCKS: usize = 1 << 20;
+/// Inodes in memory of one file system.
+const MAX_INODES: usize = 1 << 24;
+const SB_RDONLY: u64 = 1;
+
+/// A file that was changed this long before the panic may be clean in memory and still unknown to the disk: its journal commits every 5 s by
+/// default, but what it commits can wait for write-back before (vm.dirty_expire_centisecs: 30 s).
+const RECENT_SECONDS: i64 = 120;
+
+#[derive(KernelType)]
+#[kernel("super_block")]
+struct SuperBlockInodes {
+    s_dev: u32,
+    s_flags: u64,
+    s_bdev: u64,
+    #[kernel(address)]
+    s_inodes: u64,
+}
+
+#[derive(KernelType)]
+#[kernel("inode")]
+struct Candidate {
+    i_mode: u16,
+    i_nlink: u32,
+    i_mapping: u64,
+    i_ino: u64,
+    #[kernel("i_mtime.tv_sec", or = "__i_mtime.tv_sec", or = "i_mtime_sec")]
+    mtime: i64,
+    #[kernel("i_ctime.tv_sec", or = "__i_ctime.tv_sec", or = "i_ctime_sec")]
+    ctime: i64,
+    /// The first of its names.
+    #[kernel("i_dentry.first")]
+    alias: u64,
+}
+
+impl Autopsy<'_> {
+    /// Puts the files of all writable disk file systems whose state may not be on the disk into the table of inodes, and names them.
+    ///
+    /// `now_s`: the dead machine's wall clock, seconds. What cannot be read becomes a finding.
+    pub(crate) fn unwritten_files(&self, mounts: &[Mount], now_s: i64) -> Vec<InodeId> {
+        let mut found = Vec::new();
+        if let Err(error) = self.all_super_blocks(mounts, now_s, &mut found) {
+            let text = format!("not all files that the disk does not have yet could be found: {error}");
+            self.find(Severity::Loss, "writeback", text);
+        }
+        found
+    }
+
+    fn all_super_blocks(&self, mounts: &[Mount], now_s: i64, found: &mut Vec<InodeId>) -> Result<()> {
+        let to_list = self.kernel.offset_of("super_block", "s_list")?;
+        for node in self.list(self.kernel.symbol("super_blocks")?, MAX_SUPER_BLOCKS)? {
+            let sb: SuperBlockInodes = self.kernel.read(node.wrapping_sub(to_list))?;
+            let is_root_of =
+                |m: &&Mount| (m.dev_major, m.dev_minor) == device(sb.s_dev) && m.root == "/".into();
+            if sb.s_bdev == 0 || sb.s_flags & SB_RDONLY != 0 {
+                continue;
+            }
+            if let Some(mount) = mounts.iter().find(is_root_of) {
+                self.inodes_of(&sb, mount, now_s, found)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn inodes_of(
+        &self,
+        sb: &SuperBlockInodes,
+        mount: &Mount,
+        now_s: i64,
+        found: &mut Vec<InodeId>,
+    ) -> Result<()> {
+        let to_list = self.kernel.offset_of("inode", "i_sb_list")?;
+        for node in self.kernel.list_head(sb.s_inodes, MAX_INODES) {
+            let addr = node?.wrapping_sub(to_list);
+            let inode: Candidate = self.kernel.read(addr)?;
+            if u32::from(inode.i_mode) & 0o170_000 != S_IFREG || inode.i_nlink == 0 {
+                continue;
+            }
+            let recent = inode.mtime.max(inode.ctime) >= now_s.saturating_sub(RECENT_SECONDS);
+            if !(recent || self.has_dirty_pages(inode.i_mapping)) {
+                continue;
+            }
+            match self.unwritten_file(addr, &inode, mount) {
+                Ok(true) => found.push(InodeId(addr)),
+                // A file system's own (the journal), or forgotten by name: nobody can open it without asking the disk.
+                Ok(false) => {}
+                Err(error) => {
+                    let text = format!(
+                        "inode {} of {} may be older on the disk: {error}",
+                        inode.i_ino, mount.source
+                    );
+                    self.find(Severity::Loss, "writeback", text);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn has_dirty_pages(&self, mapping: u64) -> bool {
+        let pages =
+            self.kernel.offset_of("address_space", "i_pages").map(|offset| mapping.wrapping_add(offset));
+        mapping != 0 && pages.is_ok_and(|pages| self.kernel.xarray_dirty(pages).unwrap_or(true))
+    }
+
+    /// Whether it has a name, and then is in the table.
+    fn unwritten_file(&self, addr: u64, inode: &Candidate, mount: &Mount) -> Result<bool> {
+        if inode.alias == 0 {
+            return Ok(false);
+        }
+        let dentry = inode.alias.wrapping_sub(self.kernel.offset_of("dentry", "d_u.d_alias")?);
+        if self.dentry(dentry)?.d_inode != addr {
+            return Ok(false);
+        }
+        let path = join(&mount.mountpoint, &self.path_in_fs(dentry)?);
+        let facts = self.inode_facts(addr)?;
+        self.inode(addr, &facts, &path)?;
+        Ok(true)
+    }
+}
+
+fn join(mountpoint: &Bytes, path: &Bytes) -> Bytes {
+    let at = mountpoint.as_bytes().strip_suffix(b"/").unwrap_or(mountpoint.as_bytes());
+    Bytes([at, path.as_bytes()].concat())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_go_on_from_their_mount() {
+        assert_eq!(join(&"/".into(), &"/a/b".into()), "/a/b".into());
+        assert_eq!(join(&"/srv".into(), &"/a".into()), "/srv/a".into());
+    }
+}
