@@ -86,18 +86,22 @@ survivors! {
         ensure!(result == Err(rustix::io::Errno::TIMEDOUT), "futex returned {result:?}");
         Ok(())
     };
-    /// rt_sigtimedwait(2)
+    /// rt_sigtimedwait(2). Its timeout is in the program's memory and not to be written to, so a call that is interrupted cannot be continued
+    /// with the time left: as after a stop signal it ends with EINTR, and the program waits for the rest (sigwaitinfo(2)).
     sigtimedwait: |time| {
         let mut set = nix::sys::signal::SigSet::empty();
         set.add(nix::sys::signal::Signal::SIGUSR2);
-        let timeout = timespec(time);
-        // SAFETY: reads the set and the timespec.
-        let result = unsafe { libc::sigtimedwait(set.as_ref(), std::ptr::null_mut(), &raw const timeout) };
-        ensure!(
-            Errno::result(result) == Err(Errno::EAGAIN),
-            "sigtimedwait returned {result} ({})", Errno::last()
-        );
-        Ok(())
+        let end = monotonic() + time;
+        loop {
+            let left = timespec(end.saturating_sub(monotonic()));
+            // SAFETY: reads the set and the timespec.
+            let result = unsafe { libc::sigtimedwait(set.as_ref(), std::ptr::null_mut(), &raw const left) };
+            match Errno::result(result) {
+                Err(Errno::EAGAIN) => return Ok(()),
+                Err(Errno::EINTR) => {}
+                other => bail!("sigtimedwait returned {other:?}"),
+            }
+        }
     };
 }
 
