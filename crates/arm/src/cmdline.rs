@@ -7,6 +7,8 @@ pub struct Facts {
     pub lpj: Option<u64>,
     /// The running kernel trusts the TSC (it is the clock source): spares the crash kernel checking it against the other timers.
     pub tsc_reliable: bool,
+    /// What the running kernel measured the TSC's frequency to be, in kHz.
+    pub tsc_khz: Option<u64>,
     /// The running kernel found the timer's interrupt where the firmware says it is.
     pub timer_found: bool,
     /// Physical address of the register saver's header.
@@ -21,7 +23,7 @@ pub struct Facts {
 pub const MAX_LEN: usize = 2048 - 64;
 
 /// Parameters of the running kernel that the crash kernel must not see, by what stands before the `=`.
-const DROPPED: [(&str, &str); 34] = [
+const DROPPED: [(&str, &str); 35] = [
     ("BOOT_IMAGE", "names the boot loader's file"),
     ("initrd", "names the boot loader's file"),
     ("crashkernel", "the crash kernel has no memory to reserve"),
@@ -54,6 +56,7 @@ const DROPPED: [(&str, &str); 34] = [
     ("lpj", "set below"),
     ("cryptomgr.notests", "set below"),
     ("tsc", "set below"),
+    ("tsc_early_khz", "set below"),
     ("otherworld.saver", "set below"),
     ("otherworld.generation", "set below"),
 ];
@@ -68,7 +71,8 @@ const DROPPED: [(&str, &str); 34] = [
 /// - `panic=10`: if the crash kernel dies too, the machine reboots;
 /// - `quiet`: a serial console is slow;
 /// - `cryptomgr.notests`: no self-tests of the cipher implementations, 0.1 s and more;
-/// - `lpj=` and `tsc=reliable`: no calibration, where the running kernel knows;
+/// - `lpj=`, `tsc=reliable` and `tsc_early_khz=`: no calibration, where the running kernel knows. One that is disturbed (by a busy
+///   host) makes time run many times too fast, and with `tsc=reliable` no watchdog notices: all deadlines would be over at once;
 /// - `no_timer_check`, where the running kernel's check succeeded: it waits for ten ticks, and on a virtual machine whose host is
 ///   busy it may wait in vain, which the kernel takes for broken hardware and panics;
 /// - `otherworld.saver=` and `otherworld.generation=`: for our own init.
@@ -87,6 +91,7 @@ pub fn derive(running: &str, facts: &Facts) -> String {
     out.extend(["maxcpus=1", "reset_devices", "panic=10", "quiet", "cryptomgr.notests"].map(str::to_owned));
     out.extend(facts.lpj.map(|lpj| format!("lpj={lpj}")));
     out.extend(facts.tsc_reliable.then(|| "tsc=reliable".to_owned()));
+    out.extend(facts.tsc_khz.map(|khz| format!("tsc_early_khz={khz}")));
     if facts.timer_found && !words.iter().any(|w| w == "no_timer_check") {
         out.push("no_timer_check".to_owned());
     }
@@ -121,6 +126,17 @@ pub fn value<'a>(cmdline: &'a str, key: &str) -> Option<&'a str> {
 pub fn lpj_from_log(log: &str) -> Option<u64> {
     let rest = &log[log.find("(lpj=")? + "(lpj=".len()..];
     rest.split(')').next()?.parse().ok()
+}
+
+/// The TSC's frequency in kHz from the kernel log (arch/x86/kernel/tsc.c): refined against another clock if it was, else as detected
+/// at boot. None if the kernel found later that another clock disagrees.
+pub fn tsc_khz_from_log(log: &str) -> Option<u64> {
+    if log.contains("Marking TSC unstable due to clocksource watchdog") {
+        return None;
+    }
+    let after = |words: &str| log.split_once(words)?.1.split_once(" MHz")?.0.trim().parse::<f64>().ok();
+    let mhz = after("tsc: Refined TSC clocksource calibration:").or_else(|| after("tsc: Detected"))?;
+    (mhz > 1.0).then_some((mhz * 1000.0).round() as u64)
 }
 
 /// Whether the kernel's check of the timer's interrupt (arch/x86/kernel/apic/io_apic.c, `check_timer`) succeeded at once. `false`
@@ -158,6 +174,7 @@ mod tests {
         let facts = Facts {
             saver: Some(0x1_2345_6000),
             tsc_reliable: true,
+            tsc_khz: None,
             generation: 1,
             extra: "mitigations=off".into(),
             ..Facts::default()
@@ -192,6 +209,22 @@ mod tests {
             "the administrator's stays"
         );
         assert!(!derive("quiet", &Facts::default()).contains("no_timer_check"));
+    }
+
+    #[test]
+    fn the_tsc_frequency_is_found_unless_it_was_refuted() {
+        let detected = "tsc: Detected 2596.150 MHz processor\n";
+        let refined = "tsc: Refined TSC clocksource calibration: 2596.147 MHz\n";
+        assert_eq!(tsc_khz_from_log(detected), Some(2_596_150));
+        assert_eq!(tsc_khz_from_log(&format!("{detected}{refined}")), Some(2_596_147));
+        let refuted = "tsc: Marking TSC unstable due to clocksource watchdog\n";
+        assert_eq!(tsc_khz_from_log(&format!("{detected}{refuted}")), None);
+        assert_eq!(tsc_khz_from_log("nothing"), None);
+        let facts = Facts { tsc_khz: Some(5), generation: 1, ..Facts::default() };
+        assert!(
+            derive("tsc_early_khz=9", &facts)
+                .ends_with("cryptomgr.notests tsc_early_khz=5 otherworld.generation=1")
+        );
     }
 
     #[test]

@@ -264,6 +264,7 @@ fn derive_cmdline(
         lpj: cmdline::lpj_from_log(&log).or_else(from_cpuinfo),
         timer_found: cmdline::timer_found(&log),
         tsc_reliable: clock.is_ok_and(|c| c == "tsc"),
+        tsc_khz: cmdline::tsc_khz_from_log(&log),
         saver,
         generation,
         extra: config.crash_kernel.extra_cmdline.clone(),
