@@ -251,7 +251,9 @@ fn make_comparable(fields: &mut BTreeMap<(&'static str, u64), String>) {
         .map(|((_, fd), _)| *fd)
         .collect();
     fields.retain(|(name, which), _| {
-        !MAY_DIFFER.iter().any(|(free, _)| free == name) && !(*name == "fdinfo.ino" && anew.contains(which))
+        let is_free = MAY_DIFFER.iter().any(|(free, _)| free == name);
+        let is_made_anew = *name == "fdinfo.ino" && anew.contains(which);
+        !is_free && !is_made_anew
     });
     for ((name, which), value) in fields.iter_mut() {
         if *name == "fd" && anew.contains(which) {

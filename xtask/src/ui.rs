@@ -32,9 +32,8 @@ pub fn live(text: &str) {
     if !std::io::stderr().is_terminal() {
         return;
     }
-    match &*SPINNER.lock().unwrap_or_else(PoisonError::into_inner) {
-        Some(bar) => bar.set_message(text.to_owned()),
-        None => {}
+    if let Some(bar) = &*SPINNER.lock().unwrap_or_else(PoisonError::into_inner) {
+        bar.set_message(text.to_owned());
     }
 }
 
