@@ -8,7 +8,7 @@ use std::path::Path;
 
 use nix::errno::Errno;
 use snapshot::{
-    FileId, FileKind, InodeId, OpenFile, PhysMem, PipeId, Process, Reason, Snapshot, TtyId, VmaKind,
+    FileId, FileKind, Inode, InodeId, OpenFile, PhysMem, PipeId, Process, Reason, Snapshot, TtyId, VmaKind,
 };
 
 use crate::{FileStale, FileWritten, page_cache, pipe, sys, tty};
@@ -106,8 +106,7 @@ impl Files {
     fn write_back(&mut self, snapshot: &Snapshot, mem: &dyn PhysMem) {
         for id in &snapshot.unwritten {
             if let Some(inode) = snapshot.inodes.get(id) {
-                let path = inode.path.as_path();
-                let restored = page_cache::restore(path, inode, mem).map_err(|e| e.to_string());
+                let restored = restore(snapshot, inode.path.as_path(), inode, mem);
                 self.inodes.insert(*id, restored);
             }
         }
@@ -221,10 +220,7 @@ impl Files {
             };
         }
         let path = file.path.as_path();
-        let restored = self
-            .inodes
-            .entry(file.inode)
-            .or_insert_with(|| page_cache::restore(path, inode, mem).map_err(|e| e.to_string()));
+        let restored = self.inodes.entry(file.inode).or_insert_with(|| restore(snapshot, path, inode, mem));
         restored.as_ref().map(drop).map_err(|why| Reason::new("file", why.clone()))
     }
 
@@ -259,6 +255,30 @@ impl Files {
 const F_SETSIG: i32 = 10;
 
 /// The kernel makes up the contents of such files: there is nothing on a disk to compare with.
+/// Brings one file up to date, unless its file system is not there: then the name would lead to another one.
+fn restore(
+    snapshot: &Snapshot,
+    path: &Path,
+    inode: &Inode,
+    mem: &dyn PhysMem,
+) -> Result<page_cache::Restored, String> {
+    let mounts = snapshot.mounts.iter().map(|m| m.mountpoint.as_path()).filter(|m| path.starts_with(m));
+    let mount = mounts.max_by_key(|m| m.components().count());
+    if let Some(mount) = mount.filter(|m| !is_mount_point(m)) {
+        return Err(format!("the file system at {} is not mounted", mount.display()));
+    }
+    page_cache::restore(path, inode, mem).map_err(|e| e.to_string())
+}
+
+/// Whether another file system begins at `path` than that of the directory above, or it is the root.
+fn is_mount_point(path: &Path) -> bool {
+    let device = |p: &Path| std::fs::metadata(p).map(|meta| meta.dev()).ok();
+    match path.parent() {
+        None => true,
+        Some(parent) => device(path).is_some_and(|here| device(parent) != Some(here)),
+    }
+}
+
 fn is_kernel_made(fs_type: &[u8]) -> bool {
     const TYPES: [&[u8]; 10] = [
         b"proc",
@@ -302,4 +322,16 @@ fn set_status_flags(fd: &OwnedFd, file: &OpenFile) -> Result<(), Errno> {
 /// The part of the O_* flags that must be the same again.
 pub(crate) fn comparable_flags(flags: i32) -> i32 {
     flags & (libc::O_ACCMODE | STATUS_FLAGS | libc::O_PATH)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mount_points_are_told_from_directories() {
+        assert!(is_mount_point(Path::new("/")) && is_mount_point(Path::new("/proc")));
+        let dir = tempfile::tempdir().unwrap();
+        assert!(!is_mount_point(dir.path()) && !is_mount_point(&dir.path().join("missing")));
+    }
 }
