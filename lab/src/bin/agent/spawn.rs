@@ -129,12 +129,12 @@ pub fn helper() -> io::Result<()> {
 fn become_program(program: &Program, command: &mut Command) -> io::Error {
     let set_up = || -> io::Result<()> {
         setsid()?;
-        if program.controlling_tty {
-            if let Some(path) = &program.stdin {
-                let tty = open_input(path, true)?;
-                // SAFETY: TIOCSCTTY takes an integer and touches no memory of ours.
-                unsafe { tiocsctty(tty.as_raw_fd(), 1) }?;
-            }
+        if program.controlling_tty
+            && let Some(path) = &program.stdin
+        {
+            let tty = open_input(path, true)?;
+            // SAFETY: TIOCSCTTY takes an integer and touches no memory of ours.
+            unsafe { tiocsctty(tty.as_raw_fd(), 1) }?;
         }
         if !program.cpus.is_empty() {
             let mut set = CpuSet::new();
