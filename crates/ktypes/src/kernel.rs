@@ -34,6 +34,8 @@ pub struct Kernel {
     modules: OnceLock<Modules>,
     module_btfs: OnceLock<Vec<Btf>>,
     layouts: RwLock<HashMap<RustTypeId, Arc<Layout>>>,
+    /// Enumerators that were asked for, those that do not exist as well: finding one means looking through all enums.
+    enumerators: RwLock<HashMap<String, Option<i64>>>,
     per_cpu_offsets: OnceLock<Vec<u64>>,
     pub(crate) vmemmap: u64,
     pub(crate) struct_page_size: u64,
@@ -110,6 +112,7 @@ impl Kernel {
             modules: OnceLock::new(),
             module_btfs: OnceLock::new(),
             layouts: RwLock::default(),
+            enumerators: RwLock::default(),
             per_cpu_offsets: OnceLock::new(),
             vmemmap,
             struct_page_size,
@@ -441,7 +444,14 @@ impl Kernel {
     /// The value of an enumerator, whatever enum it is in. Looks through all enums of the kernel:
     /// keep the result, or name the enum.
     pub fn enum_value(&self, enumerator: &str) -> Result<i64> {
-        self.btf.enumerator(enumerator).ok_or_else(|| Error::MissingEnumerator {
+        let known = self.enumerators.read().unwrap_or_else(PoisonError::into_inner).get(enumerator).copied();
+        let value = known.unwrap_or_else(|| {
+            let value = self.btf.enumerator(enumerator);
+            let mut enumerators = self.enumerators.write().unwrap_or_else(PoisonError::into_inner);
+            enumerators.insert(enumerator.to_owned(), value);
+            value
+        });
+        value.ok_or_else(|| Error::MissingEnumerator {
             release: self.release.clone(),
             name: enumerator.to_owned(),
         })
