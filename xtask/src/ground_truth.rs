@@ -260,6 +260,13 @@ fn make_comparable(fields: &mut BTreeMap<(&'static str, u64), String>) {
         if *name == "fd" && anew.contains(which) {
             value.truncate(value.find('[').unwrap_or(value.len()));
         }
+        // The inode of shared anonymous memory exists in memory only, too.
+        if *name == "maps"
+            && let Some((rest, name)) = value.split_once(" 00:01 ")
+        {
+            let name = name.split_once(' ').map_or("", |(_, name)| name);
+            *value = format!("{rest} 00:01 {name}");
+        }
     }
 }
 

@@ -148,7 +148,11 @@ pub fn compare_except(expected: &Record, found: &Record, moving: &[&str]) -> Com
             let moved = result.moved.contains(pid) && moving.contains(&name);
             let used =
                 name == "fdinfo.pos" && new.get(&("fd", which)).is_some_and(|path| busy.contains(path));
-            if name == SWITCHES || moved || used {
+            // It may have started or ended a thread.
+            let other_threads = result.moved.contains(pid)
+                && name.starts_with("thread.")
+                && old.contains_key(field) != new.contains_key(field);
+            if name == SWITCHES || moved || used || other_threads {
                 continue;
             }
             let (expected, found) = (old.get(field).cloned(), new.get(field).cloned());
@@ -815,6 +819,8 @@ mod tests {
         let result = compare(&old, &ran);
         assert_eq!(result.differences.len(), 1, "{:?}", result.differences);
         assert_eq!(result.differences[0].field.0, "exe");
+        let new_thread = record(&[((SWITCHES, 7), "2 1"), (("thread.comm", 8), "x")]);
+        assert!(compare(&record(&[((SWITCHES, 7), "1 1")]), &new_thread).differences.is_empty());
         let state = ("thread.state", 7);
         let on_cpu = |fd| record(&[((SWITCHES, 7), "1 1"), (("fd", 3), fd), (state, "R")]);
         assert!(compare(&on_cpu("/a"), &on_cpu("/b")).differences.is_empty());
