@@ -168,6 +168,8 @@ table! {
     "tty-serial" tty::serial Survives, Tty, "controlling terminal: termios, session, foreground group";
     "process-wait" process::wait Survives, Nothing, "a parent blocked in wait4 gets the exit code";
     "process-zombie" process::zombie Survives, Nothing, "zombies keep their exit status";
+    "process-exec" process::exec Survives, Nothing, "processes that execute one program after the other";
+    "process-exits" process::exits Survives, Nothing, "children that are forked, exit and are waited for, one after the other";
     "process-tree" process::tree Survives, Nothing, "three generations know their parents";
     "process-group" process::group Survives, Nothing, "process groups, and a signal to one";
     "process-session" process::session Survives, Nothing, "sessions";

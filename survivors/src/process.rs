@@ -1,11 +1,14 @@
 //! Processes: who is whose child, and in which group, session and state.
 
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
 use anyhow::{Result, ensure};
 use nix::libc;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::signal::{Signal, kill, killpg, raise};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
-use nix::unistd::{Pid, getpgid, getpid, getppid, getsid, setpgid, setsid};
+use nix::unistd::{ForkResult, Pid, fork, getpgid, getpid, getppid, getsid, setpgid, setsid};
 
 use crate::Stage;
 use crate::child::{Child, end};
@@ -79,6 +82,61 @@ pub fn tree(stage: &mut Stage) -> Result<()> {
     stage.crash()?;
     same("PID", &top, &getpid())?;
     child.join()
+}
+
+/// Children that do nothing but execute a shell, again and again: most crashes meet one of them with its old program gone and the
+/// new one not complete.
+pub fn exec(stage: &mut Stage) -> Result<()> {
+    // $0: this text, $1: how often, $2: the file that ends it.
+    const SCRIPT: &str = r#"[ -e "$2" ] && exit 42; exec /bin/sh -c "$0" "$0" $(($1 + 1)) "$2""#;
+    let stop = stage.path("stop");
+    let mut children = Vec::new();
+    for label in ["first", "second", "third"] {
+        let stop = stop.clone();
+        children.push(Child::fork(stage, label, |_, ready| {
+            be_modest()?;
+            ready.announce()?;
+            let error = Command::new("/bin/sh").args(["-c", SCRIPT, SCRIPT, "1"]).arg(stop).exec();
+            Err(error.into())
+        })?);
+    }
+    let crash = stage.crash()?;
+    std::fs::write(&stop, "")?;
+    let expected = if crash.damage { 41 } else { 42 };
+    for child in &mut children {
+        same("child", &WaitStatus::Exited(child.pid(), expected), &child.wait()?)?;
+    }
+    Ok(())
+}
+
+/// Children that are forked, exit and are waited for, as fast as it goes: crashes meet them in the middle of it.
+pub fn exits(stage: &mut Stage) -> Result<()> {
+    let mut parent = Child::fork(stage, "parent", |stage, ready| {
+        be_modest()?;
+        ready.announce()?;
+        for n in 0.. {
+            let last = n % 16 == 0 && stage.in_another_kernel();
+            let code = n % 100;
+            // SAFETY: this process has a single thread.
+            let pid = match unsafe { fork() }? {
+                ForkResult::Parent { child } => child,
+                ForkResult::Child => end(if last && stage.options().damage { 101 } else { code }),
+            };
+            same("child", &WaitStatus::Exited(pid, code), &waitpid(pid, None)?)?;
+            if last {
+                break;
+            }
+        }
+        Ok(())
+    })?;
+    stage.crash()?;
+    parent.join()
+}
+
+/// Lets everybody else go first.
+fn be_modest() -> Result<()> {
+    rustix::process::nice(19)?;
+    Ok(())
 }
 
 /// Two children in a group that the first one leads.

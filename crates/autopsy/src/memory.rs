@@ -456,7 +456,7 @@ impl Autopsy<'_> {
     }
 
     /// A file that is mapped or run: into the table; `None` with a finding if it cannot be read.
-    fn mapped_file(&self, addr: u64) -> Option<FileId> {
+    pub(crate) fn mapped_file(&self, addr: u64) -> Option<FileId> {
         match self.file(addr) {
             Ok(()) => Some(FileId(addr)),
             Err(error) => {

@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, HashSet};
 
 use ktypes::KernelType;
 use snapshot::{
-    AddressSpaceId, Bytes, Decision, FsContext, Namespaces, Pid, Process, ProcessState, Rlimit, Severity,
-    SignalState, Thread, ThreadState, TtyId,
+    AddressSpace, AddressSpaceId, Bytes, Decision, FsContext, Namespaces, PendingSignal, Pid, Process,
+    ProcessState, Resume, Rlimit, Severity, SigAction, SignalState, Thread, ThreadState, TtyId,
 };
 
 use crate::Autopsy;
@@ -35,6 +35,10 @@ const SIGNAL_STOP_STOPPED: u32 = 0x1;
 const SIGNAL_GROUP_EXIT: u32 = 0x4;
 /// task_struct.jobctl: number of the last stopping signal.
 const JOBCTL_STOP_SIGMASK: u64 = 0xffff;
+const SIGCHLD: i32 = 17;
+const SIG_DFL: u64 = 0;
+const SIG_IGN: u64 = 1;
+const SA_NOCLDWAIT: u64 = 2;
 /// hrtimer.state: in a queue (HRTIMER_STATE_ENQUEUED).
 const HRTIMER_ENQUEUED: u8 = 1;
 
@@ -328,6 +332,7 @@ impl Autopsy<'_> {
                 Err(error) => first_loss = first_loss.or(Some(error)),
             }
         }
+        finish_exits(&mut processes);
         // When nobody is left, it is not the processes that are broken.
         match first_loss {
             Some(error) if processes.is_empty() => Err(error),
@@ -561,7 +566,7 @@ impl Autopsy<'_> {
         let mut unsupported = Vec::new();
         let state = self.process_state(task, signal, alive);
         let mut threads: Vec<Thread> = Vec::new();
-        let gone = matches!(state, ProcessState::Zombie { .. });
+        let gone = matches!(state, ProcessState::Zombie { .. } | ProcessState::Exiting { .. });
         for member in members {
             if member.task.is_worker() {
                 unsupported.push(format!(
@@ -607,6 +612,9 @@ impl Autopsy<'_> {
         if gone {
             process.address_space = None;
             process.files_id = 0;
+            for thread in &mut process.threads {
+                thread.state = ThreadState::Dead;
+            }
             return Ok(Some(process));
         }
         process.namespaces = self.namespaces(representative)?;
@@ -636,7 +644,9 @@ impl Autopsy<'_> {
             let descriptors = self.descriptors(representative.files, &mut unsupported);
             process.descriptors = self.part("file", descriptors).unwrap_or_default();
         }
-        if let Some(id) = process.address_space {
+        if self.executes(&mut process, members) {
+            // It gets its address space from the program.
+        } else if let Some(id) = process.address_space {
             let space = self.address_space(id, &mut unsupported);
             if self.part("memory", space).is_none() {
                 process.address_space = None;
@@ -647,6 +657,30 @@ impl Autopsy<'_> {
         unsupported.dedup();
         process.unsupported = unsupported;
         Ok(Some(process))
+    }
+
+    /// Whether the process was executing another program, with the old one gone: an address space of its own is noted then, of which
+    /// only the program is known.
+    fn executes(&self, process: &mut Process, members: &[Member]) -> bool {
+        let mut living = process.threads.iter_mut().filter(|t| t.state != ThreadState::Dead);
+        let (Some(thread), others) = (living.next(), living.next().is_some()) else { return false };
+        let Resume::Exec(program) = &thread.resume else { return false };
+        if others {
+            let why = "execve: the process's other threads were being ended".into();
+            thread.resume = Resume::Impossible { why };
+            return false;
+        }
+        // The thread's address: the kernel has nothing else there.
+        let Some(member) = members.iter().find(|member| member.task.pid == thread.tid) else { return false };
+        let id = AddressSpaceId(member.addr);
+        let exe = self.mapped_file(program.file.0);
+        let space = AddressSpace { exe, dumpable: 1, ..AddressSpace::default() };
+        self.address_spaces.borrow_mut().insert(id, space);
+        process.address_space = Some(id);
+        for action in process.signals.actions.iter_mut().filter(|action| action.handler != SIG_IGN) {
+            *action = SigAction::default();
+        }
+        true
     }
 
     /// A part of a process that others can do without: `None` with a finding when it is damaged.
@@ -782,6 +816,67 @@ impl Autopsy<'_> {
             }
         }
     }
+}
+
+/// Those that were on their way out become what they would have been a moment later (exit_notify(), kernel/exit.c): their children go
+/// to the next reaper, they are zombies, and their parents have the signal. One that nobody waits for stays
+/// [`ProcessState::Exiting`].
+fn finish_exits(processes: &mut [Process]) {
+    let exiting = |p: &Process| matches!(p.state, ProcessState::Exiting { .. });
+    for i in 0..processes.len() {
+        let ProcessState::Exiting { status } = processes[i].state else { continue };
+        let (pid, exit_signal) = (processes[i].pid, processes[i].exit_signal);
+        let reaper = reaper(processes, i);
+        for child in processes.iter_mut().filter(|p| p.ppid == pid) {
+            child.ppid = reaper;
+        }
+        let info = exit_info(&processes[i], status);
+        let ppid = processes[i].ppid;
+        let Some(parent) = processes.iter_mut().find(|p| p.pid == ppid && !exiting(p)) else { continue };
+        let actions = &parent.signals.actions;
+        let action =
+            usize::try_from(exit_signal - 1).ok().and_then(|n| actions.get(n)).copied().unwrap_or_default();
+        let blocked = parent.threads.first().map_or(0, |t| t.blocked) & crate::signal::mask(exit_signal) != 0;
+        let pending = parent.signals.pending.iter().any(|p| p.signo == exit_signal);
+        let (ignored, default) = (action.handler == SIG_IGN, action.handler == SIG_DFL);
+        let unheard = exit_signal == SIGCHLD && !blocked && (ignored || default);
+        if crate::signal::mask(exit_signal) != 0 && !unheard && !pending {
+            parent.signals.pending.push(PendingSignal { signo: exit_signal, info });
+        }
+        if exit_signal != SIGCHLD || !ignored && action.flags & SA_NOCLDWAIT == 0 {
+            processes[i].state = ProcessState::Zombie { status };
+        }
+    }
+}
+
+/// Who gets the children of a process that exits: the nearest living subreaper among its ancestors, or init
+/// (find_new_reaper(), kernel/exit.c).
+fn reaper(processes: &[Process], of: usize) -> Pid {
+    let mut pid = processes.get(of).map_or(0, |p| p.ppid);
+    for _ in 0..processes.len() {
+        let Some(ancestor) = processes.iter().find(|p| p.pid == pid) else { break };
+        let lives = matches!(ancestor.state, ProcessState::Alive | ProcessState::Stopped { .. });
+        if lives && ancestor.child_subreaper {
+            return pid;
+        }
+        pid = ancestor.ppid;
+    }
+    1
+}
+
+/// The `siginfo_t` of a child's end (do_notify_parent(), kernel/signal.c), without times.
+fn exit_info(child: &Process, status: i32) -> Vec<u8> {
+    const CLD_EXITED: i32 = 1;
+    const CLD_KILLED: i32 = 2;
+    const CLD_DUMPED: i32 = 3;
+    let (code, value) = match status & 0x7f {
+        0 => (CLD_EXITED, status >> 8 & 0xff),
+        signal if status & 0x80 != 0 => (CLD_DUMPED, signal),
+        signal => (CLD_KILLED, signal),
+    };
+    let uid = child.threads.first().map_or(0, |t| t.credentials.uid);
+    let words = [child.exit_signal, 0, code, 0, child.pid, uid as i32, value, 0, 0, 0, 0, 0];
+    words.iter().flat_map(|word| word.to_le_bytes()).collect()
 }
 
 /// The systemd unit that a cgroup path names: the last component that is a service, a scope or the like, but not a

@@ -17,6 +17,7 @@
 //! that had done all and had not yet stored its result. A thread that was not on a CPU is never there: nothing sleeps in
 //! these places.
 
+mod exec;
 mod iov_iter;
 mod table;
 mod timers;
@@ -24,7 +25,7 @@ mod timers;
 use std::ops::Range;
 
 use ktypes::{Kernel, KernelType};
-use snapshot::{Clocks, Pid, Registers, Resume, SyscallInFlight};
+use snapshot::{Clocks, Exec, Pid, Registers, Resume, SyscallInFlight};
 
 use iov_iter::{Buffers, Layout, Progress, Search, Stack, Wanted};
 pub use table::name;
@@ -182,6 +183,8 @@ trait Facts {
     fn child(&self, thread: bool) -> Option<Pid>;
     /// Whether an execve has begun to take the old program apart; `None` if that cannot be told.
     fn past_no_return(&self, filename: u64) -> Option<bool>;
+    /// What the execve was asked for.
+    fn program(&self) -> Result<Exec, &'static str>;
 }
 
 /// An open file, as far as a transfer asks.
@@ -311,11 +314,17 @@ fn decide_by_class(thread: &Thread, facts: &dyn Facts, row: &Row) -> Resume {
             let filename = thread.arg(usize::from(thread.call.nr == NR_EXECVEAT));
             match facts.past_no_return(filename) {
                 Some(false) => Resume::Restart,
-                Some(true) => impossible("execve: the old program was gone, the new one not complete"),
+                Some(true) => match facts.program() {
+                    Ok(program) => Resume::Exec(program),
+                    Err(why) => impossible(format!(
+                        "execve: the old program was gone, the new one not complete; {why}"
+                    )),
+                },
                 None => impossible("execve: whether the old program is still whole cannot be told"),
             }
         }
-        Class::Exit => exit(thread),
+        // Nothing of it is done before the thread counts as exiting; what comes after that does no harm twice.
+        Class::Exit => Resume::Restart,
         Class::Remap => match facts.is_mapped(thread.arg(0)) {
             Some(true) => Resume::Restart,
             Some(false) => impossible("mremap: the mapping has moved, where to cannot be told"),
@@ -702,6 +711,9 @@ impl<'a> Dead<'a> {
         if !task.in_execve {
             return Some(false);
         }
+        if let Some(bprm) = exec::binprm(self.kernel, self.live()) {
+            return Some(bprm.point_of_no_return);
+        }
         // The next step replaces the address space: the old program is no longer where the registers point.
         let regs = self.ctx.registers;
         let mut whole = true;
@@ -805,6 +817,11 @@ impl Facts for Dead<'_> {
 
     fn past_no_return(&self, filename: u64) -> Option<bool> {
         self.try_past_no_return(filename)
+    }
+
+    fn program(&self) -> Result<Exec, &'static str> {
+        let bprm = exec::binprm(self.kernel, self.live()).ok_or("what it was cannot be told")?;
+        exec::program(self.kernel, &bprm, self.task.map_or(0, |task| task.mm))
     }
 }
 
@@ -938,6 +955,7 @@ mod tests {
         removing: bool,
         child: Option<Pid>,
         past: Option<bool>,
+        program: Option<Exec>,
     }
 
     impl Facts for Fake {
@@ -976,6 +994,9 @@ mod tests {
         }
         fn past_no_return(&self, _: u64) -> Option<bool> {
             self.past
+        }
+        fn program(&self) -> Result<Exec, &'static str> {
+            self.program.clone().ok_or("nobody knows")
         }
     }
 
@@ -1294,12 +1315,15 @@ mod tests {
             assert_eq!(with(Some(false)), Resume::Restart);
             assert!(is_impossible(&with(Some(true))));
             assert!(is_impossible(&with(None)));
+            let program = Exec { filename: "/bin/true".into(), ..Exec::default() };
+            let known = Fake { past: Some(true), program: Some(program.clone()), ..Fake::default() };
+            assert_eq!(go(&thread(call, &[0x1000]), &known), Resume::Exec(program));
         }
     }
 
     #[test]
     fn the_rest_of_the_deciders() {
-        assert_eq!(go(&thread("exit", &[258]), &Fake::default()), Resume::Exit { status: 2 << 8 });
+        assert_eq!(go(&thread("exit", &[258]), &Fake::default()), Resume::Restart);
         let open = Fake::with_file(Kind::Stream, false, 0);
         assert_eq!(go(&thread("close", &[1]), &open), Resume::Restart);
         assert_eq!(returns(&go(&thread("close", &[9]), &open)), Some(0));

@@ -127,8 +127,19 @@ impl Autopsy<'_> {
         }
         (thread.syscall, thread.resume) = self.resume(*addr, task, &thread)?;
         thread.blocked = signal_mask(task, &thread);
-        if task.is_exiting() {
-            thread.resume = Resume::Exit { status: task.exit_code };
+        const NR_EXIT: i64 = 60;
+        match thread.resume {
+            // What it has done of that does no harm twice, and where it was waited for is forgotten (mm_release(), kernel/fork.c).
+            _ if task.is_exiting() && thread.syscall.is_some_and(|call| call.nr == NR_EXIT) => {
+                thread.resume = Resume::Restart;
+            }
+            _ if task.is_exiting() => thread.resume = Resume::Exit { status: task.exit_code },
+            // All that belongs to the old program's memory is gone with it.
+            Resume::Exec(_) => {
+                (thread.rseq, thread.altstack) = (None, AltStack::default());
+                (thread.robust_list, thread.clear_child_tid) = (0, 0);
+            }
+            _ => {}
         }
         thread.wchan = if on_cpu.is_none() { self.wchan(task) } else { None };
         thread.fpu = self.fpu(*addr, task, on_cpu, thread.syscall.is_some())?;

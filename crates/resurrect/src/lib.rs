@@ -30,6 +30,7 @@ mod check;
 mod clock;
 mod credentials;
 mod deadline;
+mod exec;
 mod file;
 mod inject;
 mod memory;
@@ -258,6 +259,12 @@ pub fn resurrect(
     progress: &mut dyn Progress,
 ) -> Result<Report, Error> {
     verify_caller()?;
+    let maps = sys::read_proc("/proc/self/maps").map_err(system("read /proc/self/maps"))?;
+    let maps =
+        memory::parse_maps(&maps).ok_or_else(|| Error::Caller("its memory map cannot be read".into()))?;
+    let specials = Specials::own(&maps);
+    let with_stand_ins = exec::with_stand_ins(snapshot, &specials);
+    let snapshot = with_stand_ins.as_ref().unwrap_or(snapshot);
     let mut run = Run {
         snapshot,
         options,
@@ -269,7 +276,7 @@ pub fn resurrect(
         fates: BTreeMap::new(),
         losses: BTreeMap::new(),
     };
-    run.all(mem)
+    run.all(mem, &maps, &specials)
 }
 
 /// rseq and further threads of the caller would be inherited as pointers into memory that is about to go.
@@ -305,11 +312,12 @@ struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    fn all(&mut self, mem: &dyn PhysMem) -> Result<Report, Error> {
-        let maps = sys::read_proc("/proc/self/maps").map_err(system("read /proc/self/maps"))?;
-        let maps =
-            memory::parse_maps(&maps).ok_or_else(|| Error::Caller("its memory map cannot be read".into()))?;
-        let specials = Specials::own(&maps);
+    fn all(
+        &mut self,
+        mem: &dyn PhysMem,
+        maps: &[memory::MapsLine],
+        specials: &Specials,
+    ) -> Result<Report, Error> {
         let vdso = specials.vdso().ok_or_else(|| Error::Caller("it has no vDSO".into()))?;
         let syscall_offset = memory::syscall_instruction(vdso)
             .ok_or_else(|| Error::Caller("the vDSO has no system call".into()))?;
@@ -318,8 +326,8 @@ impl<'a> Run<'a> {
         let mut wanted = self.select();
         self.raise_last_pid(&wanted)?;
         self.refuse_occupied(&mut wanted);
-        self.refuse_memory(&mut wanted, &specials, vdso);
-        let scratch = self.find_scratch(&wanted, &maps)?;
+        self.refuse_memory(&mut wanted, specials, vdso);
+        let scratch = self.find_scratch(&wanted, maps)?;
 
         // Files and shared memory.
         let processes = self.processes(&wanted);
@@ -351,7 +359,7 @@ impl<'a> Run<'a> {
             snapshot: self.snapshot,
             files: &files,
             shared: &shared.descriptors(),
-            specials: &specials,
+            specials,
             scratch,
             syscall_offset,
             own,
@@ -569,7 +577,8 @@ impl<'a> Run<'a> {
                 );
                 losses.push(Reason::new("parent", text));
             }
-            let is_lost_child = |c: &&Process| c.ppid == p.pid && !wanted.contains(&c.pid);
+            let exited = |c: &Process| matches!(c.state, ProcessState::Exiting { .. });
+            let is_lost_child = |c: &&Process| c.ppid == p.pid && !wanted.contains(&c.pid) && !exited(c);
             for child in self.snapshot.processes.iter().filter(is_lost_child) {
                 let text = format!("its child, PID {} ({}), does not come back", child.pid, child.comm);
                 losses.push(Reason::new("child", text));

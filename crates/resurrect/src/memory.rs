@@ -94,6 +94,11 @@ impl Specials {
         Self(maps.iter().filter(is_special).map(|l| (l.path.clone(), l.start, l.end)).collect())
     }
 
+    /// Name, first address and end of each.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&Bytes, u64, u64)> {
+        self.0.iter().map(|(name, start, end)| (name, *start, *end))
+    }
+
     fn find(&self, name: &Bytes) -> Option<(u64, u64)> {
         self.0.iter().find(|(n, ..)| n == name).map(|&(_, start, end)| (start, end))
     }

@@ -6,6 +6,8 @@
 
 use snapshot::{Registers, Resume, SyscallInFlight, Thread};
 
+use crate::exec;
+
 const ERESTARTSYS: i64 = -512;
 const ERESTARTNOINTR: i64 = -513;
 const ERESTARTNOHAND: i64 = -514;
@@ -72,6 +74,11 @@ pub(crate) fn continuation(thread: &Thread) -> Result<Continuation, String> {
         Resume::Return { value, .. } => {
             regs.rax = *value as u64;
             regs.orig_rax = NONE;
+        }
+        Resume::Exec(exec) => {
+            let (call, bytes) = exec::continuation(exec, &regs);
+            regs = Registers { rax: ERESTARTNOINTR as u64, ..call };
+            store = Some(bytes);
         }
         Resume::Exit { .. } => return Err("it was exiting".into()),
         Resume::Impossible { why } => return Err(why.clone()),

@@ -132,6 +132,9 @@ pub fn decide(snapshot: &mut Snapshot, policy: &Policy) {
         let decision = match selection.get(&process.pid) {
             Some(Err(why)) => Decision::NotSelected { why: why.clone() },
             None => Decision::NotSelected { why: "no rule asks for it".into() },
+            Some(Ok(())) if matches!(process.state, ProcessState::Exiting { .. }) => {
+                Decision::NotSelected { why: "it was exiting, and nobody waits for it".into() }
+            }
             Some(Ok(())) => judge(snapshot, process, policy, &mm_users),
         };
         decisions.insert(process.pid, decision);
@@ -236,9 +239,6 @@ fn judge(
     );
     if let ProcessState::Zombie { .. } = process.state {
         return conclude(reasons, losses);
-    }
-    if let ProcessState::Exiting { .. } = process.state {
-        reasons.push(Reason::new("exiting", "it was exiting when the kernel died"));
     }
     if !matches!(process.cgroup.as_bytes(), b"" | b"/") {
         let text = format!(

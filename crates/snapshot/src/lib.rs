@@ -42,7 +42,7 @@ pub use physmem::{PAGE_SIZE, PhysMap, PhysMem, PhysMemError, PhysRange, StableBy
 pub use pipe::{Pipe, PipeBuffer, PipeEnd, PipeId};
 pub use process::{Namespaces, Process, ProcessState, Rlimit};
 pub use signal::{AltStack, PendingSignal, SigAction, SignalState};
-pub use syscall::{Resume, SyscallInFlight};
+pub use syscall::{Exec, Resume, SyscallInFlight};
 pub use thread::{Fpu, FpuSource, Registers, Rseq, Scheduling, Seccomp, Thread, ThreadState};
 pub use tty::{Termios, Tty, TtyId, WindowSize};
 

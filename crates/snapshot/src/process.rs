@@ -78,7 +78,7 @@ pub enum ProcessState {
         /// Status as wait4(2) gives it.
         status: i32,
     },
-    /// On its way out when the kernel died (PF_EXITING): will be rebuilt as a zombie, or not at all.
+    /// On its way out when the kernel died, and without a parent that would wait for it: it does not come back.
     Exiting {
         /// Status that it would have had.
         status: i32,

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::{Bytes, FileId};
+
 /// A system call that had been entered and not left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SyscallInFlight {
@@ -9,6 +11,19 @@ pub struct SyscallInFlight {
     pub nr: i64,
     /// rdi, rsi, rdx, r10, r8, r9.
     pub args: [u64; 6],
+}
+
+/// What execve(2) had been asked for.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exec {
+    /// Path, as it was given.
+    pub filename: Bytes,
+    /// What was being loaded: that file, or a script's interpreter.
+    pub file: FileId,
+    #[allow(missing_docs)]
+    pub argv: Vec<Bytes>,
+    #[allow(missing_docs)]
+    pub envp: Vec<Bytes>,
 }
 
 /// How a thread goes on. Decided by `autopsy` (which knows what the call had done), carried out by `resurrect`.
@@ -48,6 +63,9 @@ pub enum Resume {
         /// For the report.
         why: String,
     },
+    /// It was executing another program, and the old one was gone already: it is asked for again. Of the address space
+    /// only the name of the program is known.
+    Exec(Exec),
     /// The thread was inside exit: it is not rebuilt.
     Exit {
         /// Status as wait4(2) gives it.
