@@ -87,21 +87,22 @@ pub fn tree(stage: &mut Stage) -> Result<()> {
 /// Children that do nothing but execute a shell, again and again: most crashes meet one of them with its old program gone and the
 /// new one not complete.
 pub fn exec(stage: &mut Stage) -> Result<()> {
-    // $0: this text, $1: how often, $2: the file that ends it.
-    const SCRIPT: &str = r#"[ -e "$2" ] && exit 42; exec /bin/sh -c "$0" "$0" $(($1 + 1)) "$2""#;
-    let stop = stage.path("stop");
+    // $0: this text, $1: how often, $2: the file whose end it ends with.
+    const SCRIPT: &str = r#"[ -e "$2" ] || exit 42; exec /bin/sh -c "$0" "$0" $(($1 + 1)) "$2""#;
+    let on = stage.path("on");
+    std::fs::write(&on, "on")?;
     let mut children = Vec::new();
     for label in ["first", "second", "third"] {
-        let stop = stop.clone();
+        let on = on.clone();
         children.push(Child::fork(stage, label, |_, ready| {
             be_modest()?;
             ready.announce()?;
-            let error = Command::new("/bin/sh").args(["-c", SCRIPT, SCRIPT, "1"]).arg(stop).exec();
+            let error = Command::new("/bin/sh").args(["-c", SCRIPT, SCRIPT, "1"]).arg(on).exec();
             Err(error.into())
         })?);
     }
     let crash = stage.crash()?;
-    std::fs::write(&stop, "")?;
+    std::fs::remove_file(&on)?;
     let expected = if crash.damage { 41 } else { 42 };
     for child in &mut children {
         same("child", &WaitStatus::Exited(child.pid(), expected), &child.wait()?)?;
