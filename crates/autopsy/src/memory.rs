@@ -83,6 +83,8 @@ pub(crate) struct Mm {
     map_count: i32,
     #[kernel("mmap_lock.count")]
     mmap_lock: u64,
+    #[kernel("mmap_lock.owner", optional)]
+    mmap_lock_owner: Option<u64>,
     def_flags: u64,
     start_code: u64,
     end_code: u64,
@@ -124,6 +126,14 @@ struct VmArea {
     #[kernel("vm_userfaultfd_ctx.ctx", optional)]
     userfaultfd: Option<u64>,
     vm_policy: u64,
+}
+
+/// Calls that hold `mmap_lock` and do all of their work on mappings, not on page tables below intact mappings: as long as the tree of mappings
+/// is whole, they can be issued again, whatever they have done. (mremap moves page tables; so does the kernel thread
+/// khugepaged.)
+fn keeps_mappings_whole(nr: i64) -> bool {
+    // mmap, mprotect, munmap, brk; clone, fork, vfork, clone3; mlock, munlock, mlock2.
+    [9, 10, 11, 12, 56, 57, 58, 435, 149, 150, 325].contains(&nr)
 }
 
 /// What the kernel's `struct page` says about page frames, read in blocks of 64 and remembered as bits.
@@ -360,7 +370,14 @@ impl Autopsy<'_> {
     }
 
     /// Reads an address space into the table, unless it is there.
-    pub(crate) fn address_space(&self, id: AddressSpaceId, unsupported: &mut Vec<String>) -> Result<()> {
+    /// Reads an address space into the table, unless it is there. `call_of`: the system call that a task (by address) of the process
+    /// was in.
+    pub(crate) fn address_space(
+        &self,
+        id: AddressSpaceId,
+        call_of: &dyn Fn(u64) -> Option<i64>,
+        unsupported: &mut Vec<String>,
+    ) -> Result<()> {
         let mm: Mm = self.kernel.read(id.0)?;
         if mm.ioctx_table.is_some_and(|table| table != 0 && self.has_aio_contexts(table)) {
             unsupported.push("asynchronous I/O contexts (io_setup)".into());
@@ -377,7 +394,7 @@ impl Autopsy<'_> {
         if self.address_spaces.borrow().contains_key(&id) {
             return Ok(());
         }
-        let space = self.read_address_space(id, &mm)?;
+        let space = self.read_address_space(id, &mm, call_of)?;
         self.address_spaces.borrow_mut().insert(id, space);
         Ok(())
     }
@@ -393,15 +410,23 @@ impl Autopsy<'_> {
         contexts.map_or(true, |bytes| bytes.iter().any(|b| *b != 0))
     }
 
-    fn read_address_space(&self, id: AddressSpaceId, mm: &Mm) -> Result<AddressSpace> {
+    fn read_address_space(
+        &self,
+        id: AddressSpaceId,
+        mm: &Mm,
+        call_of: &dyn Fn(u64) -> Option<i64>,
+    ) -> Result<AddressSpace> {
         const RWSEM_WRITER_LOCKED: u64 = 1;
+        // RWSEM_READER_OWNED, RWSEM_NONSPINNABLE (kernel/locking/rwsem.c).
+        const OWNER_FLAGS: u64 = 3;
         let mut addresses = Vec::new();
-        self.kernel.maple_for_each(mm.mm_mt, MAX_VMAS, |_, _, vma| {
-            addresses.push(vma);
+        self.kernel.maple_for_each(mm.mm_mt, MAX_VMAS, |first, last, vma| {
+            addresses.push((first, last, vma));
             Ok(())
         })?;
         let mut vmas: Vec<Vma> = Vec::with_capacity(addresses.len());
-        for addr in addresses {
+        let mut agree = mm.map_count == addresses.len() as i32;
+        for (first, last, addr) in addresses {
             let area: VmArea = self.kernel.read(addr)?;
             let after = vmas.last().map_or(0, |vma| vma.end);
             let sane = area.vm_mm == id.0
@@ -413,9 +438,12 @@ impl Autopsy<'_> {
                 let why = format!("{:x}-{:x} cannot be the next mapping", area.vm_start, area.vm_end);
                 return Err(corrupt("vm_area_struct", addr, why));
             }
+            agree &= area.vm_start == first && area.vm_end == last.wrapping_add(1);
             vmas.push(self.vma(mm, &area)?);
         }
-        let write_locked = mm.mmap_lock & RWSEM_WRITER_LOCKED != 0;
+        let locked = mm.mmap_lock & RWSEM_WRITER_LOCKED != 0;
+        let holder = mm.mmap_lock_owner.filter(|_| locked).map(|owner| owner & !OWNER_FLAGS);
+        let write_locked = locked && !(agree && holder.and_then(call_of).is_some_and(keeps_mappings_whole));
         if mm.map_count != vmas.len() as i32 && !write_locked {
             let text = format!("{} mappings were found, the kernel counted {}", vmas.len(), mm.map_count);
             self.find(Severity::Doubt, "memory", text);

@@ -647,7 +647,11 @@ impl Autopsy<'_> {
         if self.executes(&mut process, members) {
             // It gets its address space from the program.
         } else if let Some(id) = process.address_space {
-            let space = self.address_space(id, &mut unsupported);
+            let call_of = |task: u64| {
+                let tid = members.iter().find(|member| member.addr == task)?.task.pid;
+                process.threads.iter().find(|thread| thread.tid == tid)?.syscall.map(|call| call.nr)
+            };
+            let space = self.address_space(id, &call_of, &mut unsupported);
             if self.part("memory", space).is_none() {
                 process.address_space = None;
             }

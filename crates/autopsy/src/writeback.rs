@@ -1,8 +1,8 @@
 //! Files of which the disk may not have the last state, open or not: every super block's list of inodes, s_inodes (fs/inode.c,
 //! include/linux/fs.h; 6.1 and 6.12).
 //!
-//! A program that goes on may open again what it had written and closed before. Found here are regular files that have a name; new
-//! directories without files in them, renames and removals are not.
+//! A program that goes on may open again what it had written and closed before. Found here are regular files and directories that have
+//! a name; renames, removals and links are not.
 
 use ktypes::KernelType;
 use snapshot::{Bytes, InodeId, Mount, Severity};
@@ -10,7 +10,7 @@ use snapshot::{Bytes, InodeId, Mount, Severity};
 use crate::Autopsy;
 use crate::error::Result;
 use crate::fs::device;
-use crate::inode::S_IFREG;
+use crate::inode::{S_IFDIR, S_IFREG};
 
 /// Super blocks of one machine.
 const MAX_SUPER_BLOCKS: usize = 1 << 20;
@@ -88,11 +88,14 @@ impl Autopsy<'_> {
         for node in self.kernel.list_head(sb.s_inodes, MAX_INODES) {
             let addr = node?.wrapping_sub(to_list);
             let inode: Candidate = self.kernel.read(addr)?;
-            if u32::from(inode.i_mode) & 0o170_000 != S_IFREG || inode.i_nlink == 0 {
-                continue;
-            }
             let recent = inode.mtime.max(inode.ctime) >= now_s.saturating_sub(RECENT_SECONDS);
-            if !(recent || self.has_dirty_pages(inode.i_mapping)) {
+            let concerned = match u32::from(inode.i_mode) & 0o170_000 {
+                _ if inode.i_nlink == 0 => false,
+                S_IFREG => recent || self.has_dirty_pages(inode.i_mapping),
+                S_IFDIR => recent,
+                _ => false,
+            };
+            if !concerned {
                 continue;
             }
             match self.unwritten_file(addr, &inode, mount) {

@@ -104,11 +104,13 @@ impl Files {
 
     /// Brings all files up to date that the dead kernel had not written, whoever may open them.
     fn write_back(&mut self, snapshot: &Snapshot, mem: &dyn PhysMem) {
-        for id in &snapshot.unwritten {
-            if let Some(inode) = snapshot.inodes.get(id) {
-                let restored = restore(snapshot, inode.path.as_path(), inode, mem);
-                self.inodes.insert(*id, restored);
-            }
+        let inodes = snapshot.unwritten.iter().filter_map(|id| Some((*id, snapshot.inodes.get(id)?)));
+        let mut inodes: Vec<_> = inodes.collect();
+        // Directories before what is in them.
+        inodes.sort_by(|(_, a), (_, b)| a.path.cmp(&b.path));
+        for (id, inode) in inodes {
+            let restored = restore(snapshot, inode.path.as_path(), inode, mem);
+            self.inodes.insert(id, restored);
         }
     }
 

@@ -41,6 +41,12 @@ pub enum PageCacheError {
         #[allow(missing_docs)]
         path: String,
     },
+    /// It was a directory, and is something else.
+    #[error("{path} is not a directory any more")]
+    NotADirectory {
+        #[allow(missing_docs)]
+        path: String,
+    },
     /// The disk does not have the file, and the page cache not all of its contents.
     #[error("{path} is not on the disk, and the dead page cache has {have} of its {want} pages only")]
     Incomplete {
@@ -86,11 +92,22 @@ fn lives_in_memory(inode: &Inode) -> bool {
 /// Dirty pages are written, and all cached pages when size or modification time on disk are other ones than they were in memory (pages
 /// may be clean because their data had been written, while the transaction that says where to find it was never committed); then the size
 /// and the times are set. A file that the disk never saw is created with its owner, mode and parent directories, if all of its contents
-/// are known. A file that is up to date is not touched.
+/// are known. A file that is up to date is not touched. Of a directory only this counts: that it is there.
 pub fn restore(path: &Path, inode: &Inode, mem: &dyn PhysMem) -> Result<Restored, PageCacheError> {
     let name = || path.display().to_string();
     let io = |what| move |source| PageCacheError::Io { what, path: path.display().to_string(), source };
     let mut done = Restored::default();
+    if inode.mode & libc::S_IFMT == libc::S_IFDIR {
+        match std::fs::metadata(path) {
+            Ok(meta) if meta.is_dir() => return Ok(done),
+            Ok(_) => return Err(PageCacheError::NotADirectory { path: name() }),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(io("look for")(e)),
+        }
+        create_directory(path, inode).map_err(io("create"))?;
+        done.created = true;
+        return Ok(done);
+    }
     let on_disk = match std::fs::metadata(path) {
         Ok(meta) => {
             verify(path, inode, &meta)?;
@@ -156,6 +173,16 @@ fn is_older(meta: &Metadata, inode: &Inode) -> bool {
     meta.mtime() != inode.mtime.sec || (nsec != 0 && nsec != i64::from(inode.mtime.nsec))
 }
 
+fn create_directory(path: &Path, inode: &Inode) -> io::Result<()> {
+    if let Some(parent) = path.parent() {
+        DirBuilder::new().recursive(true).mode(0o755).create(parent)?;
+    }
+    DirBuilder::new().mode(0o700).create(path)?;
+    let directory = File::open(path)?;
+    fchown(&directory, Some(inode.uid), Some(inode.gid))?;
+    directory.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(inode.mode & 0o7777))
+}
+
 fn create(path: &Path, inode: &Inode) -> io::Result<File> {
     if let Some(parent) = path.parent() {
         DirBuilder::new().recursive(true).mode(0o755).create(parent)?;
@@ -216,6 +243,22 @@ mod tests {
         inode.ino = meta.ino();
         inode.mtime = snapshot::Timestamp { sec: meta.mtime(), nsec: meta.mtime_nsec() as u32 };
         (path, inode)
+    }
+
+    #[test]
+    fn a_directory_that_the_disk_never_saw_is_made_with_its_owner_and_mode() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("new");
+        let inode = Inode { mode: 0o041_731, ..inode(4096, &[]) };
+        assert!(restore(&path, &inode, &mem()).unwrap().created);
+        let meta = std::fs::metadata(&path).unwrap();
+        assert!(meta.is_dir());
+        assert_eq!((meta.mode() & 0o7777, meta.uid(), meta.gid()), (0o1731, 1, 2));
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
+        assert_eq!(restore(&path, &inode, &mem()).unwrap(), Restored::default(), "one that is there stays");
+        let file = dir.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        assert!(matches!(restore(&file, &inode, &mem()), Err(PageCacheError::NotADirectory { .. })));
     }
 
     #[test]

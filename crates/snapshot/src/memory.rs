@@ -27,7 +27,8 @@ pub struct AddressSpace {
     pub lock_future: bool,
     #[allow(missing_docs)]
     pub lock_on_fault: bool,
-    /// `mmap_lock` was held for writing when the kernel died: the mappings may be half changed.
+    /// `mmap_lock` was held for writing when the kernel died, and the mappings may be half changed: the list of mappings contradicts itself,
+    /// or whoever held it may have been working on page tables.
     pub write_locked: bool,
 }
 
