@@ -83,6 +83,8 @@ pub(crate) struct Task {
     pub ptraced_head: u64,
     pub clear_child_tid: u64,
     pub start_boottime: u64,
+    /// What the maker waits for, while it waits in vfork(2).
+    pub vfork_done: u64,
     pub real_cred: u64,
     pub comm: [u8; 16],
     pub fs: u64,
@@ -370,6 +372,7 @@ impl Autopsy<'_> {
             tgid: member.task.tgid,
             parent: member.task.real_parent,
             started: !member.task.is_new(),
+            vfork_done: member.task.vfork_done,
             start_boottime_ns: i64::try_from(member.task.start_boottime).unwrap_or(i64::MAX),
         };
         let all = groups.iter().flat_map(|group| &group.members).map(known).collect();
@@ -587,6 +590,7 @@ impl Autopsy<'_> {
             state,
             threads,
             address_space: (representative.mm != 0).then_some(AddressSpaceId(representative.mm)),
+            vfork: false,
             files_id: representative.files,
             descriptors: Vec::new(),
             fs: FsContext::default(),
@@ -656,6 +660,7 @@ impl Autopsy<'_> {
                 process.address_space = None;
             }
         }
+        process.vfork = self.is_vfork_child(&process, members);
         self.name_unsupported(signal, members, &mut unsupported);
         unsupported.sort();
         unsupported.dedup();
@@ -685,6 +690,13 @@ impl Autopsy<'_> {
             *action = SigAction::default();
         }
         true
+    }
+
+    /// Whether the process is of one thread, and whoever made it waits in vfork(2) for it to give the memory back.
+    fn is_vfork_child(&self, process: &Process, members: &[Member]) -> bool {
+        let [Member { task, .. }] = members else { return false };
+        let shared = |parent: &Task| process.address_space == Some(AddressSpaceId(parent.mm));
+        task.vfork_done != 0 && self.task(task.real_parent).is_ok_and(|parent| shared(&parent))
     }
 
     /// A part of a process that others can do without: `None` with a finding when it is damaged.

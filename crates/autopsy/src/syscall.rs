@@ -109,6 +109,8 @@ pub struct KnownTask {
     pub parent: u64,
     /// It is no longer TASK_NEW: it has been woken for the first time.
     pub started: bool,
+    /// `vfork_done`: on the stack of the thread that waits for it in vfork(2).
+    pub vfork_done: u64,
     /// `start_boottime`.
     pub start_boottime_ns: i64,
 }
@@ -797,12 +799,11 @@ impl Facts for Dead<'_> {
                 other.tid == other.tgid && other.tgid != task.tgid && self.is_ours(other.parent, task.tgid)
             }
         };
-        let youngest = self
-            .ctx
-            .tasks
-            .iter()
-            .filter(|other| is_own(other))
-            .max_by_key(|other| other.start_boottime_ns)?;
+        let own = || self.ctx.tasks.iter().filter(|other| is_own(other));
+        if let Some(awaited) = own().find(|other| self.ctx.stack.contains(&other.vfork_done)) {
+            return awaited.started.then_some(awaited.tid);
+        }
+        let youngest = own().max_by_key(|other| other.start_boottime_ns)?;
         if !youngest.started {
             return None;
         }

@@ -139,6 +139,7 @@ fn declare(synth: &mut Synth) {
                 ("ptraced", list()),
                 ("clear_child_tid", PTR),
                 ("start_boottime", U64),
+                ("vfork_done", U64),
                 ("real_cred", PTR),
                 ("comm", array(U8, 16)),
                 ("fs", PTR),

@@ -6,7 +6,7 @@ use nix::errno::Errno;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
 /// A moment after which a step has failed.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Deadline(Instant);
 
 impl Deadline {
@@ -17,6 +17,11 @@ impl Deadline {
     /// The earlier of this one and `d` from now.
     pub(crate) fn or_after(self, d: Duration) -> Self {
         Self(self.0.min(Instant::now() + d))
+    }
+
+    /// As much earlier.
+    pub(crate) fn before(self, d: Duration) -> Self {
+        Self(self.0.checked_sub(d).unwrap_or(self.0))
     }
 
     pub(crate) fn left(self) -> Duration {

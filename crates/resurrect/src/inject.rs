@@ -256,6 +256,19 @@ pub(crate) fn wait(tid: Pid, deadline: Deadline) -> Result<i32, Errno> {
     }
 }
 
+/// Waits for any tracee to change state; `Err(EINTR)` only after the deadline.
+pub(crate) fn wait_any(deadline: Deadline) -> Result<(Pid, i32), Errno> {
+    let mut status = 0;
+    loop {
+        // SAFETY: `status` is an int.
+        match Errno::result(unsafe { libc::waitpid(-1, &mut status, libc::__WALL) }) {
+            Ok(tid) => return Ok((tid, status)),
+            Err(Errno::EINTR) if !deadline.is_over() => {}
+            Err(e) => return Err(e),
+        }
+    }
+}
+
 fn wait_stop(tid: Pid, what: &str, deadline: Deadline) -> Result<Stop, InjectError> {
     let status = wait(tid, deadline).map_err(|errno| match errno {
         Errno::EINTR => InjectError::Deadline { what: what.into() },
@@ -323,9 +336,74 @@ impl Tracee {
         ptrace("SETSIGMASK", libc::PTRACE_SETSIGMASK, self.tid, 8, &raw const mask as u64).map(drop)
     }
 
+    /// Bit n-1 is signal n.
+    pub(crate) fn signal_mask(&self) -> Result<u64, InjectError> {
+        let mut mask = 0u64;
+        ptrace("GETSIGMASK", libc::PTRACE_GETSIGMASK, self.tid, 8, &raw mut mask as u64)?;
+        Ok(mask)
+    }
+
     /// Lets go; the thread runs.
     pub(crate) fn detach(&self) -> Result<(), InjectError> {
-        ptrace("DETACH", libc::PTRACE_DETACH, self.tid, 0, 0).map(drop)
+        self.detach_with(0)
+    }
+
+    /// Lets go; the thread gets this signal, which it has stopped for, unless it is 0.
+    pub(crate) fn detach_with(&self, signal: i32) -> Result<(), InjectError> {
+        ptrace("DETACH", libc::PTRACE_DETACH, self.tid, 0, signal as u64).map(drop)
+    }
+
+    /// Lets it run under observation ([`Tracee::go_on`]), no longer to die with us.
+    pub(crate) fn observe(&self) -> Result<(), InjectError> {
+        let options = libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_TRACEEXEC | libc::PTRACE_O_TRACEEXIT;
+        ptrace("SETOPTIONS", libc::PTRACE_SETOPTIONS, self.tid, 0, options as u64)?;
+        self.go_on(0)
+    }
+
+    /// Lets it run up to its next system call, signal, execution of a program, or end.
+    pub(crate) fn go_on(&self, signal: i32) -> Result<(), InjectError> {
+        ptrace("SYSCALL", libc::PTRACE_SYSCALL, self.tid, 0, signal as u64).map(drop)
+    }
+
+    /// Leaves it stopped, as job control wants it, up to the signal to continue.
+    pub(crate) fn stay_stopped(&self) -> Result<(), InjectError> {
+        ptrace("LISTEN", libc::PTRACE_LISTEN, self.tid, 0, 0).map(drop)
+    }
+
+    /// Makes it stop soon.
+    pub(crate) fn interrupt(&self) -> Result<(), InjectError> {
+        ptrace("INTERRUPT", libc::PTRACE_INTERRUPT, self.tid, 0, 0).map(drop)
+    }
+
+    /// The number of the 64-bit system call at whose entry it has stopped; `None` elsewhere.
+    pub(crate) fn entered_call(&self) -> Result<Option<i64>, InjectError> {
+        // struct ptrace_syscall_info: operation, architecture (at 4), at an entry the number (at 24).
+        const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
+        let mut info = [0u64; 11];
+        let size = size_of_val(&info) as u64;
+        let request = libc::PTRACE_GET_SYSCALL_INFO;
+        ptrace("GET_SYSCALL_INFO", request, self.tid, size, &raw mut info as u64)?;
+        let is_entry = info[0] as u8 == libc::PTRACE_SYSCALL_INFO_ENTRY;
+        Ok((is_entry && (info[0] >> 32) as u32 == AUDIT_ARCH_X86_64).then_some(info[3] as i64))
+    }
+
+    /// Makes calls between two instructions of a thread that is stopped with its final state: it notices nothing.
+    pub(crate) fn call_aside(
+        &self,
+        instruction: u64,
+        calls: &[(&str, i64, [u64; 6])],
+        deadline: Deadline,
+    ) -> Result<Vec<i64>, InjectError> {
+        let (regs, mask) = (self.registers()?, self.signal_mask()?);
+        // A pending signal would come in between.
+        self.set_signal_mask(u64::MAX)?;
+        let call = |&(what, nr, args): &(&str, i64, [u64; 6])| {
+            self.call_and_interrupt(instruction, what, nr, args, deadline)
+        };
+        let results = calls.iter().map(call).collect();
+        self.set_registers(&regs)?;
+        self.set_signal_mask(mask)?;
+        results
     }
 
     /// Makes all calls in order. Optional ones that failed are returned; any other failure ends the run.

@@ -16,7 +16,7 @@
 //! 6. *pour*: page contents, for all processes at once in physical order;
 //! 7. *finish*: protections, threads, credentials, pending signals, interrupted system calls, registers;
 //! 8. *check*: `/proc` of every process against the snapshot;
-//! 9. *release*: all at once.
+//! 9. *release*: all at once; but who waits in vfork(2) goes on after the child ([`vfork`]).
 //!
 //! Until they are released, the processes die with this one. One file per kind of kernel object, named as in the `snapshot` crate.
 //!
@@ -46,6 +46,7 @@ mod sys;
 mod syscall;
 mod thread;
 mod tty;
+mod vfork;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -55,7 +56,7 @@ use snapshot::{Bytes, Decision, PhysMem, Pid, Process, ProcessState, Reason, Sna
 
 use crate::deadline::{Alarm, Deadline};
 use crate::file::Files;
-use crate::inject::Scratch;
+use crate::inject::{InjectError, Scratch};
 use crate::memory::Specials;
 use crate::plan::Plan;
 use crate::pour::{OwnerId, ReverseMap};
@@ -115,7 +116,7 @@ pub enum Step<'a> {
         /// For people.
         why: &'a str,
     },
-    /// All that come back are running.
+    /// All that come back are running, or wait in vfork(2) for one that is.
     Released,
 }
 
@@ -731,20 +732,40 @@ impl<'a> Run<'a> {
 
     fn release(&mut self, mut builds: Vec<Build<'a>>, zombies: Vec<&'a Process>) {
         let mut back = zombies;
+        let mut families = vfork::Families::take_from(&mut builds);
         // Whoever stopped a process must find it stopped, not traced.
         builds.sort_by_key(|build| !matches!(build.process.state, ProcessState::Stopped { .. }));
-        for mut build in builds {
-            match build.release() {
-                Ok(()) => {
-                    back.push(build.process);
-                    self.losses.entry(build.process.pid).or_default().append(&mut build.losses);
-                }
-                Err(e) => self.abandon(build, Failure { step: "release", reason: e.to_string() }),
-            }
+        for build in builds {
+            let released = build.release();
+            back.extend(self.note_release(build, released));
         }
+        families.begin(self.options.process_deadline, self.deadline);
         self.step(Step::Released);
+        for p in back.drain(..) {
+            self.progress.step(Step::Back { pid: p.pid, comm: &p.comm });
+        }
+        for (build, released) in families.await_all(&self.alarm) {
+            back.extend(self.note_release(build, released));
+        }
         for p in back {
             self.progress.step(Step::Back { pid: p.pid, comm: &p.comm });
+        }
+    }
+
+    fn note_release(
+        &mut self,
+        mut build: Build<'a>,
+        released: Result<(), InjectError>,
+    ) -> Option<&'a Process> {
+        match released {
+            Ok(()) => {
+                self.losses.entry(build.process.pid).or_default().append(&mut build.losses);
+                Some(build.process)
+            }
+            Err(e) => {
+                self.abandon(build, Failure { step: "release", reason: e.to_string() });
+                None
+            }
         }
     }
 

@@ -220,6 +220,7 @@ mod tests {
             state: ProcessState::Alive,
             threads: vec![],
             address_space: None,
+            vfork: false,
             files_id: 0,
             descriptors: vec![],
             fs: Default::default(),

@@ -85,13 +85,15 @@ fn living(process: &Process) -> impl Iterator<Item = &Thread> {
 /// A process being rebuilt.
 pub(crate) struct Build<'a> {
     pub(crate) process: &'a Process,
-    mm: &'a AddressSpace,
+    pub(crate) mm: &'a AddressSpace,
     areas: Vec<Area>,
     leader: Tracee,
     /// Living threads other than the leader.
     others: Vec<Tracee>,
     pub(crate) losses: Vec<Reason>,
     leader_lives: bool,
+    /// Address of a `syscall` instruction in its vDSO.
+    instruction: u64,
 }
 
 impl<'a> Build<'a> {
@@ -105,7 +107,10 @@ impl<'a> Build<'a> {
         let leader = Tracee::seize(process.pid, common.scratch, deadline).map_err(failure("seize"))?;
         let leader_lives = process.leader().is_some_and(lives);
         let areas = memory::areas(mm);
-        Ok(Self { process, mm, areas, leader, others: vec![], losses: vec![], leader_lives })
+        let vdso = memory::vdso_start(mm).ok_or("no vDSO").map_err(failure("seize"))?;
+        let instruction = vdso + common.syscall_offset;
+        let (others, losses) = (vec![], vec![]);
+        Ok(Self { process, mm, areas, leader, others, losses, leader_lives, instruction })
     }
 
     fn tracee(&self, tid: Pid) -> Option<&Tracee> {
@@ -166,8 +171,7 @@ impl<'a> Build<'a> {
         // Before it changes user, after all that a low limit could hinder.
         self.set_from_outside(common)?;
         self.set_up_threads(common, deadline)?;
-        let vdso = memory::vdso_start(self.mm).ok_or("no vDSO").map_err(failure("registers"))?;
-        let instruction = vdso + common.syscall_offset;
+        let instruction = self.instruction;
         if !self.leader_lives {
             self.leader.exit(instruction, deadline).map_err(failure("end the first thread"))?;
             self.await_leaders_end(deadline)?;
@@ -343,19 +347,51 @@ impl<'a> Build<'a> {
         })
     }
 
+    /// The first thread that lives.
+    pub(crate) fn main(&self) -> Result<&Tracee, InjectError> {
+        let main = living(self.process).next().and_then(|t| self.tracee(t.tid));
+        main.ok_or_else(|| InjectError::Unexpected("it has no living thread".into()))
+    }
+
+    /// Makes system calls in it before it is released; what they returned.
+    pub(crate) fn call_aside(
+        &self,
+        calls: &[(&str, i64, [u64; 6])],
+        deadline: Deadline,
+    ) -> Result<Vec<i64>, InjectError> {
+        self.main()?.call_aside(self.instruction, calls, deadline)
+    }
+
+    /// Whether it shares its memory with whoever made it, who waits for it.
+    pub(crate) fn is_vfork_child_of(&self, other: &Build<'_>) -> bool {
+        self.process.vfork
+            && self.process.ppid == other.process.pid
+            && self.process.address_space == other.process.address_space
+    }
+
     /// Lets all threads go.
     pub(crate) fn release(&self) -> Result<(), InjectError> {
-        if let ProcessState::Stopped { .. } = self.process.state {
-            // Stops before its first instruction, whatever it does with other stopping signals. Its parent is told (again).
-            // SAFETY: a signal to a process that we hold.
-            unsafe { libc::kill(self.process.pid, libc::SIGSTOP) };
-        }
+        self.stop_again();
         for t in living(self.process) {
             if let Some(tracee) = self.tracee(t.tid) {
                 tracee.detach()?;
             }
         }
         Ok(())
+    }
+
+    /// Lets it go as far as its memory is its own; it has a single thread.
+    pub(crate) fn release_observed(&self) -> Result<(), InjectError> {
+        self.stop_again();
+        self.main()?.observe()
+    }
+
+    fn stop_again(&self) {
+        if let ProcessState::Stopped { .. } = self.process.state {
+            // Stops before its first instruction, whatever it does with other stopping signals. Its parent is told (again).
+            // SAFETY: a signal to a process that we hold.
+            unsafe { libc::kill(self.process.pid, libc::SIGSTOP) };
+        }
     }
 }
 

@@ -317,15 +317,10 @@ fn judge_memory(
         reasons.push(Reason::new("memory", "its address space could not be read"));
         return;
     };
-    let sharers: Vec<String> = mm_users
-        .get(&id)
-        .into_iter()
-        .flatten()
-        .filter(|&&pid| pid != process.pid)
-        .map(Pid::to_string)
-        .collect();
-    if !sharers.is_empty() {
-        let text = format!("it shares its memory with PID {} (vfork or CLONE_VM)", sharers.join(", "));
+    let users = mm_users.get(&id).map_or(&[][..], Vec::as_slice);
+    let sharers: Vec<String> = users.iter().filter(|&&pid| pid != process.pid).map(Pid::to_string).collect();
+    if !sharers.is_empty() && !share_by_vfork(snapshot, users) {
+        let text = format!("it shares its memory with PID {} (CLONE_VM)", sharers.join(", "));
         reasons.push(Reason::new("shared-memory", text));
     }
     if mm.write_locked {
@@ -382,6 +377,12 @@ fn judge_memory(
         );
         reasons.push(Reason::new("swapped", text));
     }
+}
+
+/// Whether all but one of those who share an address space do so as the vfork children of another of them.
+fn share_by_vfork(snapshot: &Snapshot, users: &[Pid]) -> bool {
+    let processes = users.iter().filter_map(|pid| snapshot.process(*pid));
+    processes.filter(|p| !(p.vfork && p.ppid != p.pid && users.contains(&p.ppid))).count() == 1
 }
 
 fn judge_descriptors(snapshot: &Snapshot, process: &Process, reasons: &mut Vec<Reason>) {
@@ -467,6 +468,7 @@ mod tests {
             state: ProcessState::Alive,
             threads: vec![thread],
             address_space: Some(AddressSpaceId(pid as u64)),
+            vfork: false,
             files_id: pid as u64,
             descriptors: Vec::new(),
             fs: FsContext::default(),
@@ -630,6 +632,30 @@ mod tests {
             |severity| Finding { severity, pid: Some(500), object: "memory".into(), text: "x".into() };
         assert_eq!(reasons(|s| s.findings.push(doubt(Severity::Doubt))), ["memory"]);
         assert!(reasons(|s| s.findings.push(doubt(Severity::Note))).is_empty());
+    }
+
+    #[test]
+    fn memory_is_shared_by_vfork_only() {
+        // Who shares the memory of 500: PID, parent, by vfork?
+        let reasons = |sharers: &[(Pid, Pid, bool)]| {
+            let mut all = vec![process(500, 1, 1000)];
+            all.extend(sharers.iter().map(|&(pid, ppid, vfork)| Process {
+                address_space: Some(AddressSpaceId(500)),
+                vfork,
+                ..process(pid, ppid, 1000)
+            }));
+            let mut s = machine(all);
+            decide(&mut s, &self::all());
+            let given_up = |p: &&Process| !p.decision.is_continue();
+            s.processes.iter().filter(given_up).map(|p| p.pid).collect::<Vec<_>>()
+        };
+        assert!(reasons(&[(501, 500, true)]).is_empty());
+        // Two of its threads at the same time; a child's child.
+        assert!(reasons(&[(501, 500, true), (502, 500, true)]).is_empty());
+        assert!(reasons(&[(501, 500, true), (502, 501, true)]).is_empty());
+        assert_eq!(reasons(&[(501, 500, false)]), [500, 501]);
+        assert_eq!(reasons(&[(501, 1, true)]), [500, 501]);
+        assert_eq!(reasons(&[(501, 500, true), (502, 500, false)]), [500, 501, 502]);
     }
 
     #[test]

@@ -23,6 +23,10 @@ pub struct Process {
     pub threads: Vec<Thread>,
     /// The address space; `None` for a zombie.
     pub address_space: Option<AddressSpaceId>,
+    /// Made by vfork(2), with neither a program executed nor exited since: its memory is its parent's, and the thread of the parent
+    /// that made it waits in that call.
+    #[serde(default)]
+    pub vfork: bool,
     /// Identity of the descriptor table (`files_struct`): processes with the same one share it (CLONE_FILES).
     pub files_id: u64,
     /// Open descriptors by ascending number.

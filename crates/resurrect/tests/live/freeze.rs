@@ -192,6 +192,7 @@ impl Freezer {
             state: ProcessState::Alive,
             threads: vec![],
             address_space: None,
+            vfork: false,
             files_id: self.id(),
             descriptors: vec![],
             fs: FsContext::default(),

@@ -56,6 +56,9 @@ const TESTS: &[(&str, fn())] = &[
     ("missing_frame_costs_one_process_only", missing_frame_costs_one_process_only),
     ("check_finds_what_is_wrong", check_finds_what_is_wrong),
     ("other_vdso_is_given_up", other_vdso_is_given_up),
+    ("vfork", vfork),
+    ("vfork_that_takes_long", vfork_that_takes_long),
+    ("vfork_child_that_is_killed", vfork_child_that_is_killed),
     ("twenty_at_once", twenty_at_once),
     ("nothing_survives_a_dead_worker", nothing_survives_a_dead_worker),
 ];
@@ -257,7 +260,7 @@ fn worker(dir: &Path, sabotage: Option<&str>) {
     let snapshot: Snapshot = serde_json::from_slice(&fs::read(dir.join("snapshot.json")).unwrap()).unwrap();
     let memory = Memory::of(fs::read(dir.join("memory")).unwrap());
     let options = Options { deadline: PATIENCE, process_deadline: Duration::from_secs(5) };
-    let mut watcher = Watcher { sabotage };
+    let mut watcher = Watcher { sabotage, dir };
     let report = resurrect::resurrect(&snapshot, &memory, &options, &mut watcher).unwrap();
     if std::env::var_os("SHOW_REPORT").is_some() {
         eprintln!("{:?} poured {} in {:?}", report.timeline, report.poured_bytes, report.pour_time);
@@ -267,11 +270,15 @@ fn worker(dir: &Path, sabotage: Option<&str>) {
 
 /// Damages what has been rebuilt, so that the check has something to find.
 struct Watcher<'a> {
+    dir: &'a Path,
     sabotage: Option<&'a str>,
 }
 
 impl Progress for Watcher<'_> {
     fn step(&mut self, step: Step<'_>) {
+        if let Step::Released = step {
+            fs::write(self.dir.join("released"), "").unwrap();
+        }
         let Step::Rebuilt { pid, .. } = step else { return };
         match self.sabotage {
             Some("limit") => {
@@ -646,6 +653,72 @@ fn other_vdso_is_given_up() {
     frozen.snapshot.kernel.vdso = frozen.snapshot.kernel.vdso.map(|(len, hash)| (len, hash ^ 1));
     let report = resurrect(&frozen);
     assert_given_up(&report, running.pid, "vDSO");
+}
+
+/// Two processes, recorded as if the parent waited in vfork(2) for the child, whose PID it gets then.
+fn freeze_vfork(program: &str) -> (Running, Pid, Frozen) {
+    become_subreaper();
+    let running = start(program);
+    let pids = family(running.pid);
+    pids.iter().copied().for_each(settle);
+    let mut frozen = record_and_kill(&pids);
+    let (parent, child) = (pids[0], pids[1]);
+    let (process, _) = process_mut(&mut frozen, parent);
+    let resume = &mut process.threads[0].resume;
+    assert_eq!(*resume, Resume::Restart);
+    *resume = Resume::Return { value: child.into(), why: String::new() };
+    let memory = process.address_space;
+    let (process, _) = process_mut(&mut frozen, child);
+    (process.address_space, process.vfork) = (memory, true);
+    (running, child, frozen)
+}
+
+/// The report, after `during` has been done with the processes released.
+fn resurrect_meanwhile(frozen: &Frozen, during: impl FnOnce()) -> Report {
+    let dir = tempfile::tempdir().unwrap();
+    let worker = spawn_worker(frozen, dir.path(), None);
+    let deadline = Instant::now() + PATIENCE;
+    while !dir.path().join("released").exists() {
+        assert!(Instant::now() < deadline, "they are not released");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    during();
+    assert_eq!(wait_for(worker), 0, "the worker failed");
+    serde_json::from_slice(&fs::read(dir.path().join("report.json")).unwrap()).unwrap()
+}
+
+#[track_caller]
+fn assert_vfork_loss(report: &Report, pid: Pid, text: &str) {
+    let Fate::Resumed { losses } = fate(report, pid) else { panic!("{:?}", fate(report, pid)) };
+    assert!(losses.len() == 1 && losses[0].code == "vfork" && losses[0].text.contains(text), "{losses:?}");
+}
+
+fn vfork() {
+    let (running, child, frozen) = freeze_vfork("vfork");
+    let report = resurrect_meanwhile(&frozen, || say_go(&running, 1));
+    assert_resumed(&report, running.pid);
+    assert_resumed(&report, child);
+    assert_ends_with(&running, 0);
+}
+
+/// The parent goes on in the end, and that is told.
+fn vfork_that_takes_long() {
+    let (running, child, frozen) = freeze_vfork("vfork-late");
+    let report = resurrect(&frozen);
+    assert_vfork_loss(&report, running.pid, &format!("before PID {child}"));
+    assert_resumed(&report, child);
+    say_go(&running, 1);
+    assert_ends_with(&running, 0);
+}
+
+/// Killed, it is a child that exits like others.
+fn vfork_child_that_is_killed() {
+    let (running, child, frozen) = freeze_vfork("vfork-late");
+    let report = resurrect_meanwhile(&frozen, || assert_eq!(unsafe { libc::kill(child, libc::SIGKILL) }, 0));
+    assert_resumed(&report, child);
+    assert_resumed(&report, running.pid);
+    // It expected another status.
+    assert_ends_with(&running, 101);
 }
 
 fn twenty_at_once() {

@@ -34,6 +34,8 @@ const PROGRAMS: &[(&str, fn())] = &[
     ("idle", idle),
     ("log", log),
     ("groups", groups),
+    ("vfork", || vfork(false)),
+    ("vfork-late", || vfork(true)),
 ];
 
 /// Tells the test that everything is set up.
@@ -591,5 +593,96 @@ fn groups() {
     drop(unsafe { File::from_raw_fd(3) });
     loop {
         unsafe { libc::pause() };
+    }
+}
+
+/// So far the child lets the stack grow.
+const BELOW: u64 = 256 << 10;
+
+/// What parent and child of `vfork` share.
+struct Shared {
+    go: File,
+    first: AtomicU64,
+    second: AtomicU64,
+    mapped: AtomicU64,
+    heap: AtomicU64,
+    /// Lowest address of the first thread's stack.
+    stack: u64,
+    pages: *mut u8,
+}
+
+/// Parent and child on one memory, as after vfork(2); only that the parent waits in pause(2), where it can be stopped.
+fn vfork(late: bool) {
+    const PAGE: usize = 4096;
+    let (rw, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    let map = |len| unsafe { libc::mmap(std::ptr::null_mut(), len, rw, flags, -1, 0).cast::<u8>() };
+    let (stack, pages) = (map(256 << 10), map(4 * PAGE));
+    unsafe { pages.write_bytes(1, 4 * PAGE) };
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let line = maps.lines().find(|line| line.ends_with("[stack]")).unwrap();
+    let bottom = u64::from_str_radix(line.split('-').next().unwrap(), 16).unwrap();
+    let zero = || AtomicU64::new(0);
+    let shared = Shared {
+        go: go_fifo(),
+        first: zero(),
+        second: zero(),
+        mapped: zero(),
+        heap: zero(),
+        stack: bottom,
+        pages,
+    };
+    let (top, argument) = (unsafe { stack.add(256 << 10) }, &raw const shared);
+    let flags = libc::CLONE_VM | libc::SIGCHLD;
+    let child = unsafe { libc::clone(vfork_child, top.cast(), flags, argument.cast_mut().cast()) };
+    assert!(child > 0);
+    ready();
+    let returned = unsafe { libc::syscall(libc::SYS_pause) };
+    assert_eq!(returned, i64::from(child));
+    let value = |word: &AtomicU64| word.load(Ordering::SeqCst);
+    if late {
+        assert_eq!(value(&shared.first), 0, "it has not gone on before the child");
+    } else {
+        assert_eq!((value(&shared.first), value(&shared.second)), (1, 2), "what the child wrote");
+        for word in [&shared.mapped, &shared.heap] {
+            assert_eq!(unsafe { *(value(word) as *const u64) }, 4711, "memory that the child mapped");
+        }
+        assert_eq!(unsafe { libc::sbrk(0) } as u64, value(&shared.heap) + 64 * PAGE as u64);
+        assert_eq!(unsafe { *((bottom - BELOW) as *const u64) }, 4711, "the stack has grown");
+        assert_eq!(unsafe { libc::mprotect(pages.cast(), PAGE, libc::PROT_READ) }, 0);
+        assert_eq!(unsafe { libc::mprotect(pages.add(PAGE).cast(), PAGE, rw) }, -1, "it is not unmapped");
+        let dropped = unsafe { std::slice::from_raw_parts(pages.add(2 * PAGE), PAGE) };
+        assert!(dropped.iter().all(|&b| b == 0), "a page that the child gave up");
+        assert_eq!((unsafe { *pages }, unsafe { *pages.add(3 * PAGE) }), (2, 1));
+    }
+    let mut status = 0;
+    assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+    assert_eq!(status, 7 << 8);
+}
+
+extern "C" fn vfork_child(argument: *mut libc::c_void) -> i32 {
+    const PAGE: usize = 4096;
+    let shared = unsafe { &*argument.cast::<Shared>() };
+    await_go(&shared.go);
+    shared.first.store(1, Ordering::SeqCst);
+    unsafe {
+        let (rw, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let mapped = libc::mmap(std::ptr::null_mut(), 3 * PAGE, rw, flags, -1, 0).cast::<u64>();
+        let heap = libc::sbrk(64 * PAGE as isize).cast::<u64>();
+        (*mapped, *heap) = (4711, 4711);
+        shared.mapped.store(mapped as u64, Ordering::SeqCst);
+        shared.heap.store(heap as u64, Ordering::SeqCst);
+        *((shared.stack - BELOW) as *mut u64) = 4711;
+        *shared.pages = 2;
+        libc::mprotect(shared.pages.cast(), PAGE, libc::PROT_NONE);
+        libc::munmap(shared.pages.add(PAGE).cast(), PAGE);
+        libc::madvise(shared.pages.add(2 * PAGE).cast(), PAGE, libc::MADV_DONTNEED);
+        // The parent would be in time to notice.
+        libc::usleep(100_000);
+        let none = [std::ptr::null()];
+        libc::execve(c"/nonexistent".as_ptr(), none.as_ptr(), none.as_ptr());
+        shared.second.store(2, Ordering::SeqCst);
+        let arguments = [c"sh".as_ptr(), c"-c".as_ptr(), c"exit 7".as_ptr(), std::ptr::null()];
+        libc::execve(c"/bin/sh".as_ptr(), arguments.as_ptr(), none.as_ptr());
+        libc::_exit(1)
     }
 }
