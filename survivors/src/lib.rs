@@ -174,6 +174,8 @@ table! {
     "process-group" process::group Survives, Nothing, "process groups, and a signal to one";
     "process-session" process::session Survives, Nothing, "sessions";
     "process-stopped" process::stopped Survives, Nothing, "a stopped job stays stopped until SIGCONT";
+    "process-vfork" process::vfork Survives, Nothing, "a parent in vfork sees what the child wrote before it executed a program";
+    "process-vfork-exit" process::vfork_exit Survives, Nothing, "a parent in vfork has the memory that the child mapped before it exited";
     "process-attributes" process::attributes Survives, Nothing, "nice, affinity, oom_score_adj, timer slack, subreaper, pdeathsig, dumpable, THP, name, personality";
     "clock-monotonic" clock::monotonic Survives, Nothing, "CLOCK_MONOTONIC and BOOTTIME never go back";
     "clock-vdso" clock::vdso Survives, Nothing, "clock_gettime through the vDSO agrees with the system call";

@@ -2,10 +2,11 @@
 
 use std::os::unix::process::CommandExt;
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use nix::libc;
-use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::sched::{CloneFlags, CpuSet, clone, sched_getaffinity, sched_setaffinity};
 use nix::sys::signal::{Signal, kill, killpg, raise};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, getpgid, getpid, getppid, getsid, setpgid, setsid};
@@ -210,6 +211,63 @@ pub fn stopped(stage: &mut Stage) -> Result<()> {
     same("state", &"T".to_owned(), &procfs::stat_field(child.pid().as_raw(), 3)?)?;
     kill(child.pid(), Signal::SIGCONT)?;
     child.join()
+}
+
+/// Waits in vfork(2) for a child that, after the crash, writes to their memory and executes a program.
+pub fn vfork(stage: &mut Stage) -> Result<()> {
+    let written = AtomicU32::new(0);
+    stage.ready()?;
+    let status = through_vfork(stage, |stage| {
+        if !stage.wait().damage {
+            written.store(4711, Ordering::Relaxed);
+        }
+        let arguments = [c"true".as_ptr(), std::ptr::null()];
+        // SAFETY: strings and array end as they should.
+        unsafe { libc::execv(c"/bin/true".as_ptr(), arguments.as_ptr()) };
+        127
+    })?;
+    ensure!(stage.in_another_kernel(), "the child ended before the crash");
+    same("what the child wrote", &4711, &written.load(Ordering::Relaxed))?;
+    same("exit code of the program", &0, &status)
+}
+
+/// The same with a child that maps memory, fills it, and exits.
+pub fn vfork_exit(stage: &mut Stage) -> Result<()> {
+    const SMALL: usize = 60 << 10;
+    const LARGE: usize = 3 << 20;
+    let mut small: Vec<Vec<u8>> = Vec::new();
+    let mut large = Vec::new();
+    stage.ready()?;
+    let status = through_vfork(stage, |stage| {
+        if !stage.wait().damage {
+            // The heap has to grow for the small ones; large ones are mapped.
+            small = (0..40).map(|n| vec![n; SMALL]).collect();
+            large = vec![7u8; LARGE];
+        }
+        7
+    })?;
+    ensure!(stage.in_another_kernel(), "the child ended before the crash");
+    same("number of small pieces", &40, &small.len())?;
+    ensure!((0..40).zip(&small).all(|(n, piece)| *piece == vec![n; SMALL]), "a small piece is different");
+    ensure!(large == vec![7; LARGE], "the large piece is different");
+    drop((small, large));
+    // And it grows on.
+    ensure!((0..80u8).map(|n| vec![n; SMALL]).all(|piece| piece.len() == SMALL), "no memory");
+    same("exit code of the child", &7, &status)
+}
+
+/// Runs `body` in a child that uses this memory, on a stack of its own, while this process waits in clone(2); the exit code, which `body`
+/// returns unless it executes a program.
+fn through_vfork(stage: &Stage, mut body: impl FnMut(&Stage) -> i32) -> Result<i32> {
+    let mut stack = vec![0; 512 << 10];
+    let flags = CloneFlags::CLONE_VM | CloneFlags::CLONE_VFORK;
+    let run = Box::new(|| body(stage) as isize);
+    // SAFETY: the stack outlives the call, which ends when the child no longer uses the memory; this process has a single thread.
+    let child = unsafe { clone(run, &mut stack, flags, Some(libc::SIGCHLD)) }?;
+    match waitpid(child, None)? {
+        WaitStatus::Exited(pid, code) if pid == child => Ok(code),
+        other => bail!("the child ended unexpectedly: {other:?}"),
+    }
 }
 
 /// Many small things that nobody misses until they are gone.
