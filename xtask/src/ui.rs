@@ -2,16 +2,19 @@
 
 use std::io::IsTerminal as _;
 use std::sync::{LazyLock, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+static START: LazyLock<Instant> = LazyLock::new(Instant::now);
 static SPINNER: LazyLock<Mutex<Option<ProgressBar>>> = LazyLock::new(|| Mutex::new(None));
 
-/// Says what is going on now; the next note takes its place.
+/// Says what is going on now; the next note takes its place. Not at a terminal: a line with the time since the first one, in minutes and
+/// seconds.
 pub fn note(text: &str) {
     if !std::io::stderr().is_terminal() {
-        eprintln!("… {text}");
+        let seconds = START.elapsed().as_secs();
+        eprintln!("… {:2}:{:02} {text}", seconds / 60, seconds % 60);
         return;
     }
     let mut spinner = SPINNER.lock().unwrap_or_else(PoisonError::into_inner);
