@@ -4,7 +4,7 @@
 //! offsets and sizes, type sizes, enumerators. Nothing in the bytes is trusted: types are looked
 //! at through bounds checks, and following them is limited in depth and number.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use vmcore::PhysMap;
 
@@ -50,9 +50,22 @@ pub struct Btf {
     types: Vec<u32>,
     strings: std::ops::Range<usize>,
     names: NameTable,
+    /// Starts of the enums' records.
+    enums: Vec<u32>,
+    /// The enumerators of all enums; made when first asked for.
+    enumerators: OnceLock<Enumerators>,
     first_id: TypeId,
     first_string: u32,
     base: Option<Arc<Btf>>,
+}
+
+/// All enumerators by name.
+#[derive(Default)]
+struct Enumerators {
+    /// Start of the enum's record, and of the enumerator's name in the strings.
+    all: Vec<(u32, u32)>,
+    /// Positions in `all`, plus one.
+    names: NameTable,
 }
 
 /// The section's bytes. The kernel's own are some 5 MiB in one piece: they are not copied.
@@ -158,6 +171,8 @@ impl Btf {
             // A record and its name take some 30 bytes on average.
             types: Vec::with_capacity(types.len() / 24),
             names: NameTable::default(),
+            enums: Vec::new(),
+            enumerators: OnceLock::new(),
             strings,
             first_id,
             first_string,
@@ -180,6 +195,9 @@ impl Btf {
             };
             let id = first_id + btf.types.len() as u32;
             btf.types.push(at as u32);
+            if matches!(record.kind(), KIND_ENUM | KIND_ENUM64) {
+                btf.enums.push(at as u32);
+            }
             let lookup = matches!(
                 record.kind(),
                 KIND_STRUCT | KIND_UNION | KIND_ENUM | KIND_ENUM64 | KIND_TYPEDEF | KIND_INT
@@ -430,13 +448,33 @@ impl Btf {
         own.and(value).or_else(|| self.base.as_ref()?.enumerator_in(enum_name, name))
     }
 
-    /// The value of an enumerator of any enum. Looks through all of them.
+    /// The value of an enumerator of any enum; of several of that name, of the first. Quick from the second time on.
     pub fn enumerator(&self, name: &str) -> Option<i64> {
-        let own = self.types.iter().find_map(|at| {
-            let record = self.record(*at as usize)?;
-            self.enumerator_of(&record, name)
-        });
+        let enumerators = self.enumerators.get_or_init(|| self.all_enumerators());
+        let of = |index: u32| enumerators.all.get(index as usize - 1);
+        let own = enumerators
+            .names
+            .find(hash(name.as_bytes()), |index| {
+                of(index).is_some_and(|(_, text)| self.string(*text) == name.as_bytes())
+            })
+            .and_then(of)
+            .and_then(|(at, _)| self.enumerator_of(&self.record(*at as usize)?, name));
         own.or_else(|| self.base.as_ref()?.enumerator(name))
+    }
+
+    fn all_enumerators(&self) -> Enumerators {
+        let mut all = Vec::new();
+        for at in &self.enums {
+            let Some(record) = self.record(*at as usize) else { continue };
+            let width = if record.kind() == KIND_ENUM64 { 12 } else { 8 };
+            let texts = (0..record.vlen()).map_while(|i| self.word(record.tail + width * i));
+            all.extend(texts.map(|text| (*at, text)));
+        }
+        let mut names = NameTable::with_capacity(all.len());
+        for (index, (_, text)) in all.iter().enumerate() {
+            names.insert(hash(self.string(*text)), index as u32 + 1);
+        }
+        Enumerators { all, names }
     }
 
     fn enumerator_of(&self, record: &Record, name: &str) -> Option<i64> {
@@ -474,18 +512,18 @@ pub(crate) fn hash(name: &[u8]) -> u64 {
     hash ^ hash >> 29
 }
 
-/// Open-addressing table from a name's hash to type numbers; 0 marks a free slot.
+/// Open-addressing table from a name's hash to numbers (of types, for one); 0 marks a free slot.
 #[derive(Default)]
-struct NameTable {
+pub(crate) struct NameTable {
     slots: Vec<u32>,
 }
 
 impl NameTable {
-    fn with_capacity(names: usize) -> NameTable {
+    pub fn with_capacity(names: usize) -> NameTable {
         NameTable { slots: vec![0; (names * 2).next_power_of_two().max(16)] }
     }
 
-    fn insert(&mut self, hash: u64, id: u32) {
+    pub fn insert(&mut self, hash: u64, id: u32) {
         let mask = self.slots.len() - 1;
         let mut at = hash as usize & mask;
         for _ in 0..MAX_PROBES {
@@ -497,7 +535,7 @@ impl NameTable {
         }
     }
 
-    fn find(&self, hash: u64, mut matches: impl FnMut(u32) -> bool) -> Option<u32> {
+    pub fn find(&self, hash: u64, mut matches: impl FnMut(u32) -> bool) -> Option<u32> {
         let mask = self.slots.len().checked_sub(1)?;
         let mut at = hash as usize & mask;
         while self.slots[at] != 0 {

@@ -6,7 +6,7 @@
 //! characters, the first of which (of the first token) is the symbol's type. 155,000 names must
 //! be ready within a few milliseconds, so they are not expanded at all: a polynomial hash of
 //! a name is put together from the hashes of its tokens, and only what is asked for is expanded,
-//! 256 symbols at a time.
+//! 32 symbols at a time.
 
 use std::sync::OnceLock;
 
@@ -15,7 +15,7 @@ const MAX_SYMBOLS: usize = 4 << 20;
 /// KSYM_NAME_LEN is 512; the type's character comes on top.
 const MAX_NAME: usize = 1024;
 /// How many symbols are expanded at a time.
-const BLOCK: usize = 256;
+const BLOCK: usize = 32;
 const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// The raw tables.
@@ -39,7 +39,7 @@ pub(crate) struct Kallsyms {
     addresses: Vec<u64>,
     /// The table's indices by address, if the table is not sorted by address itself.
     by_address: Option<Vec<u32>>,
-    /// Where in `names` each block of 256 symbols begins.
+    /// Where in `names` each block of symbols begins.
     blocks: Vec<(u32, OnceLock<Block>)>,
     hashes: Vec<u64>,
     /// Index into the table plus one; 0 marks a free slot.
@@ -53,7 +53,7 @@ struct Token {
     len: u32,
 }
 
-/// Names of 256 symbols, one behind the other, each with its type in front.
+/// Names of a block of symbols, one behind the other, each with its type in front.
 struct Block {
     text: String,
     ends: Vec<u32>,

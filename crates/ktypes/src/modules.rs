@@ -5,6 +5,7 @@
 
 use std::sync::{Arc, OnceLock};
 
+use crate::btf::{NameTable, hash};
 use crate::{Btf, Kernel, KernelType};
 
 /// More modules than any machine has loaded.
@@ -23,8 +24,8 @@ pub(crate) struct Modules {
     names: String,
     /// By address.
     symbols: Vec<Symbol>,
-    /// Indices of `symbols` by name.
-    by_name: OnceLock<Vec<u32>>,
+    /// Indices of `symbols`, plus one, by name.
+    by_name: OnceLock<NameTable>,
 }
 
 struct Module {
@@ -133,7 +134,10 @@ impl Modules {
                 continue;
             }
             let start = self.names.len() as u32;
-            self.names.push_str(&String::from_utf8_lossy(text));
+            match std::str::from_utf8(text) {
+                Ok(text) => self.names.push_str(text),
+                Err(_) => self.names.push_str(&String::from_utf8_lossy(text)),
+            }
             self.symbols.push(Symbol {
                 addr: symbol.value,
                 name: start..self.names.len() as u32,
@@ -152,16 +156,18 @@ impl Modules {
         &self.symbols[start..end]
     }
 
+    /// Of several symbols of that name, the one with the lowest address.
     pub fn lookup(&self, name: &str) -> Option<u64> {
-        let named = |index: u32| self.name(&self.symbols[index as usize]);
         let by_name = self.by_name.get_or_init(|| {
-            let mut by_name: Vec<u32> = (0..self.symbols.len() as u32).collect();
-            by_name.sort_by_key(|index| named(*index));
+            let mut by_name = NameTable::with_capacity(self.symbols.len());
+            for (index, symbol) in self.symbols.iter().enumerate() {
+                by_name.insert(hash(self.name(symbol).as_bytes()), index as u32 + 1);
+            }
             by_name
         });
-        let at = by_name.partition_point(|index| named(*index) < name);
-        let index = *by_name.get(at)?;
-        (named(index) == name).then(|| self.symbols[index as usize].addr)
+        let symbol = |index: u32| &self.symbols[index as usize - 1];
+        let index = by_name.find(hash(name.as_bytes()), |index| self.name(symbol(index)) == name)?;
+        Some(symbol(index).addr)
     }
 
     /// The same order of preference as in the kernel's own table.
