@@ -1,6 +1,6 @@
 //! Address spaces: `mm_struct`, `vm_area_struct`, page tables (include/linux/mm_types.h, mm.h; maple trees: 6.1 and later).
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 
 use ktypes::{Kernel, KernelType};
@@ -145,6 +145,8 @@ pub(crate) struct Frames<'k> {
     /// How page-table entries of this kernel are to be read.
     format: PteFormat,
     blocks: RefCell<HashMap<u64, Block>>,
+    /// The block that was asked for last: neighbours are often neighbours in physical memory.
+    last: Cell<(u64, Block)>,
     /// Page frame of the page of zeroes that reads of untouched memory get.
     zero_pfn: u64,
     /// The same, of 2 MiB.
@@ -208,6 +210,7 @@ impl<'k> Frames<'k> {
             },
             format: kernel.pte_format(),
             blocks: RefCell::default(),
+            last: Cell::new((u64::MAX, Block::default())),
             zero_pfn: zero.map_or(u64::MAX, |phys| phys >> PAGE_SHIFT),
             huge_zero_pfn: huge.unwrap_or(u64::MAX),
         })
@@ -218,15 +221,9 @@ impl<'k> Frames<'k> {
     }
 
     pub(crate) fn get(&self, pfn: u64) -> Result<Frame> {
-        let known = self.blocks.borrow().get(&(pfn / BLOCK)).copied();
-        let block = match known {
-            Some(block) => block,
-            None => {
-                let block = self.read_block(pfn / BLOCK)?;
-                self.blocks.borrow_mut().insert(pfn / BLOCK, block);
-                block
-            }
-        };
+        let number = pfn / BLOCK;
+        let (last, block) = self.last.get();
+        let block = if last == number { block } else { self.block(number)? };
         let bit = |mask: u64| mask >> (pfn % BLOCK) & 1 != 0;
         Ok(Frame {
             anonymous: bit(block.anonymous),
@@ -234,6 +231,20 @@ impl<'k> Frames<'k> {
             uptodate: bit(block.uptodate),
             poisoned: bit(block.poisoned),
         })
+    }
+
+    fn block(&self, number: u64) -> Result<Block> {
+        let known = self.blocks.borrow().get(&number).copied();
+        let block = match known {
+            Some(block) => block,
+            None => {
+                let block = self.read_block(number)?;
+                self.blocks.borrow_mut().insert(number, block);
+                block
+            }
+        };
+        self.last.set((number, block));
+        Ok(block)
     }
 
     fn read_block(&self, number: u64) -> Result<Block> {
