@@ -28,7 +28,17 @@ pub struct Step {
 impl Step {
     /// Whether the processes need not wait for it: interfaces for administrators, which take their time (some load a module).
     pub fn can_wait(&self) -> bool {
-        let waits = ["securityfs", "debugfs", "tracefs", "bpf", "pstore", "configfs", "fusectl", "efivarfs"];
+        let waits = [
+            "securityfs",
+            "debugfs",
+            "tracefs",
+            "bpf",
+            "pstore",
+            "configfs",
+            "fusectl",
+            "efivarfs",
+            "binfmt_misc",
+        ];
         self.how == How::Virtual && waits.iter().any(|fs_type| self.fs_type.as_bytes() == fs_type.as_bytes())
     }
 }
