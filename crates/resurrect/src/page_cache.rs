@@ -135,16 +135,24 @@ pub fn restore(path: &Path, inode: &Inode, mem: &dyn PhysMem) -> Result<Restored
     } else {
         OpenOptions::new().write(true).open(path).map_err(io("open for writing"))?
     };
+    let mut buffer = vec![0; 64 << 10];
     for run in inode.pages.iter().filter(|r| all || r.dirty) {
         let start = run.index.saturating_mul(PAGE_SIZE);
         let len = (u64::from(run.count) * PAGE_SIZE).min(inode.size.saturating_sub(start));
         if len == 0 {
             continue;
         }
-        let bytes = mem
-            .map(run.pfn.saturating_mul(PAGE_SIZE), len as usize)
-            .map_err(|source| PageCacheError::Memory { path: name(), source })?;
-        file.write_all_at(&bytes, start).map_err(io("write"))?;
+        let at = run.pfn.saturating_mul(PAGE_SIZE);
+        let memory = |source| PageCacheError::Memory { path: name(), source };
+        // Mapping a few pages takes longer than copying them.
+        if len <= buffer.len() as u64 {
+            let buffer = &mut buffer[..len as usize];
+            mem.read(at, buffer).map_err(memory)?;
+            file.write_all_at(buffer, start).map_err(io("write"))?;
+        } else {
+            let bytes = mem.map(at, len as usize).map_err(memory)?;
+            file.write_all_at(&bytes, start).map_err(io("write"))?;
+        }
         done.written += len;
     }
     file.set_len(inode.size).map_err(io("set the size of"))?;

@@ -2,7 +2,7 @@
 //!
 //! One [`ReverseMap`] says for each needed frame who owns it and where. The dead memory is walked once from low to high,
 //! block by block; within a block the frames of each owner are collected and copied with few system calls. A frame with
-//! several owners (copy-on-write after fork, shared memory) is read once and copied to each: this is where sharing such
+//! several owners (copy-on-write after fork, shared memory) is copied to each while its block is mapped: this is where sharing such
 //! frames again belongs. When a block has been poured nothing in it is needed any more, and the caller is told so, so
 //! that it can be given to the new kernel.
 
@@ -10,13 +10,16 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use snapshot::{PAGE_SIZE, PageRun, PhysMem, PhysRange, Pid};
+use snapshot::{PAGE_SIZE, PageRun, PhysMap, PhysMem, PhysRange, Pid};
 
 use crate::sys;
 
 /// Bytes of physical memory that are mapped at a time: the unit in which Linux adds memory.
 pub(crate) const BLOCK: u64 = 128 << 20;
 const FRAMES_PER_BLOCK: u64 = BLOCK / PAGE_SIZE;
+/// What lies between two needed frames is mapped with them up to this size. The dead memory is mapped page by page when it is asked for:
+/// mapping and unmapping this much takes as long as another call.
+const MAX_GAP: u64 = 64 * PAGE_SIZE;
 /// Ranges per call (UIO_MAXIOV).
 const MAX_IOV: usize = 1024;
 
@@ -41,6 +44,18 @@ struct Entry {
     addr: u64,
     count: u32,
     owner: OwnerId,
+}
+
+impl Entry {
+    fn start(&self) -> u64 {
+        self.pfn * PAGE_SIZE
+    }
+    fn end(&self) -> u64 {
+        self.start() + self.len() as u64
+    }
+    fn len(&self) -> usize {
+        self.count as usize * PAGE_SIZE as usize
+    }
 }
 
 /// Frame → every owner and address.
@@ -95,51 +110,74 @@ impl ReverseMap {
             let (group, tail) = rest.split_at(n);
             rest = tail;
             let start = first.pfn * PAGE_SIZE;
-            let end = group.iter().map(|e| (e.pfn + u64::from(e.count)) * PAGE_SIZE).max().unwrap_or(start);
-            match mem.map(start, (end - start) as usize) {
-                Ok(bytes) => self.pour_group(group, start, &bytes, &mut result),
-                Err(e) => group.iter().for_each(|entry| result.fail(entry.owner, e.to_string())),
-            }
+            let end = group.iter().map(Entry::end).max().unwrap_or(start);
+            self.pour_group(group, mem, &mut result);
             poured(PhysRange { start, len: end - start });
         }
         result
     }
 
-    fn pour_group(&self, group: &[Entry], start: u64, bytes: &[u8], result: &mut Poured) {
-        let mut batches: BTreeMap<OwnerId, Batch> = BTreeMap::new();
-        for entry in group.iter() {
-            let offset = (entry.pfn * PAGE_SIZE - start) as usize;
-            let source = &bytes[offset..][..entry.count as usize * PAGE_SIZE as usize];
-            match &self.owners[entry.owner.0 as usize] {
-                Owner::Process(pid) => {
-                    let batch = batches.entry(entry.owner).or_default();
-                    if !batch.push(source, entry.addr) {
-                        batch.flush(*pid, entry.owner, result);
-                        batch.push(source, entry.addr);
-                    }
-                }
-                Owner::Mem(file) => match file.write_all_at(source, entry.addr) {
-                    Ok(()) => result.bytes += source.len() as u64,
-                    Err(e) => result.fail(entry.owner, format!("write to {:#x}: {e}", entry.addr)),
-                },
-                Owner::Here { start, len } => {
-                    let at = entry.addr as usize;
-                    if at.checked_add(source.len()).is_none_or(|end| end > *len) {
-                        result.fail(entry.owner, format!("page at offset {at:#x} lies behind its end"));
-                        continue;
-                    }
-                    // SAFETY: whoever made the owner promises `len` writable bytes at `start`; the range has just been checked;
-                    // `source` is another mapping.
-                    unsafe {
-                        std::ptr::copy_nonoverlapping(source.as_ptr(), start.add(at), source.len());
-                    }
-                    result.bytes += source.len() as u64;
+    /// Copies the frames of one block: owner after owner, each in the order of its addresses. What is in one piece there is the kernel's
+    /// to fill in one go, from wherever the frames lie in the block; that is twice as fast as page by page.
+    fn pour_group(&self, group: &[Entry], mem: &dyn PhysMem, result: &mut Poured) {
+        let (mut pieces, mut group) = (Vec::new(), group.to_vec());
+        for piece in pieces_of(&group) {
+            match mem.map(piece.start, piece.len as usize) {
+                Ok(bytes) => pieces.push((piece, bytes)),
+                Err(e) => {
+                    let within = |at: &Entry| (piece.start..piece.start + piece.len).contains(&at.start());
+                    group
+                        .iter()
+                        .filter(|e| within(e))
+                        .for_each(|entry| result.fail(entry.owner, e.to_string()));
+                    group.retain(|entry| !within(entry));
                 }
             }
         }
-        for (owner, mut batch) in batches {
-            if let Owner::Process(pid) = self.owners[owner.0 as usize] {
-                batch.flush(pid, owner, result);
+        group.sort_unstable_by_key(|e| (e.owner, e.addr));
+        for entries in group.chunk_by(|a, b| a.owner == b.owner) {
+            let Some(Entry { owner: id, .. }) = entries.first() else { continue };
+            let mut sources = Vec::with_capacity(entries.len());
+            for entry in entries {
+                match source(&pieces, entry) {
+                    Some(bytes) => sources.push((bytes, entry.addr)),
+                    None => result.fail(*id, format!("page frame {:#x} is not mapped", entry.pfn)),
+                }
+            }
+            match &self.owners[id.0 as usize] {
+                Owner::Process(pid) => {
+                    let mut batch = Batch::default();
+                    for (source, addr) in sources {
+                        if !batch.push(source, addr) {
+                            batch.flush(*pid, *id, result);
+                            batch.push(source, addr);
+                        }
+                    }
+                    batch.flush(*pid, *id, result);
+                }
+                Owner::Mem(file) => {
+                    for (source, addr) in sources {
+                        match file.write_all_at(source, addr) {
+                            Ok(()) => result.bytes += source.len() as u64,
+                            Err(e) => result.fail(*id, format!("write to {addr:#x}: {e}")),
+                        }
+                    }
+                }
+                Owner::Here { start, len } => {
+                    for (source, addr) in sources {
+                        let at = addr as usize;
+                        if at.checked_add(source.len()).is_none_or(|end| end > *len) {
+                            result.fail(*id, format!("page at offset {at:#x} lies behind its end"));
+                            continue;
+                        }
+                        // SAFETY: whoever made the owner promises `len` writable bytes at `start`; the range has just been checked;
+                        // `source` is another mapping.
+                        unsafe {
+                            std::ptr::copy_nonoverlapping(source.as_ptr(), start.add(at), source.len());
+                        }
+                        result.bytes += source.len() as u64;
+                    }
+                }
             }
         }
     }
@@ -149,6 +187,28 @@ impl Poured {
     fn fail(&mut self, owner: OwnerId, why: String) {
         self.failed.entry(owner).or_insert(why);
     }
+}
+
+/// The parts of a block that have to be mapped for `entries`, which are in physical order.
+fn pieces_of(entries: &[Entry]) -> Vec<PhysRange> {
+    let mut pieces: Vec<PhysRange> = Vec::new();
+    for entry in entries {
+        match pieces.last_mut() {
+            Some(last) if entry.start() <= last.start + last.len + MAX_GAP => {
+                last.len = last.len.max(entry.end() - last.start);
+            }
+            _ => pieces.push(PhysRange { start: entry.start(), len: entry.len() as u64 }),
+        }
+    }
+    pieces
+}
+
+/// The frames of an entry in the piece that holds them.
+fn source<'a>(pieces: &'a [(PhysRange, PhysMap<'_>)], entry: &Entry) -> Option<&'a [u8]> {
+    let after = pieces.partition_point(|(piece, _)| piece.start <= entry.start());
+    let (piece, bytes) = pieces.get(after.checked_sub(1)?)?;
+    let offset = (entry.start() - piece.start) as usize;
+    bytes.get(offset..offset + entry.len())
 }
 
 fn range_of(ranges: &[PhysRange], e: &Entry) -> Option<usize> {
@@ -272,6 +332,35 @@ mod tests {
         assert_eq!(a[12 * 4096], (5 * BLOCK / PAGE_SIZE + 1) as u8);
         assert_eq!(b[0], (pfn + 3) as u8);
         assert_eq!(blocks, [BLOCK - 2 * PAGE_SIZE, BLOCK, 5 * BLOCK + PAGE_SIZE]);
+    }
+
+    #[test]
+    fn scattered_frames_come_from_pieces_of_their_block() {
+        let mem = Mem::new(&[0x10_0000, 0x80_0000]);
+        // Out of order, with a gap that is mapped along and one that is not.
+        let frames = [0x805, 0x100, 0x10f, 0x800, 0x104, 0x105];
+        let (mut a, mut b) = (vec![0u8; frames.len() * 4096], vec![0u8; 2 * 4096]);
+        let mut map = ReverseMap::default();
+        let (oa, ob) = (map.owner(here(&mut a)), map.owner(here(&mut b)));
+        for (at, pfn) in frames.into_iter().enumerate() {
+            map.add(oa, PageRun { addr: at as u64 * 4096, pfn, count: 1 });
+        }
+        map.add(ob, PageRun { addr: 0, pfn: 0x104, count: 2 });
+        let poured = map.pour(&mem, &mut |_| {});
+        assert!(poured.failed.is_empty(), "{poured:?}");
+        assert_eq!(poured.bytes, (frames.len() as u64 + 2) * 4096);
+        let first = |bytes: &[u8]| bytes.chunks(4096).map(|page| page[0]).collect::<Vec<_>>();
+        assert_eq!(first(&a), frames.map(|pfn| pfn as u8));
+        assert_eq!(first(&b), [4, 5]);
+    }
+
+    #[test]
+    fn what_lies_far_apart_is_mapped_apart() {
+        let entry = |pfn, count| Entry { pfn, addr: 0, count, owner: OwnerId(0) };
+        let pieces = pieces_of(&[entry(10, 2), entry(12 + 64, 1), entry(12 + 64, 3), entry(80 + 64, 1)]);
+        let starts: Vec<(u64, u64)> =
+            pieces.iter().map(|p| (p.start / PAGE_SIZE, p.len / PAGE_SIZE)).collect();
+        assert_eq!(starts, [(10, 69), (144, 1)]);
     }
 
     #[test]

@@ -33,7 +33,7 @@ pub(crate) struct FileMemory {
     segments: Vec<MappedSegment>,
     ranges: Vec<PhysRange>,
     /// The mapped windows, oldest first, as (segment, window).
-    mapped: Mutex<VecDeque<(usize, usize)>>,
+    order: Mutex<VecDeque<(usize, usize)>>,
     max_windows: usize,
 }
 
@@ -69,7 +69,7 @@ impl FileMemory {
             promised: elf::ranges(&promised),
             segments,
             ranges,
-            mapped: Mutex::default(),
+            order: Mutex::default(),
             max_windows: MAX_WINDOWS,
         }
     }
@@ -109,16 +109,22 @@ impl FileMemory {
         Ok((Arc::new(map), lead as usize))
     }
 
+    /// The window's mapping, if there is one.
+    fn mapped(&self, segment: usize, window: usize) -> Option<(Arc<Mmap>, usize)> {
+        let slot = &self.segments[segment].windows[window];
+        slot.used.store(true, Ordering::Relaxed);
+        slot.map.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// The window's mapping, made now if need be.
     fn window(&self, segment: usize, window: usize) -> Result<(Arc<Mmap>, usize)> {
         let MappedSegment { segment: at, windows } = &self.segments[segment];
         let slot = &windows[window];
-        slot.used.store(true, Ordering::Relaxed);
-        if let Some(map) = &*slot.map.read().unwrap_or_else(PoisonError::into_inner) {
-            return Ok(map.clone());
+        if let Some(map) = self.mapped(segment, window) {
+            return Ok(map);
         }
         // One thread maps at a time; readers of mapped windows go on.
-        let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut mapped = self.order.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(map) = &*slot.map.read().unwrap_or_else(PoisonError::into_inner) {
             return Ok(map.clone());
         }
@@ -165,11 +171,15 @@ impl PhysicalMemory for FileMemory {
             return Err(self.missing(range.end()));
         }
         let skip = addr - range.start;
-        let (map, start) = if skip % WINDOW + len as u64 <= WINDOW {
-            let (map, lead) = self.window(i, (skip / WINDOW) as usize)?;
-            (map, lead + (skip % WINDOW) as usize)
+        // A window that is there serves; making one would map much that nobody may ever ask for.
+        let there = if skip % WINDOW + len as u64 <= WINDOW {
+            self.mapped(i, (skip / WINDOW) as usize)
         } else {
-            self.map(&self.segments[i].segment, skip, len as u64)?
+            None
+        };
+        let (map, start) = match there {
+            Some((map, lead)) => (map, lead + (skip % WINDOW) as usize),
+            None => self.map(&self.segments[i].segment, skip, len as u64)?,
         };
         Ok(PhysMap::window(map, start..start + len))
     }
@@ -226,7 +236,7 @@ mod tests {
         for round in 0..3 {
             for window in 0..4 {
                 check(&memory, (1 << 20) + window * WINDOW + round, 100);
-                assert!(memory.mapped.lock().unwrap().len() <= 2);
+                assert!(memory.order.lock().unwrap().len() <= 2);
             }
         }
         // A mapping that somebody holds outlives its eviction.
