@@ -109,6 +109,8 @@ impl Bench {
             (0..WORKLOADS.len()).filter(|&n| u128::from(ended_ms[n]) >= LASTING.as_millis()).collect();
         let armed = guest::armed(lab, &prepared, &Installation::for_demo())?;
         let idle = with_idle_init(lab, &armed)?;
+        // Now, since it is these that are measured: the work tree may change meanwhile.
+        let binary_bytes = fs::metadata(build::static_binaries()?.otherworld)?.len();
         let mut initramfs_bytes = 0;
         let mut runs = Vec::new();
         for n in 1..=self.runs.max(1) {
@@ -146,7 +148,7 @@ impl Bench {
             kernel: lab.kernel(series)?.release,
             programs: lasting.iter().map(|&n| WORKLOADS[n].name).collect(),
             initramfs_bytes,
-            binary_bytes: fs::metadata(build::static_binaries()?.otherworld)?.len(),
+            binary_bytes,
             runs,
         })
     }
