@@ -12,18 +12,22 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 /// Mapped at a time, in bytes.
 const WINDOW: usize = 4 << 20;
 
-/// Copies up to `limit` bytes out of `/proc/vmcore`'s largest segment, window by window, each into memory that has never been
-/// touched. How many bytes, in what time.
+/// Copies up to `limit` bytes out of `/proc/vmcore`'s largest segment, window by window, each into fresh memory. How many bytes, in what
+/// time.
+///
+/// What has been copied is kept to the end: freed at once, it would be what the next window gets, still in all caches and known to
+/// the host, as no memory is that processes are poured into. Therefore also no more than half of what is free.
 pub fn measure(limit: u64) -> io::Result<(u64, Duration)> {
     let core = File::open("/proc/vmcore")?;
     let (offset, size) = largest_segment(&core)?;
-    let windows = (size.min(limit) / WINDOW as u64).max(1);
+    let windows = (size.min(limit).min(available()? / 2) / WINDOW as u64).max(1);
     let length = NonZeroUsize::new(WINDOW).ok_or_else(|| io::Error::other("empty window"))?;
     let mut time = Duration::ZERO;
+    let mut kept = Vec::new();
     for n in 0..windows {
         let at = (offset + n * WINDOW as u64) as i64;
         let start = Instant::now();
-        // SAFETY: new mappings of WINDOW bytes each, at addresses that the kernel chooses; both are unmapped below and nothing
+        // SAFETY: new mappings of WINDOW bytes each, at addresses that the kernel chooses; both are unmapped below and nothing else
         // keeps a pointer. What is copied is plain bytes.
         unsafe {
             let from = mmap(None, length, ProtFlags::PROT_READ, MapFlags::MAP_PRIVATE, &core, at)?;
@@ -36,10 +40,22 @@ pub fn measure(limit: u64) -> io::Result<(u64, Duration)> {
             ptr::copy_nonoverlapping(from.as_ptr().cast::<u8>(), to.as_ptr().cast::<u8>(), WINDOW);
             time += start.elapsed();
             munmap(from, WINDOW)?;
-            munmap(to, WINDOW)?;
+            kept.push(to);
         }
     }
+    for to in kept {
+        // SAFETY: mapped above, and nothing points into it.
+        unsafe { munmap(to, WINDOW)? };
+    }
     Ok((windows * WINDOW as u64, time))
+}
+
+/// Bytes of memory that can be had, by /proc/meminfo.
+fn available() -> io::Result<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
+    kib.map(|kib| kib << 10).ok_or_else(|| io::Error::other("/proc/meminfo does not tell what is available"))
 }
 
 /// File offset and size of the largest PT_LOAD (elf(5)).
