@@ -27,8 +27,10 @@ impl Qmp {
 
     /// One command and its `return` value.
     pub fn command(&mut self, name: &str, arguments: Value) -> Result<Value> {
-        let text = json!({ "execute": name, "arguments": arguments }).to_string();
-        writeln!(self.reader.get_mut(), "{text}").map_err(lost)?;
+        let mut text = json!({ "execute": name, "arguments": arguments }).to_string();
+        text.push('\n');
+        // In one write: QEMU acts as soon as the object is closed, and after `quit` nobody takes the end of the line.
+        self.reader.get_mut().write_all(text.as_bytes()).map_err(lost)?;
         let answer = self.receive(|message| {
             let found = message.get("return").or_else(|| message.get("error"));
             found.is_some().then(|| message.clone())
