@@ -150,6 +150,10 @@ impl Autopsy<'_> {
     fn resume(&self, addr: u64, task: &Task, thread: &Thread) -> Result<(Option<SyscallInFlight>, Resume)> {
         let layout = self.stack_layout()?;
         let live = thread.on_cpu.and_then(|cpu| self.crash_registers(cpu, task.pid));
+        if let Some(Edge::Between) = live.and_then(|live| self.edge(&live)) {
+            let why = "its CPU was entering or leaving the kernel: its registers were neither here nor there";
+            return Ok((None, Resume::Impossible { why: why.into() }));
+        }
         let (stack_pointer, instruction_pointer) = match (thread.on_cpu, live) {
             (None, _) => (Some(task.kernel_sp), None),
             (Some(_), live) => (live.map(|r| r[PrStatus::RSP]), live.map(|r| r[PrStatus::RIP])),
@@ -315,7 +319,11 @@ impl Autopsy<'_> {
         }
         let len = self.kernel.size_of("pt_regs")? as usize;
         let bytes = self.kernel.read_bytes(task.stack.wrapping_add(layout.pt_regs), len)?;
-        let mut regs = decode(&bytes);
+        let live = on_cpu.and_then(|cpu| self.crash_registers(cpu, task.pid));
+        let mut regs = match live.and_then(|live| self.edge(&live)) {
+            Some(Edge::Program(regs)) => regs,
+            Some(Edge::Between) | None => decode(&bytes),
+        };
         if !plausible(&regs) {
             return Err(corrupt(
                 "pt_regs",
@@ -326,10 +334,10 @@ impl Autopsy<'_> {
         (regs.fs_base, regs.gs_base) = (task.fsbase, task.gsbase);
         // The bases that the CPU had: the program may have changed them itself (WRFSBASE) since it was switched in.
         if let Some(cpu) = on_cpu {
-            let note = self.crash_registers(cpu, task.pid).map(|live| (live[FS_BASE], live[GS_BASE]));
+            let note = live.map(|live| (live[FS_BASE], live[GS_BASE]));
             let slot = || self.saver()?.slot(cpu).filter(|slot| slot.pid == task.pid);
             if let Some(bases) = note.or_else(|| slot().map(|slot| (slot.fs_base, slot.gs_base))) {
-                (regs.fs_base, regs.gs_base) = bases;
+                (regs.fs_base, regs.gs_base) = user_bases(bases, (task.fsbase, task.gsbase));
             }
         }
         regs.ds = task.ds.into();
@@ -337,6 +345,32 @@ impl Autopsy<'_> {
         regs.fs = task.fsindex.into();
         regs.gs = task.gsindex.into();
         Ok(regs)
+    }
+
+    /// Whether a CPU's registers, from its note, are of the few instructions between a program and the kernel proper, where what lies on
+    /// the kernel stack are not yet, or no longer, the program's registers (arch/x86/entry/entry_64.S, 6.1 and 6.12).
+    fn edge(&self, live: &[u64; 27]) -> Option<Edge> {
+        const SYSCALL_INSTRUCTION: u64 = 2;
+        let bytes: Vec<u8> = live.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let now = decode(&bytes);
+        if now.cs & 3 != 0 {
+            return None;
+        }
+        let symbol = |name| self.kernel.symbol(name).ok();
+        let entry_text = symbol("__entry_text_start")?..symbol("__entry_text_end")?;
+        if !entry_text.contains(&now.rip) {
+            return None;
+        }
+        // Before the `swapgs` of an entry, and behind that of an exit, nothing of the program has been touched but what the
+        // instructions syscall and sysret themselves use: rcx and r11.
+        let untouched = live[GS_BASE] >> 63 != 0 && now.rsp >> 63 == 0;
+        let rip = match self.kernel.symbolize(now.rip)?.0 {
+            "entry_SYSCALL_64" if untouched => now.rcx.wrapping_sub(SYSCALL_INSTRUCTION),
+            "entry_SYSRETQ_unsafe_stack" if untouched => now.rcx,
+            _ => return Some(Edge::Between),
+        };
+        let (cs, ss, orig_rax) = (USER_CS, USER_DS, u64::MAX);
+        Some(Edge::Program(Registers { rip, eflags: now.r11, cs, ss, orig_rax, ..now }))
     }
 
     /// The registers that a CPU left in its NT_PRSTATUS note (`crash_save_cpu`); none if it never got there.
@@ -368,6 +402,22 @@ impl Autopsy<'_> {
             })?;
         Some(symbol.0.to_owned())
     }
+}
+
+/// See [`Autopsy::edge`].
+enum Edge {
+    /// These are the program's registers: it was about to enter the kernel, or had all but left it.
+    Program(Registers),
+    /// They are being put on the stack, or taken from it.
+    Between,
+}
+
+/// The bases that a CPU had, where they are a program's: a CPU that was between the first instruction of an entry into the kernel and its
+/// `swapgs` (or behind the last one of an exit) leaves the kernel's own GS base in its note. Then those of the last switch count.
+fn user_bases((fs, gs): (u64, u64), (switched_fs, switched_gs): (u64, u64)) -> (u64, u64) {
+    // The highest bit is the kernel's, with four and with five levels of page tables.
+    let user = |base: u64| base >> 63 == 0;
+    (if user(fs) { fs } else { switched_fs }, if user(gs) { gs } else { switched_gs })
 }
 
 /// The signal mask to go on with: not the one that a call had put in force for its own duration.
@@ -448,6 +498,13 @@ mod tests {
         assert!(!plausible(&Registers { cs: 0x10, ss: 0x18, ..user }));
         assert!(!plausible(&Registers { rip: 0xffff_ffff_8100_0000, ..user }));
         assert!(!plausible(&Registers { eflags: 0, ..user }));
+    }
+
+    #[test]
+    fn the_kernels_own_base_is_nobodys() {
+        let kernel = 0xffff_8880_7d80_0000;
+        assert_eq!(user_bases((0x7f00_1000, 0x10), (1, 2)), (0x7f00_1000, 0x10), "changed since the switch");
+        assert_eq!(user_bases((0x7f00_1000, kernel), (1, 2)), (0x7f00_1000, 2));
     }
 
     #[test]

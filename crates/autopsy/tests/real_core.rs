@@ -149,3 +149,16 @@ fn a_damaged_process_costs_itself_alone() {
         assert!(blamed.is_empty(), "{member}: {blamed:?}");
     }
 }
+
+/// Autopsy tells by these names whether a CPU was between a program and the kernel.
+#[test]
+fn the_edge_of_the_kernel_has_names() {
+    let Some(kernel) = core() else { return };
+    let symbol = |name| kernel.symbol(name).expect("a symbol");
+    let text = symbol("__entry_text_start")..symbol("__entry_text_end");
+    for name in ["entry_SYSCALL_64", "entry_SYSRETQ_unsafe_stack"] {
+        let addr = symbol(name);
+        assert!(text.contains(&addr), "{name}");
+        assert_eq!(kernel.symbolize(addr), Some((name, 0)));
+    }
+}
