@@ -321,7 +321,7 @@ impl Autopsy<'_> {
         let bytes = self.kernel.read_bytes(task.stack.wrapping_add(layout.pt_regs), len)?;
         let live = on_cpu.and_then(|cpu| self.crash_registers(cpu, task.pid));
         let mut regs = match live.and_then(|live| self.edge(&live)) {
-            Some(Edge::Program(regs)) => regs,
+            Some(Edge::Program(regs)) => *regs,
             Some(Edge::Between) | None => decode(&bytes),
         };
         if !plausible(&regs) {
@@ -370,7 +370,7 @@ impl Autopsy<'_> {
             _ => return Some(Edge::Between),
         };
         let (cs, ss, orig_rax) = (USER_CS, USER_DS, u64::MAX);
-        Some(Edge::Program(Registers { rip, eflags: now.r11, cs, ss, orig_rax, ..now }))
+        Some(Edge::Program(Box::new(Registers { rip, eflags: now.r11, cs, ss, orig_rax, ..now })))
     }
 
     /// The registers that a CPU left in its NT_PRSTATUS note (`crash_save_cpu`); none if it never got there.
@@ -407,7 +407,7 @@ impl Autopsy<'_> {
 /// See [`Autopsy::edge`].
 enum Edge {
     /// These are the program's registers: it was about to enter the kernel, or had all but left it.
-    Program(Registers),
+    Program(Box<Registers>),
     /// They are being put on the stack, or taken from it.
     Between,
 }
