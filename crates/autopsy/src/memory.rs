@@ -10,8 +10,8 @@ use snapshot::{
 };
 use vmcore::{Entry, EntryKind, PAGE_SHIFT, PAGE_SIZE, PteFormat};
 
-use crate::Autopsy;
 use crate::error::{Result, corrupt};
+use crate::{Autopsy, syscall_name};
 
 /// `vm.max_map_count` can be raised; nobody has this many.
 const MAX_VMAS: usize = 16 << 20;
@@ -132,8 +132,22 @@ struct VmArea {
 /// is whole, they can be issued again, whatever they have done. (mremap moves page tables; so does the kernel thread
 /// khugepaged.)
 fn keeps_mappings_whole(nr: i64) -> bool {
-    // mmap, mprotect, munmap, brk; clone, fork, vfork, clone3; mlock, munlock, mlock2.
-    [9, 10, 11, 12, 56, 57, 58, 435, 149, 150, 325].contains(&nr)
+    matches!(
+        syscall_name(nr),
+        Some(
+            "mmap"
+                | "mprotect"
+                | "munmap"
+                | "brk"
+                | "clone"
+                | "fork"
+                | "vfork"
+                | "clone3"
+                | "mlock"
+                | "munlock"
+                | "mlock2"
+        )
+    )
 }
 
 /// What the kernel's `struct page` says about page frames, read in blocks of 64 and remembered as bits.
@@ -380,7 +394,6 @@ impl Autopsy<'_> {
         Ok(self.frames.get_or_init(|| frames))
     }
 
-    /// Reads an address space into the table, unless it is there.
     /// Reads an address space into the table, unless it is there. `call_of`: the system call that a task (by address) of the process
     /// was in.
     pub(crate) fn address_space(

@@ -648,9 +648,10 @@ impl Autopsy<'_> {
             let descriptors = self.descriptors(representative.files, &mut unsupported);
             process.descriptors = self.part("file", descriptors).unwrap_or_default();
         }
-        if self.executes(&mut process, members) {
-            // It gets its address space from the program.
-        } else if let Some(id) = process.address_space {
+        // Who executes gets an address space from the program.
+        if !self.executes(&mut process, members)
+            && let Some(id) = process.address_space
+        {
             let call_of = |task: u64| {
                 let tid = members.iter().find(|member| member.addr == task)?.task.pid;
                 process.threads.iter().find(|thread| thread.tid == tid)?.syscall.map(|call| call.nr)

@@ -33,6 +33,10 @@ const USER_END: u64 = 1 << 56;
 /// Where `struct user_regs_struct` has the segment bases.
 const FS_BASE: usize = 21;
 const GS_BASE: usize = 22;
+/// A CPU's registers as its NT_PRSTATUS note has them: the words of `struct user_regs_struct`.
+type CpuRegisters = [u64; 27];
+/// exit(2), of one thread.
+const NR_EXIT: i64 = 60;
 /// Words of a kernel stack that are searched for where a thread sleeps.
 const WCHAN_WORDS: usize = 256;
 
@@ -121,13 +125,21 @@ impl Autopsy<'_> {
             thread.resume = Resume::Exit { status: task.exit_code };
             return Ok(thread);
         }
-        thread.regs = self.registers(task, on_cpu)?;
+        let live = on_cpu.and_then(|cpu| self.crash_registers(cpu, tid));
+        let edge = live.and_then(|live| self.edge(&live));
+        thread.regs = self.registers(task, on_cpu, live, edge.as_ref())?;
         if thread.regs.cs == USER32_CS {
             unsupported.push(format!("thread {tid} runs 32-bit code"));
         }
-        (thread.syscall, thread.resume) = self.resume(*addr, task, &thread)?;
+        (thread.syscall, thread.resume) = match edge {
+            Some(Edge::Between) => {
+                let why =
+                    "its CPU was entering or leaving the kernel: its registers were neither here nor there";
+                (None, Resume::Impossible { why: why.into() })
+            }
+            Some(Edge::Program(_)) | None => self.resume(*addr, task, &thread, live)?,
+        };
         thread.blocked = signal_mask(task, &thread);
-        const NR_EXIT: i64 = 60;
         match thread.resume {
             // What it has done of that does no harm twice, and where it was waited for is forgotten (mm_release(), kernel/fork.c).
             _ if task.is_exiting() && thread.syscall.is_some_and(|call| call.nr == NR_EXIT) => {
@@ -147,13 +159,14 @@ impl Autopsy<'_> {
     }
 
     /// The call that a thread was in, and how the thread goes on.
-    fn resume(&self, addr: u64, task: &Task, thread: &Thread) -> Result<(Option<SyscallInFlight>, Resume)> {
+    fn resume(
+        &self,
+        addr: u64,
+        task: &Task,
+        thread: &Thread,
+        live: Option<CpuRegisters>,
+    ) -> Result<(Option<SyscallInFlight>, Resume)> {
         let layout = self.stack_layout()?;
-        let live = thread.on_cpu.and_then(|cpu| self.crash_registers(cpu, task.pid));
-        if let Some(Edge::Between) = live.and_then(|live| self.edge(&live)) {
-            let why = "its CPU was entering or leaving the kernel: its registers were neither here nor there";
-            return Ok((None, Resume::Impossible { why: why.into() }));
-        }
         let (stack_pointer, instruction_pointer) = match (thread.on_cpu, live) {
             (None, _) => (Some(task.kernel_sp), None),
             (Some(_), live) => (live.map(|r| r[PrStatus::RSP]), live.map(|r| r[PrStatus::RIP])),
@@ -311,7 +324,13 @@ impl Autopsy<'_> {
     }
 
     /// The user's registers of a thread, as they were when it entered the kernel.
-    fn registers(&self, task: &Task, on_cpu: Option<u32>) -> Result<Registers> {
+    fn registers(
+        &self,
+        task: &Task,
+        on_cpu: Option<u32>,
+        live: Option<CpuRegisters>,
+        edge: Option<&Edge>,
+    ) -> Result<Registers> {
         let layout = self.stack_layout()?;
         if self.kernel.read_u64(task.stack)? != STACK_END_MAGIC {
             let text = format!("thread {}: its kernel stack overflowed", task.pid);
@@ -319,9 +338,8 @@ impl Autopsy<'_> {
         }
         let len = self.kernel.size_of("pt_regs")? as usize;
         let bytes = self.kernel.read_bytes(task.stack.wrapping_add(layout.pt_regs), len)?;
-        let live = on_cpu.and_then(|cpu| self.crash_registers(cpu, task.pid));
-        let mut regs = match live.and_then(|live| self.edge(&live)) {
-            Some(Edge::Program(regs)) => *regs,
+        let mut regs = match edge {
+            Some(Edge::Program(regs)) => **regs,
             Some(Edge::Between) | None => decode(&bytes),
         };
         if !plausible(&regs) {
@@ -349,7 +367,7 @@ impl Autopsy<'_> {
 
     /// Whether a CPU's registers, from its note, are of the few instructions between a program and the kernel proper, where what lies on
     /// the kernel stack are not yet, or no longer, the program's registers (arch/x86/entry/entry_64.S, 6.1 and 6.12).
-    fn edge(&self, live: &[u64; 27]) -> Option<Edge> {
+    fn edge(&self, live: &CpuRegisters) -> Option<Edge> {
         const SYSCALL_INSTRUCTION: u64 = 2;
         let bytes: Vec<u8> = live.iter().flat_map(|word| word.to_le_bytes()).collect();
         let now = decode(&bytes);
@@ -374,7 +392,7 @@ impl Autopsy<'_> {
     }
 
     /// The registers that a CPU left in its NT_PRSTATUS note (`crash_save_cpu`); none if it never got there.
-    pub(crate) fn crash_registers(&self, cpu: u32, pid: i32) -> Option<[u64; 27]> {
+    fn crash_registers(&self, cpu: u32, pid: i32) -> Option<CpuRegisters> {
         let index = self.cpus().online().position(|n| n == cpu)?;
         let notes = self.kernel.memory().core().prstatus();
         let note = notes.iter().find(|note| note.cpu as usize == index)?;

@@ -16,7 +16,7 @@ const MAX_STRINGS: usize = 6 << 20;
 const MAX_COUNT: i32 = 1 << 20;
 
 /// `struct linux_binprm` (include/linux/binfmts.h, 6.1 and 6.12).
-#[derive(Clone, Copy, PartialEq, Eq, KernelType)]
+#[derive(KernelType)]
 #[kernel("linux_binprm")]
 pub(super) struct Binprm {
     mm: u64,
