@@ -91,7 +91,7 @@ impl Worker {
         };
         self.channel.send(&surveyed)?;
         self.enter_root()?;
-        self.resurrect(&kernel, &snapshot, &config)
+        self.resurrect(&kernel, &mut snapshot, &config)
     }
 
     /// Follows PID 1 into the root file system.
@@ -112,7 +112,7 @@ impl Worker {
         self.channel.receive(long, || ()).context("waiting for PID 1")
     }
 
-    fn resurrect(&mut self, kernel: &Kernel, snapshot: &Snapshot, config: &arm::Config) -> Result<()> {
+    fn resurrect(&mut self, kernel: &Kernel, snapshot: &mut Snapshot, config: &arm::Config) -> Result<()> {
         let options = resurrect::Options {
             deadline: Duration::from_secs(config.deadlines.resurrect),
             process_deadline: Duration::from_secs(config.deadlines.process),

@@ -4,8 +4,7 @@
 //! arrays of pointers to them, besides the vDSO that every process is rebuilt through. The call replaces it all.
 
 use snapshot::{
-    AddressSpace, AddressSpaceId, Exec, MmLayout, PAGE_SIZE, Pid, Process, Prot, Registers, Resume, Snapshot,
-    ThreadState, Vma, VmaFlags, VmaKind,
+    AddressSpace, Exec, MmLayout, PAGE_SIZE, Prot, Registers, Resume, Snapshot, Vma, VmaFlags, VmaKind,
 };
 
 use crate::memory::Specials;
@@ -16,37 +15,24 @@ const START: u64 = 0x1000_0000;
 const CODE: [u8; 3] = [0x0f, 0x05, 0xf4];
 /// Length of the `syscall` instruction.
 const INSTRUCTION: u64 = 2;
-const STRINGS: u64 = 16;
 
-/// A snapshot in which processes that were executing a program have an address space to do it from; `None` if nobody was.
-pub(crate) fn with_stand_ins(snapshot: &Snapshot, specials: &Specials) -> Option<Snapshot> {
-    let mut stand_ins: Vec<(Pid, AddressSpaceId, AddressSpace)> = Vec::new();
+/// Gives processes that were executing a program an address space to do it from.
+pub(crate) fn insert_stand_ins(snapshot: &mut Snapshot, specials: &Specials) {
     for process in &snapshot.processes {
-        let (Some(exec), Some(id)) = (program(process), process.address_space) else { continue };
-        let exe = snapshot.address_spaces.get(&id).and_then(|mm| mm.exe);
-        let space = AddressSpace { exe, dumpable: 1, ..stand_in(exec, specials) };
-        stand_ins.push((process.pid, id, space));
+        let executing = process.threads.iter().find_map(|t| match &t.resume {
+            Resume::Exec(exec) => Some(exec),
+            _ => None,
+        });
+        let space = process.address_space.and_then(|id| snapshot.address_spaces.get_mut(&id));
+        if let (Some(exec), Some(space)) = (executing, space) {
+            let known = std::mem::take(space);
+            *space = AddressSpace { exe: known.exe, dumpable: known.dumpable, ..stand_in(exec, specials) };
+        }
     }
-    if stand_ins.is_empty() {
-        return None;
-    }
-    let mut snapshot = snapshot.clone();
-    for (_, id, space) in stand_ins {
-        snapshot.address_spaces.insert(id, space);
-    }
-    Some(snapshot)
-}
-
-fn program(process: &Process) -> Option<&Exec> {
-    let mut living = process.threads.iter().filter(|t| t.state != ThreadState::Dead);
-    living.find_map(|t| match &t.resume {
-        Resume::Exec(exec) => Some(exec),
-        _ => None,
-    })
 }
 
 fn stand_in(exec: &Exec, specials: &Specials) -> AddressSpace {
-    let len = (STRINGS + image(exec).bytes.len() as u64).next_multiple_of(PAGE_SIZE);
+    let end = START + (image(exec).bytes.len() as u64).next_multiple_of(PAGE_SIZE);
     let vma = |start, end, prot, kind| Vma {
         start,
         end,
@@ -59,14 +45,13 @@ fn stand_in(exec: &Exec, specials: &Specials) -> AddressSpace {
         swapped: Vec::new(),
         lost_pages: 0,
     };
-    let mut vmas = vec![vma(START, START + len, Prot::all(), VmaKind::Anonymous)];
+    let mut vmas = vec![vma(START, end, Prot::all(), VmaKind::Anonymous)];
     vmas.extend(specials.iter().map(|(name, start, end)| {
         let prot = if name.as_bytes() == b"[vdso]" { Prot::READ | Prot::EXEC } else { Prot::READ };
         let special = vma(start, end, prot, VmaKind::Special { name: name.clone() });
         Vma { flags: VmaFlags::empty(), ..special }
     }));
     vmas.sort_by_key(|vma| vma.start);
-    let end = START + len;
     AddressSpace {
         vmas,
         layout: MmLayout {
@@ -87,7 +72,7 @@ fn stand_in(exec: &Exec, specials: &Specials) -> AddressSpace {
     }
 }
 
-/// What lies behind the code.
+/// What lies at [`START`], and where in it the call's arguments are.
 struct Image {
     bytes: Vec<u8>,
     filename: u64,
@@ -96,9 +81,9 @@ struct Image {
 }
 
 fn image(exec: &Exec) -> Image {
-    let mut bytes = Vec::new();
+    let mut bytes = CODE.to_vec();
     let mut put = |string: &[u8]| {
-        let addr = START + STRINGS + bytes.len() as u64;
+        let addr = START + bytes.len() as u64;
         bytes.extend_from_slice(string);
         bytes.push(0);
         addr
@@ -108,7 +93,7 @@ fn image(exec: &Exec) -> Image {
     let envp: Vec<u64> = exec.envp.iter().map(|s| put(s.as_bytes())).collect();
     bytes.resize(bytes.len().next_multiple_of(8), 0);
     let mut put = |pointers: &[u64]| {
-        let addr = START + STRINGS + bytes.len() as u64;
+        let addr = START + bytes.len() as u64;
         bytes.extend(pointers.iter().chain(&[0]).flat_map(|word| word.to_ne_bytes()));
         addr
     };
@@ -119,9 +104,6 @@ fn image(exec: &Exec) -> Image {
 /// Registers behind the call, for the kernel to go back to the instruction and issue it; and what has to be stored where.
 pub(crate) fn continuation(exec: &Exec, regs: &Registers) -> (Registers, (u64, Vec<u8>)) {
     let image = image(exec);
-    let mut bytes = CODE.to_vec();
-    bytes.resize(STRINGS as usize, 0);
-    bytes.extend(&image.bytes);
     let regs = Registers {
         rip: START + INSTRUCTION,
         rsp: START,
@@ -134,7 +116,7 @@ pub(crate) fn continuation(exec: &Exec, regs: &Registers) -> (Registers, (u64, V
         eflags: regs.eflags,
         ..Registers::default()
     };
-    (regs, (START, bytes))
+    (regs, (START, image.bytes))
 }
 
 #[cfg(test)]

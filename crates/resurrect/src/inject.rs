@@ -245,23 +245,20 @@ fn ptrace(
 
 /// Waits for a child or tracee to change state; `Err(EINTR)` only after the deadline.
 pub(crate) fn wait(tid: Pid, deadline: Deadline) -> Result<i32, Errno> {
-    let mut status = 0;
-    loop {
-        // SAFETY: `status` is an int.
-        match Errno::result(unsafe { libc::waitpid(tid, &mut status, libc::__WALL) }) {
-            Ok(_) => return Ok(status),
-            Err(Errno::EINTR) if !deadline.is_over() => {}
-            Err(e) => return Err(e),
-        }
-    }
+    wait_for(tid, deadline).map(|(_, status)| status)
 }
 
 /// Waits for any tracee to change state; `Err(EINTR)` only after the deadline.
 pub(crate) fn wait_any(deadline: Deadline) -> Result<(Pid, i32), Errno> {
+    wait_for(-1, deadline)
+}
+
+/// `whom`: as waitpid(2) takes it.
+fn wait_for(whom: Pid, deadline: Deadline) -> Result<(Pid, i32), Errno> {
     let mut status = 0;
     loop {
         // SAFETY: `status` is an int.
-        match Errno::result(unsafe { libc::waitpid(-1, &mut status, libc::__WALL) }) {
+        match Errno::result(unsafe { libc::waitpid(whom, &mut status, libc::__WALL) }) {
             Ok(tid) => return Ok((tid, status)),
             Err(Errno::EINTR) if !deadline.is_over() => {}
             Err(e) => return Err(e),

@@ -252,9 +252,10 @@ fn system<E: Into<std::io::Error>>(what: &'static str) -> impl Fn(E) -> Error {
 
 /// Brings back all processes whose decision is to continue.
 ///
-/// When it returns, those that came back are running and nothing of the others exists. `Err` means that none came back.
+/// When it returns, those that came back are running and nothing of the others exists. `Err` means that none came back. The snapshot
+/// gets the address spaces from which interrupted execve(2) calls are issued again; it is not for a second try.
 pub fn resurrect(
-    snapshot: &Snapshot,
+    snapshot: &mut Snapshot,
     mem: &dyn PhysMem,
     options: &Options,
     progress: &mut dyn Progress,
@@ -264,8 +265,8 @@ pub fn resurrect(
     let maps =
         memory::parse_maps(&maps).ok_or_else(|| Error::Caller("its memory map cannot be read".into()))?;
     let specials = Specials::own(&maps);
-    let with_stand_ins = exec::with_stand_ins(snapshot, &specials);
-    let snapshot = with_stand_ins.as_ref().unwrap_or(snapshot);
+    exec::insert_stand_ins(snapshot, &specials);
+    let snapshot = &*snapshot;
     let mut run = Run {
         snapshot,
         options,
@@ -732,14 +733,15 @@ impl<'a> Run<'a> {
 
     fn release(&mut self, mut builds: Vec<Build<'a>>, zombies: Vec<&'a Process>) {
         let mut back = zombies;
-        let mut families = vfork::Families::take_from(&mut builds);
+        let mut families =
+            vfork::Families::take_from(&mut builds, self.options.process_deadline, self.deadline);
         // Whoever stopped a process must find it stopped, not traced.
         builds.sort_by_key(|build| !matches!(build.process.state, ProcessState::Stopped { .. }));
         for build in builds {
             let released = build.release();
             back.extend(self.note_release(build, released));
         }
-        families.begin(self.options.process_deadline, self.deadline);
+        families.begin();
         self.step(Step::Released);
         for p in back.drain(..) {
             self.progress.step(Step::Back { pid: p.pid, comm: &p.comm });

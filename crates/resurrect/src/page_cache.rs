@@ -99,13 +99,14 @@ pub fn restore(path: &Path, inode: &Inode, mem: &dyn PhysMem) -> Result<Restored
     let mut done = Restored::default();
     if inode.mode & libc::S_IFMT == libc::S_IFDIR {
         match std::fs::metadata(path) {
-            Ok(meta) if meta.is_dir() => return Ok(done),
+            Ok(meta) if meta.is_dir() => {}
             Ok(_) => return Err(PageCacheError::NotADirectory { path: name() }),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                create_directory(path, inode).map_err(io("create"))?;
+                done.created = true;
+            }
             Err(e) => return Err(io("look for")(e)),
         }
-        create_directory(path, inode).map_err(io("create"))?;
-        done.created = true;
         return Ok(done);
     }
     let on_disk = match std::fs::metadata(path) {
@@ -182,25 +183,26 @@ fn is_older(meta: &Metadata, inode: &Inode) -> bool {
 }
 
 fn create_directory(path: &Path, inode: &Inode) -> io::Result<()> {
-    if let Some(parent) = path.parent() {
-        DirBuilder::new().recursive(true).mode(0o755).create(parent)?;
-    }
+    create_parents(path)?;
     DirBuilder::new().mode(0o700).create(path)?;
-    let directory = File::open(path)?;
-    fchown(&directory, Some(inode.uid), Some(inode.gid))?;
-    directory.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(inode.mode & 0o7777))
+    set_owner_and_mode(&File::open(path)?, inode)
 }
 
 fn create(path: &Path, inode: &Inode) -> io::Result<File> {
-    if let Some(parent) = path.parent() {
-        DirBuilder::new().recursive(true).mode(0o755).create(parent)?;
-    }
+    create_parents(path)?;
     let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
-    fchown(&file, Some(inode.uid), Some(inode.gid))?;
-    // After the owner: chown clears set-id bits.
-    let mode = std::os::unix::fs::PermissionsExt::from_mode(inode.mode & 0o7777);
-    file.set_permissions(mode)?;
+    set_owner_and_mode(&file, inode)?;
     Ok(file)
+}
+
+fn create_parents(path: &Path) -> io::Result<()> {
+    path.parent().map_or(Ok(()), |parent| DirBuilder::new().recursive(true).mode(0o755).create(parent))
+}
+
+fn set_owner_and_mode(file: &File, inode: &Inode) -> io::Result<()> {
+    fchown(file, Some(inode.uid), Some(inode.gid))?;
+    // After the owner: chown clears set-id bits.
+    file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(inode.mode & 0o7777))
 }
 
 /// How many of the pages `index..index + count` lie below page `end`.

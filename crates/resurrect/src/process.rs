@@ -171,12 +171,11 @@ impl<'a> Build<'a> {
         // Before it changes user, after all that a low limit could hinder.
         self.set_from_outside(common)?;
         self.set_up_threads(common, deadline)?;
-        let instruction = self.instruction;
         if !self.leader_lives {
-            self.leader.exit(instruction, deadline).map_err(failure("end the first thread"))?;
+            self.leader.exit(self.instruction, deadline).map_err(failure("end the first thread"))?;
             self.await_leaders_end(deadline)?;
         }
-        self.set_registers(common, &mut continuations, instruction, deadline)
+        self.set_registers(common, &mut continuations, deadline)
     }
 
     /// Protection, layout, descriptors; and the other threads, while there are all privileges.
@@ -312,17 +311,16 @@ impl<'a> Build<'a> {
         &mut self,
         common: &Common<'_>,
         continuations: &mut [(&Thread, Continuation)],
-        instruction: u64,
         deadline: Deadline,
     ) -> Result<(), Failure> {
         let step = "set registers";
         for (t, c) in continuations.iter_mut() {
             let tracee = self.tracee(t.tid).ok_or("a thread is missing").map_err(failure(step))?;
-            thread::prepare(tracee, c, instruction, deadline).map_err(failure(step))?;
+            thread::prepare(tracee, c, self.instruction, deadline).map_err(failure(step))?;
         }
-        let main = continuations.first().and_then(|(t, _)| self.tracee(t.tid));
-        let main = main.ok_or("it has no living thread").map_err(failure(step))?;
-        remove_scratch(self.process, main, common.scratch, instruction, deadline).map_err(failure(step))?;
+        let main = self.main().map_err(failure(step))?;
+        remove_scratch(self.process, main, common.scratch, self.instruction, deadline)
+            .map_err(failure(step))?;
         for (t, c) in continuations.iter() {
             let tracee = self.tracee(t.tid).ok_or("a thread is missing").map_err(failure(step))?;
             thread::set_state(tracee, t, &c.regs).map_err(failure(step))?;

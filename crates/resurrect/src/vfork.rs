@@ -73,8 +73,8 @@ enum Progress {
 }
 
 impl<'a> Families<'a> {
-    /// Those among `builds` that wait in vfork or are waited for.
-    pub(crate) fn take_from(builds: &mut Vec<Build<'a>>) -> Self {
+    /// Those among `builds` that wait in vfork or are waited for. Each child will have `patience`, and everything must be over at `whole`.
+    pub(crate) fn take_from(builds: &mut Vec<Build<'a>>, patience: Duration, whole: Deadline) -> Self {
         let parent = |b: &Build<'_>| builds.iter().position(|other| b.is_vfork_child_of(other));
         let parents: Vec<Option<usize>> = builds.iter().map(parent).collect();
         let family_of: Vec<Option<(usize, usize)>> = (0..builds.len()).map(|i| root(&parents, i)).collect();
@@ -98,19 +98,13 @@ impl<'a> Families<'a> {
             members.sort_by_key(|(depth, _)| *depth);
             Family { waiting: members.into_iter().map(|(_, build)| build).collect(), running: None }
         };
-        Self {
-            families: families.into_iter().map(family).collect(),
-            done: Vec::new(),
-            patience: Duration::ZERO,
-            whole: Deadline::after(Duration::ZERO),
-            has_soft_dirty: false,
-        }
+        let families: Vec<Family<'a>> = families.into_iter().map(family).collect();
+        let has_soft_dirty = !families.is_empty() && has_soft_dirty();
+        Self { families, done: Vec::new(), patience, whole, has_soft_dirty }
     }
 
-    /// Lets the first children go on: each has `patience`, and everything must be over at `whole`.
-    pub(crate) fn begin(&mut self, patience: Duration, whole: Deadline) {
-        (self.patience, self.whole) = (patience, whole);
-        self.has_soft_dirty = !self.families.is_empty() && has_soft_dirty();
+    /// Lets the first children go on.
+    pub(crate) fn begin(&mut self) {
         for i in 0..self.families.len() {
             self.next(i);
         }

@@ -257,11 +257,12 @@ fn resurrect_sabotaged(frozen: &Frozen, sabotage: Option<&str>) -> Report {
 }
 
 fn worker(dir: &Path, sabotage: Option<&str>) {
-    let snapshot: Snapshot = serde_json::from_slice(&fs::read(dir.join("snapshot.json")).unwrap()).unwrap();
+    let mut snapshot: Snapshot =
+        serde_json::from_slice(&fs::read(dir.join("snapshot.json")).unwrap()).unwrap();
     let memory = Memory::of(fs::read(dir.join("memory")).unwrap());
     let options = Options { deadline: PATIENCE, process_deadline: Duration::from_secs(5) };
     let mut watcher = Watcher { sabotage, dir };
-    let report = resurrect::resurrect(&snapshot, &memory, &options, &mut watcher).unwrap();
+    let report = resurrect::resurrect(&mut snapshot, &memory, &options, &mut watcher).unwrap();
     if std::env::var_os("SHOW_REPORT").is_some() {
         eprintln!("{:?} poured {} in {:?}", report.timeline, report.poured_bytes, report.pour_time);
     }
