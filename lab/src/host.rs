@@ -18,26 +18,37 @@ const TOOLS: &[(&str, &str)] = &[
     ("depmod", "kmod"),
 ];
 
+/// apt may take one package away to make room for another (a backport of qemu-utils for the QEMU of the release): what is missing
+/// then is installed in a second round.
+const ROUNDS: usize = 2;
+
 /// Makes sure that all tools are there. Installs what is missing when it may, and says so first.
 pub fn ensure_tools() -> Result<()> {
-    let missing: Vec<&str> =
-        TOOLS.iter().filter(|(tool, _)| !has(tool)).map(|&(_, package)| package).collect();
-    if missing.is_empty() {
+    for _ in 0..ROUNDS {
+        let packages = missing_packages();
+        if packages.is_empty() || !is_root() {
+            break;
+        }
+        eprintln!("lab: installing on this machine through apt: {}", packages.join(" "));
+        apt_update()?;
+        let mut install = Command::new("apt-get");
+        install
+            .args(["install", "-y", "--no-install-recommends"])
+            .args(&packages)
+            .env("DEBIAN_FRONTEND", "noninteractive");
+        run(&mut install)?;
+    }
+    let packages = missing_packages();
+    if packages.is_empty() {
         return Ok(());
     }
-    let packages = missing.join(" ");
-    if !is_root() {
-        return Err(Error::Host(format!("missing on this machine; run: sudo apt-get install {packages}")));
-    }
-    eprintln!("lab: installing on this machine through apt: {packages}");
-    apt_update()?;
-    let mut install = Command::new("apt-get");
-    install
-        .args(["install", "-y", "--no-install-recommends"])
-        .args(&missing)
-        .env("DEBIAN_FRONTEND", "noninteractive");
-    run(&mut install)?;
-    Ok(())
+    let packages = packages.join(" ");
+    Err(Error::Host(format!("missing on this machine; run: sudo apt-get install {packages}")))
+}
+
+/// Packages of the tools that this machine does not have.
+fn missing_packages() -> Vec<&'static str> {
+    TOOLS.iter().filter(|(tool, _)| !has(tool)).map(|&(_, package)| package).collect()
 }
 
 /// Refreshes apt's package lists.
