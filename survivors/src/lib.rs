@@ -35,6 +35,7 @@
 mod child;
 mod clock;
 mod credentials;
+mod edge;
 mod epoll;
 mod file;
 mod fpu;
@@ -98,6 +99,13 @@ pub struct Survivor {
     pub body: fn(&mut Stage) -> anyhow::Result<()>,
 }
 
+impl Survivor {
+    /// Whether it takes a CPU for itself, and never stands still.
+    pub fn is_computing(&self) -> bool {
+        self.name == "fpu-loop" || self.kind == "edge"
+    }
+}
+
 /// Looks a survivor up by name.
 pub fn find(name: &str) -> Option<&'static Survivor> {
     TABLE.iter().find(|survivor| survivor.name == name)
@@ -133,6 +141,8 @@ table! {
     "memory-layout" memory::layout Survives, Nothing, "cmdline, environ, exe, auxv and the mm fields in /proc/self/stat";
     "fpu-sleep" fpu::sleep Survives, Avx2, "x87, SSE, AVX registers and MXCSR across a sleep";
     "fpu-loop" fpu::compute_loop Survives, Avx2, "all YMM registers in a loop that never enters the kernel";
+    "edge-calls" edge::calls Survives, Nothing, "all general registers in a loop of system calls, each of which is made once";
+    "edge-faults" edge::faults Survives, Nothing, "all general registers in a loop of page faults";
     "thread-tls" thread::tls Survives, Nothing, "threads with their TIDs, TLS, names and signal masks";
     "thread-mutex" thread::mutex Survives, Nothing, "a mutex held and waited for, a condition variable waited on";
     "thread-robust" thread::robust Survives, Nothing, "robust mutex: the next owner learns that the owner died";

@@ -110,7 +110,7 @@ impl Survivors {
         let mut pids = BTreeMap::new();
         for computing in [false, true] {
             let these: Vec<_> =
-                chosen.iter().copied().filter(|survivor| is_computing(survivor) == computing).collect();
+                chosen.iter().copied().filter(|survivor| survivor.is_computing() == computing).collect();
             pids.extend(start(&mut guest, &these, computing.then_some(COMPUTING_CPU), self.damage)?);
         }
         let panic = Panic {
@@ -155,11 +155,6 @@ fn choose(names: &[String]) -> Result<Vec<&'static Survivor>> {
             })
     };
     Ok(TABLE.iter().filter(|survivor| is_meant(survivor)).collect())
-}
-
-/// Whether it takes a CPU for itself.
-fn is_computing(survivor: &Survivor) -> bool {
-    survivor.name == "fpu-loop"
 }
 
 /// Starts survivors, those that can as the unprivileged user, and waits until they are ready; their process ids by name.

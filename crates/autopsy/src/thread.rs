@@ -1,5 +1,7 @@
 //! Threads: registers and what else is per `task_struct` (include/linux/sched.h, arch/x86; 6.1 and 6.12).
 
+mod edge;
+
 use std::collections::HashMap;
 
 use ktypes::KernelType;
@@ -8,6 +10,8 @@ use snapshot::{
 };
 
 use vmcore::PrStatus;
+
+use edge::Edge;
 
 use crate::Autopsy;
 use crate::error::{Result, corrupt};
@@ -35,6 +39,8 @@ const FS_BASE: usize = 21;
 const GS_BASE: usize = 22;
 /// A CPU's registers as its NT_PRSTATUS note has them: the words of `struct user_regs_struct`.
 type CpuRegisters = [u64; 27];
+/// `orig_ax` of who is in no system call.
+const NO_SYSTEM_CALL: u64 = u64::MAX;
 /// exit(2), of one thread.
 const NR_EXIT: i64 = 60;
 /// Words of a kernel stack that are searched for where a thread sleeps.
@@ -126,15 +132,18 @@ impl Autopsy<'_> {
             return Ok(thread);
         }
         let live = on_cpu.and_then(|cpu| self.crash_registers(cpu, tid));
-        let edge = live.and_then(|live| self.edge(&live));
+        let edge = match (on_cpu, live) {
+            (Some(cpu), Some(live)) => self.edge(task, cpu, &live)?,
+            _ => None,
+        };
         thread.regs = self.registers(task, on_cpu, live, edge.as_ref())?;
         if thread.regs.cs == USER32_CS {
             unsupported.push(format!("thread {tid} runs 32-bit code"));
         }
         (thread.syscall, thread.resume) = match edge {
-            Some(Edge::Between) => {
+            Some(Edge::Unknown) => {
                 let why =
-                    "its CPU was entering or leaving the kernel: its registers were neither here nor there";
+                    "its CPU was entering or leaving the kernel: where its registers are cannot be told";
                 (None, Resume::Impossible { why: why.into() })
             }
             Some(Edge::Program(_)) | None => self.resume(*addr, task, &thread, live)?,
@@ -331,16 +340,13 @@ impl Autopsy<'_> {
         live: Option<CpuRegisters>,
         edge: Option<&Edge>,
     ) -> Result<Registers> {
-        let layout = self.stack_layout()?;
         if self.kernel.read_u64(task.stack)? != STACK_END_MAGIC {
             let text = format!("thread {}: its kernel stack overflowed", task.pid);
             self.find(Severity::Doubt, "thread", text);
         }
-        let len = self.kernel.size_of("pt_regs")? as usize;
-        let bytes = self.kernel.read_bytes(task.stack.wrapping_add(layout.pt_regs), len)?;
         let mut regs = match edge {
             Some(Edge::Program(regs)) => **regs,
-            Some(Edge::Between) | None => decode(&bytes),
+            Some(Edge::Unknown) | None => self.stored_registers(task)?,
         };
         if !plausible(&regs) {
             return Err(corrupt(
@@ -365,30 +371,24 @@ impl Autopsy<'_> {
         Ok(regs)
     }
 
-    /// Whether a CPU's registers, from its note, are of the few instructions between a program and the kernel proper, where what lies on
-    /// the kernel stack are not yet, or no longer, the program's registers (arch/x86/entry/entry_64.S, 6.1 and 6.12).
-    fn edge(&self, live: &CpuRegisters) -> Option<Edge> {
-        const SYSCALL_INSTRUCTION: u64 = 2;
+    /// `pt_regs` at the top of a thread's stack.
+    fn stored_registers(&self, task: &Task) -> Result<Registers> {
+        let len = self.kernel.size_of("pt_regs")? as usize;
+        let addr = task.stack.wrapping_add(self.stack_layout()?.pt_regs);
+        Ok(decode(&self.kernel.read_bytes(addr, len)?))
+    }
+
+    /// Whether the thread's CPU was just entering or leaving the kernel, by the registers in its note.
+    fn edge(&self, task: &Task, cpu: u32, live: &CpuRegisters) -> Result<Option<Edge>> {
         let bytes: Vec<u8> = live.iter().flat_map(|word| word.to_le_bytes()).collect();
-        let now = decode(&bytes);
-        if now.cs & 3 != 0 {
-            return None;
-        }
-        let symbol = |name| self.kernel.symbol(name).ok();
-        let entry_text = symbol("__entry_text_start")?..symbol("__entry_text_end")?;
-        if !entry_text.contains(&now.rip) {
-            return None;
-        }
-        // Before the `swapgs` of an entry, and behind that of an exit, nothing of the program has been touched but what the
-        // instructions syscall and sysret themselves use: rcx and r11.
-        let untouched = live[GS_BASE] >> 63 != 0 && now.rsp >> 63 == 0;
-        let rip = match self.kernel.symbolize(now.rip)?.0 {
-            "entry_SYSCALL_64" if untouched => now.rcx.wrapping_sub(SYSCALL_INSTRUCTION),
-            "entry_SYSRETQ_unsafe_stack" if untouched => now.rcx,
-            _ => return Some(Edge::Between),
+        let top = task.stack.saturating_add(self.stack_layout()?.pt_regs);
+        let moment = edge::Moment {
+            cpu: &decode(&bytes),
+            stack: task.stack..top,
+            frame: &self.stored_registers(task)?,
+            number: cpu,
         };
-        let (cs, ss, orig_rax) = (USER_CS, USER_DS, u64::MAX);
-        Some(Edge::Program(Box::new(Registers { rip, eflags: now.r11, cs, ss, orig_rax, ..now })))
+        edge::find(self.kernel, &moment)
     }
 
     /// The registers that a CPU left in its NT_PRSTATUS note (`crash_save_cpu`); none if it never got there.
@@ -420,14 +420,6 @@ impl Autopsy<'_> {
             })?;
         Some(symbol.0.to_owned())
     }
-}
-
-/// See [`Autopsy::edge`].
-enum Edge {
-    /// These are the program's registers: it was about to enter the kernel, or had all but left it.
-    Program(Box<Registers>),
-    /// They are being put on the stack, or taken from it.
-    Between,
 }
 
 /// The bases that a CPU had, where they are a program's: a CPU that was between the first instruction of an entry into the kernel and its

@@ -156,7 +156,7 @@ fn the_edge_of_the_kernel_has_names() {
     let Some(kernel) = core() else { return };
     let symbol = |name| kernel.symbol(name).expect("a symbol");
     let text = symbol("__entry_text_start")..symbol("__entry_text_end");
-    for name in ["entry_SYSCALL_64", "entry_SYSRETQ_unsafe_stack"] {
+    for name in ["entry_SYSCALL_64", "entry_SYSRETQ_end", "swapgs_restore_regs_and_return_to_usermode"] {
         let addr = symbol(name);
         assert!(text.contains(&addr), "{name}");
         assert_eq!(kernel.symbolize(addr), Some((name, 0)));
