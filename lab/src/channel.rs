@@ -13,6 +13,8 @@ use crate::record::Record;
 const PIECE: usize = 4 << 20;
 /// Time for the agent to answer what takes no time.
 const PROMPT: Duration = Duration::from_secs(60);
+/// Some seconds on an idle host.
+const RECORD: Duration = Duration::from_secs(300);
 
 /// A connection to the agent in a guest.
 #[derive(Debug)]
@@ -223,9 +225,9 @@ impl Channel {
         self.write_file(to, mode, &data)
     }
 
-    /// Records the guest's `/proc`.
+    /// Records the guest's `/proc`: thousands of small files, perhaps on one CPU beside programs that want all of it.
     pub fn record(&mut self) -> Result<Record> {
-        let (_, payload) = self.call(&Request::Record, &[], PROMPT)?;
+        let (_, payload) = self.call(&Request::Record, &[], RECORD)?;
         Record::decode(&payload).ok_or_else(|| Error::Guest("the recording is malformed".into()))
     }
 

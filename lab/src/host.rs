@@ -16,6 +16,9 @@ const TOOLS: &[(&str, &str)] = &[
     ("dpkg-deb", "dpkg"),
     ("xz", "xz-utils"),
     ("depmod", "kmod"),
+    // For the register saver, with the compiler that the kernels were built with.
+    ("make", "make"),
+    ("x86_64-linux-gnu-gcc-12", "gcc-12"),
 ];
 
 /// apt may take one package away to make room for another (a backport of qemu-utils for the QEMU of the release): what is missing

@@ -70,7 +70,7 @@ impl MachineConfig {
             crashkernel_mib: 768,
             cpus: 2,
             cpu: cpu.into(),
-            scratch_mib: 0,
+            scratch_mib: 64,
             cmdline: String::new(),
         }
     }

@@ -8,15 +8,21 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::Builder;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
 use nix::libc;
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, pthread_sigmask};
-use nix::unistd::gettid;
+use nix::unistd::{Pid, gettid};
 
 use crate::Stage;
 use crate::procfs::{self, same};
+use crate::stage::sleep;
+
+/// An interrupted critical section is aborted at once; this is for a machine that has other things to do.
+const ABORT_DEADLINE: Duration = Duration::from_secs(20);
 
 fn joined<T>(thread: std::thread::JoinHandle<Result<T>>) -> Result<T> {
     match thread.join() {
@@ -234,14 +240,17 @@ pub fn rseq(stage: &mut Stage) -> Result<()> {
     let (offset, size) = unsafe { (__rseq_offset, __rseq_size) };
     ensure!(size > 0, "glibc has not registered rseq (GLIBC_TUNABLES?)");
     let progress = Arc::new(Progress::default());
+    let (sender, tid) = channel();
     let thread = {
         let progress = Arc::clone(&progress);
         Builder::new().spawn(move || -> Result<()> {
+            sender.send(gettid())?;
             let area = thread_pointer().wrapping_add_signed(offset as i64);
             critical_section(area, &progress);
             registered(area)
         })?
     };
+    let tid = tid.recv()?;
     while progress.rounds.load(Ordering::Relaxed) == 0 {
         std::thread::yield_now();
     }
@@ -252,13 +261,41 @@ pub fn rseq(stage: &mut Stage) -> Result<()> {
     if crash.damage {
         progress.lost.fetch_add(1, Ordering::Relaxed);
     }
+    // What counts is that it is still aborted now. Both on one CPU, each wake-up here takes it from the other.
+    let before = progress.aborts.load(Ordering::Relaxed);
+    let only = first_allowed_cpu()?;
+    for thread in [tid, gettid()] {
+        sched_setaffinity(thread, &only).context("sched_setaffinity")?;
+    }
+    let deadline = Instant::now() + ABORT_DEADLINE;
+    while progress.aborts.load(Ordering::Relaxed) == before && Instant::now() < deadline {
+        sleep(Duration::from_millis(10));
+    }
+    let aborted = progress.aborts.load(Ordering::Relaxed) > before;
     progress.stop.store(1, Ordering::Relaxed);
     joined(thread)?;
     let lost = progress.lost.load(Ordering::Relaxed);
     ensure!(lost == 0, "{lost} times the critical section was interrupted but not aborted");
-    // The kernel aborts a section at each preemption: seconds without a single one do not happen.
-    ensure!(progress.aborts.load(Ordering::Relaxed) > 0, "the critical section was never aborted");
+    ensure!(aborted, "the critical section is no longer aborted when it is interrupted");
     registered(own_area)
+}
+
+/// One CPU of those that this thread may run on.
+fn first_allowed_cpu() -> Result<CpuSet> {
+    let allowed = sched_getaffinity(Pid::from_raw(0)).context("sched_getaffinity")?;
+    let first = (0..CpuSet::count()).find(|cpu| allowed.is_set(*cpu).unwrap_or(false));
+    let mut only = CpuSet::new();
+    only.set(first.context("no CPU is allowed")?)?;
+    Ok(only)
+}
+
+/// getcpu(2) itself: the C library would ask the registered area.
+fn cpu_by_call() -> Result<u32> {
+    let mut cpu = 0u32;
+    // SAFETY: the call writes one word.
+    let result = unsafe { libc::syscall(libc::SYS_getcpu, &raw mut cpu, 0, 0) };
+    Errno::result(result).context("getcpu")?;
+    Ok(cpu)
 }
 
 /// The kernel keeps the CPU number in the registered area right.
@@ -268,7 +305,7 @@ fn registered(area: u64) -> Result<()> {
     for _ in 0..1000 {
         // SAFETY: glibc's rseq area of this thread: cpu_id_start and cpu_id, both u32, written by the kernel.
         let by_rseq = unsafe { AtomicU32::from_ptr((area + 4) as *mut u32) }.load(Ordering::Relaxed);
-        let by_call = nix::sched::sched_getcpu().context("getcpu")? as u32;
+        let by_call = cpu_by_call()?;
         seen = (by_rseq, by_call);
         if by_rseq == by_call {
             return Ok(());

@@ -66,6 +66,8 @@ impl Outcome {
 pub trait Watch {
     /// The guest runs, for this long; the programs' outputs have these sizes in bytes.
     fn running(&mut self, _ms: u64) {}
+    /// The panic's first line was on the console.
+    fn panicked(&mut self) {}
     /// A moment of the timeline.
     fn moment(&mut self, _moment: &Moment) {}
     /// A line that the crash kernel's PID 1 printed.
@@ -134,7 +136,10 @@ pub fn crash(guest: &mut Guest, panic: &Panic, watch: &mut dyn Watch) -> Result<
     loop {
         watch.running(start.elapsed().as_millis() as u64);
         match guest.machine.console.wait_for(from, "the panic", Duration::from_millis(100), is_panic) {
-            Ok(line) => return Ok(Some(line)),
+            Ok(line) => {
+                watch.panicked();
+                return Ok(Some(line));
+            }
             Err(Error::Timeout { .. }) if start.elapsed() < PANIC_DEADLINE => {
                 let due = start.elapsed() > Duration::from_micros(panic.after_us);
                 if due && guest.agent.not_crashed(Duration::from_millis(1))?.is_some() {

@@ -57,7 +57,6 @@ impl Demo {
 #[derive(Default)]
 struct Stage {
     running: bool,
-    panicked: bool,
 }
 
 impl Watch for Stage {
@@ -70,14 +69,18 @@ impl Watch for Stage {
         ui::live(&format!("running for {:.1} s", ms as f64 / 1000.0));
     }
 
+    fn panicked(&mut self) {
+        ui::line("\nKernel panic. Everything from here on happens under the second kernel.");
+        ui::line("      0 ms  panic");
+        ui::live("the crash kernel boots");
+    }
+
     fn moment(&mut self, moment: &Moment) {
-        self.panic();
         ui::line(format!("{:>7} ms  {}", moment.since_panic_ms, describe(&moment.name)));
         ui::live(describe(&moment.name));
     }
 
     fn console(&mut self, since_panic_ms: u64, text: &str) {
-        self.panic();
         // The rest of the report is in console.log.
         if text.starts_with("back: ") || text.contains("given up  ") || text.contains("failed  ") {
             ui::line(format!("{since_panic_ms:>7} ms    {}", text.trim()));
@@ -89,16 +92,6 @@ impl Watch for Stage {
             "{left} of {} programs are still at work under the second kernel",
             WORKLOADS.len()
         ));
-    }
-}
-
-impl Stage {
-    fn panic(&mut self) {
-        if !self.panicked {
-            self.panicked = true;
-            ui::line("\nKernel panic. Everything from here on happens under the second kernel.");
-            ui::line("      0 ms  panic");
-        }
     }
 }
 

@@ -70,7 +70,10 @@ fn push(agent: &mut Channel, files: &[(String, Vec<u8>)]) -> lab::Result<()> {
         let mode = if path.ends_with(".toml") || path.ends_with(".ko") { 0o644 } else { 0o755 };
         agent.write_file(path, mode, data)?;
     }
-    agent.shell("depmod", ARM_DEADLINE).map(drop)
+    if files.iter().any(|(path, _)| path.ends_with(".ko")) {
+        agent.shell("depmod", ARM_DEADLINE)?;
+    }
+    Ok(())
 }
 
 /// Path in the guest and contents of everything to be installed.

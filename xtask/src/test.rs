@@ -32,7 +32,12 @@ impl Test {
             unit_tests()?;
         }
         let mut sum = Tally::default();
-        let mut add = |what: &str, tally: Tally| {
+        // What breaks off has failed, and the rest is worth knowing all the same.
+        let mut add = |what: &str, tally: Result<Tally>| {
+            let tally = tally.unwrap_or_else(|error| {
+                ui::line(format!("{what}: {error:#}"));
+                Tally { passed: 0, failed: 1 }
+            });
             ui::line(format!("{what}: {} passed, {} failed", tally.passed, tally.failed));
             sum.passed += tally.passed;
             sum.failed += tally.failed;
@@ -41,11 +46,11 @@ impl Test {
             let runs = if self.quick { 1 } else { 3 };
             add(
                 &format!("kernel {series}, programs through {runs} panics"),
-                CrashRuns::new(series, runs).campaign(global)?,
+                CrashRuns::new(series, runs).campaign(global),
             );
-            add(&format!("kernel {series}, survivors"), Survivors::new(series).count(global)?);
-            add(&format!("kernel {series}, unhappy paths"), Unhappy::new(series).count(global)?);
-            add(&format!("kernel {series}, ground truth"), GroundTruth::new(series).count(global)?);
+            add(&format!("kernel {series}, survivors"), Survivors::new(series).count(global));
+            add(&format!("kernel {series}, unhappy paths"), Unhappy::new(series).count(global));
+            add(&format!("kernel {series}, ground truth"), GroundTruth::new(series).count(global));
         }
         ui::finish();
         println!("{} passed, {} failed", sum.passed, sum.failed);

@@ -134,7 +134,7 @@ impl Unhappy {
         let mut tally = Tally::default();
         for series in crate::series_or_all(self.kernel) {
             // The second disk's check is where the cases get a word in while the crash kernel works.
-            let config = MachineConfig { scratch_mib: 64, ..MachineConfig::new(series, global.accel()) };
+            let config = MachineConfig::new(series, global.accel());
             let installed = installed(&lab, &lab.booted(&config)?, series)?;
             for case in &cases {
                 ui::note(&format!("{} on kernel {series}", case.name));
@@ -305,7 +305,7 @@ fn is_gone(guest: &mut Guest, pid: i32) -> Result<()> {
 }
 
 fn no_crashkernel(setting: &Setting) -> Result<String> {
-    let config = MachineConfig { crashkernel_mib: 0, scratch_mib: 0, ..setting.config.clone() };
+    let config = MachineConfig { crashkernel_mib: 0, ..setting.config.clone() };
     let bare = installed(setting.lab, &setting.lab.booted(&config)?, config.series)?;
     let mut guest = setting.lab.start(&bare, &setting.name)?;
     let before = state(&mut guest)?;
