@@ -1,5 +1,7 @@
 //! Address spaces: `mm_struct`, `vm_area_struct`, page tables (include/linux/mm_types.h, mm.h; maple trees: 6.1 and later).
 
+pub(crate) mod fault;
+
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 
@@ -128,9 +130,9 @@ struct VmArea {
     vm_policy: u64,
 }
 
-/// Calls that hold `mmap_lock` and do all of their work on mappings, not on page tables below intact mappings: as long as the tree of mappings
-/// is whole, they can be issued again, whatever they have done. (mremap moves page tables; so does the kernel thread
-/// khugepaged.)
+/// Calls that hold `mmap_lock` and can be issued again, whatever they have done, as long as the tree of mappings is whole: what is
+/// below intact mappings they leave where it is. (For a moment, mprotect does not: see [`fault`]. mremap moves page tables; so
+/// does the kernel thread khugepaged.)
 fn keeps_mappings_whole(nr: i64) -> bool {
     matches!(
         syscall_name(nr),
@@ -321,7 +323,7 @@ impl Collector<'_, '_> {
                 }
             }
             EntryKind::Swap { kind, offset } => self.swap(from, kind.into(), offset + skip, count),
-            EntryKind::Marker { bits } if bits & 2 == 0 => {}
+            EntryKind::Marker { bits } if bits & !1 == 0 => {}
             EntryKind::HwPoison { .. } => self.lose(count, "lost to a hardware error"),
             EntryKind::DevicePrivate { .. } => self.lose(count, "in a device's own memory"),
             EntryKind::SwapinError | EntryKind::Marker { .. } => self.lose(count, "could not be swapped in"),
@@ -463,7 +465,7 @@ impl Autopsy<'_> {
                 return Err(corrupt("vm_area_struct", addr, why));
             }
             agree &= area.vm_start == first && area.vm_end == last.wrapping_add(1);
-            vmas.push(self.vma(mm, &area)?);
+            vmas.push(self.vma(id, mm, &area)?);
         }
         let locked = mm.mmap_lock & RWSEM_WRITER_LOCKED != 0;
         let holder = mm.mmap_lock_owner.filter(|_| locked).map(|owner| owner & !OWNER_FLAGS);
@@ -518,7 +520,7 @@ impl Autopsy<'_> {
         }
     }
 
-    fn vma(&self, mm: &Mm, area: &VmArea) -> Result<Vma> {
+    fn vma(&self, id: AddressSpaceId, mm: &Mm, area: &VmArea) -> Result<Vma> {
         let flags = area.vm_flags;
         let on = |bit: u64| flags & bit != 0;
         let mut prot = Prot::empty();
@@ -544,7 +546,7 @@ impl Autopsy<'_> {
             _ => false,
         };
         if own_pages {
-            self.pages(mm, &mut vma)?;
+            self.pages(id, mm, &mut vma)?;
         }
         Ok(vma)
     }
@@ -611,7 +613,7 @@ impl Autopsy<'_> {
     }
 
     /// The frames that belong to the mapping itself.
-    fn pages(&self, mm: &Mm, vma: &mut Vma) -> Result<()> {
+    fn pages(&self, id: AddressSpaceId, mm: &Mm, vma: &mut Vma) -> Result<()> {
         let mut collector = Collector {
             frames: self.frames()?,
             ranges: self.kernel.phys().ranges(),
@@ -623,7 +625,24 @@ impl Autopsy<'_> {
         };
         let (start, end) = (vma.start, vma.end);
         let tables = self.kernel.page_tables(mm.pgd)?;
-        tables.walk(start..end, &mut |entry| collector.entry(&entry, start, end))?;
+        let in_flight = self.page_tables_in_flight();
+        let mut taken = in_flight.taken(id.0, start, end);
+        taken.retain(|entry| matches!(tables.lookup(entry.va), Ok(None)));
+        let mut taken = taken.into_iter().peekable();
+        tables.walk(start..end, &mut |entry| {
+            while let Some(before) = taken.next_if(|taken| taken.va < entry.va) {
+                collector.entry(&before, start, end);
+            }
+            collector.entry(&entry, start, end);
+        })?;
+        taken.for_each(|entry| collector.entry(&entry, start, end));
+        for (from, to) in in_flight.changing(id.0, start, end) {
+            for table in tables.last_tables(from..to)? {
+                if table.empty > 0 && self.is_table_locked(table.phys)? {
+                    collector.lose(1, "may be missing: a CPU was changing their page table");
+                }
+            }
+        }
         if let Some(why) = collector.why_lost {
             let text = format!("mapping {start:x}-{end:x}: {} pages {why}", collector.lost);
             self.find(Severity::Note, "memory", text);

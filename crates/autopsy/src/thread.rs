@@ -38,7 +38,7 @@ const USER_END: u64 = 1 << 56;
 const FS_BASE: usize = 21;
 const GS_BASE: usize = 22;
 /// A CPU's registers as its NT_PRSTATUS note has them: the words of `struct user_regs_struct`.
-type CpuRegisters = [u64; 27];
+pub(crate) type CpuRegisters = [u64; 27];
 /// `orig_ax` of who is in no system call.
 const NO_SYSTEM_CALL: u64 = u64::MAX;
 /// exit(2), of one thread.
@@ -372,7 +372,7 @@ impl Autopsy<'_> {
     }
 
     /// `pt_regs` at the top of a thread's stack.
-    fn stored_registers(&self, task: &Task) -> Result<Registers> {
+    pub(crate) fn stored_registers(&self, task: &Task) -> Result<Registers> {
         let len = self.kernel.size_of("pt_regs")? as usize;
         let addr = task.stack.wrapping_add(self.stack_layout()?.pt_regs);
         Ok(decode(&self.kernel.read_bytes(addr, len)?))
@@ -392,7 +392,7 @@ impl Autopsy<'_> {
     }
 
     /// The registers that a CPU left in its NT_PRSTATUS note (`crash_save_cpu`); none if it never got there.
-    fn crash_registers(&self, cpu: u32, pid: i32) -> Option<CpuRegisters> {
+    pub(crate) fn crash_registers(&self, cpu: u32, pid: i32) -> Option<CpuRegisters> {
         let index = self.cpus().online().position(|n| n == cpu)?;
         let notes = self.kernel.memory().core().prstatus();
         let note = notes.iter().find(|note| note.cpu as usize == index)?;

@@ -423,9 +423,10 @@ impl Btf {
         let type_id = self.strip(type_id);
         let first_bit = (bit % 8) as u8;
         if bits != 0 || first_bit != 0 {
-            let bits = if bits != 0 { bits } else { u8::try_from(self.size(type_id)? * 8).ok()? };
+            let bits =
+                if bits != 0 { bits } else { u8::try_from(self.size(type_id)?.checked_mul(8)?).ok()? };
             let size = (u64::from(first_bit) + u64::from(bits)).div_ceil(8);
-            return (bits <= 64 && size <= 8).then_some(Member {
+            return ((1..=64).contains(&bits) && size <= 8).then_some(Member {
                 offset: bit / 8,
                 size,
                 bits: Some((first_bit, bits)),

@@ -81,7 +81,8 @@ impl Kallsyms {
             heads[i] = tail[..len].iter().skip(1).fold(0, |hash, byte| step(hash, *byte));
         }
 
-        let mask = (count * 3 / 2).next_power_of_two() - 1;
+        // At least one slot stays free: lookups end there.
+        let mask = (count * 3 / 2 + 1).next_power_of_two() - 1;
         let mut hashes = vec![0u64; mask + 1];
         let mut slots = vec![0u32; mask + 1];
         let mut blocks = Vec::with_capacity(count.div_ceil(BLOCK));

@@ -321,7 +321,7 @@ impl Kernel {
     /// CONFIG_MEMORY_FAILURE by vmcoreinfo's `PG_hwpoison`, CONFIG_MIGRATION by `migrate_pages`,
     /// CONFIG_DEVICE_PRIVATE by `make_device_exclusive_range` (renamed `make_device_exclusive` in
     /// 6.15), CONFIG_PTE_MARKER (unconditional since 6.3, with CONFIG_USERFAULTFD before) by the
-    /// version or `mwriteprotect_range`. The type for failed swap-ins was there up to 6.5.
+    /// version or `mwriteprotect_range`. The type for failed swap-ins was there up to 6.1.
     pub fn pte_format(&self) -> vmcore::PteFormat {
         let has = |symbol: &str| self.symbols.lookup(symbol).is_some();
         let version = self.version();
@@ -330,7 +330,7 @@ impl Kernel {
             has("migrate_pages"),
             has("make_device_exclusive_range") || has("make_device_exclusive"),
             version >= (6, 3) || has("mwriteprotect_range"),
-            version < (6, 6),
+            version < (6, 2),
         );
         let mut format = vmcore::PteFormat::new(self.memory.levels(), special);
         format.address_mask &= !self.memory.encryption_mask();

@@ -200,7 +200,13 @@ impl Walk<'_> {
         };
         let node = self.read_node(tagged)?;
         let shift = u32::from(node.get(self.shape.shift).copied().unwrap_or(u8::MAX));
-        if shift >= 64 || above.is_some_and(|above| shift >= above) {
+        // Each level has as many bits of the index as number its slots.
+        let bits = self.shape.slots.trailing_zeros();
+        let fits = match above {
+            Some(above) => shift + bits == above,
+            None => bits > 0 && shift.is_multiple_of(bits),
+        };
+        if shift >= 64 || !fits {
             return Err(self.corrupt(bad("has a shift that does not fit its place")));
         }
         let mut slot = 0;

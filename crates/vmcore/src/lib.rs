@@ -36,6 +36,6 @@ pub use crate::error::{Error, NotMapped, Result};
 pub use crate::info::VmcoreInfo;
 pub use crate::kernel::{KERNEL_TEXT_START, KernelMemory};
 pub use crate::paging::{
-    Entry, EntryKind, PAGE_SHIFT, PAGE_SIZE, PageSize, PageTables, PteFormat, SpecialEntries,
+    Entry, EntryKind, LastTable, PAGE_SHIFT, PAGE_SIZE, PageSize, PageTables, PteFormat, SpecialEntries,
 };
 pub use crate::phys::{FlatMemory, PhysMap, PhysRange, PhysicalMemory};

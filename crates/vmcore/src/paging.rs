@@ -68,6 +68,15 @@ impl PageSize {
     }
 }
 
+/// A table of the lowest level, as far as it was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LastTable {
+    /// Where it lies.
+    pub phys: u64,
+    /// How many of its entries for the addresses in question are zero.
+    pub empty: usize,
+}
+
 /// A leaf entry that is not zero: present, or holding something of Linux's own.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Entry {
@@ -257,7 +266,7 @@ pub enum EntryKind {
         /// The mark's bits.
         bits: u64,
     },
-    /// A page whose swap-in failed (before 6.6; a marker since).
+    /// A page whose swap-in failed (before 6.2; a marker since).
     SwapinError,
     /// None of the above: an unknown kernel, or a damaged table.
     Unknown {
@@ -284,7 +293,7 @@ pub struct SpecialEntries {
     pub device: Option<u8>,
     /// A PTE marker (CONFIG_PTE_MARKER; unconditional since 6.3).
     pub marker: Option<u8>,
-    /// A failed swap-in (until 6.5).
+    /// A failed swap-in (until 6.1).
     pub swapin_error: Option<u8>,
 }
 
@@ -414,13 +423,29 @@ impl<'m> PageTables<'m> {
     /// An entry at either end of the range may reach beyond it. Walks as many tables as the core
     /// has pages, at most: damaged tables that point at themselves end as an error.
     pub fn walk(&self, range: Range<u64>, f: &mut dyn FnMut(Entry)) -> Result<()> {
+        self.visit(range, f, &mut |_| {})
+    }
+
+    /// The tables of the lowest level that cover part of `range`, in ascending order.
+    pub fn last_tables(&self, range: Range<u64>) -> Result<Vec<LastTable>> {
+        let mut found = Vec::new();
+        self.visit(range, &mut |_| {}, &mut |table| found.push(table))?;
+        Ok(found)
+    }
+
+    fn visit(
+        &self,
+        range: Range<u64>,
+        f: &mut dyn FnMut(Entry),
+        on_table: &mut dyn FnMut(LastTable),
+    ) -> Result<()> {
         if range.is_empty() {
             return Ok(());
         }
         self.check_canonical(range.start)?;
         self.check_canonical(range.end - 1)?;
         let pages: u64 = self.memory.ranges().iter().map(|r| r.len / PAGE_SIZE + 1).sum();
-        let mut walk = Walk { tables: self, f, left: pages };
+        let mut walk = Walk { tables: self, f, on_table, left: pages };
         walk.table(self.root_phys, self.levels, range.start, range.end - 1)
     }
 
@@ -443,6 +468,7 @@ impl fmt::Debug for PageTables<'_> {
 struct Walk<'a, 'm> {
     tables: &'a PageTables<'m>,
     f: &'a mut dyn FnMut(Entry),
+    on_table: &'a mut dyn FnMut(LastTable),
     left: u64,
 }
 
@@ -460,6 +486,10 @@ impl Walk<'_, '_> {
             .memory
             .read_phys(table + low as u64 * 8, bytes)
             .map_err(|_| unreadable(first, level, table))?;
+        if level == 1 {
+            let empty = bytes.as_chunks::<8>().0.iter().filter(|entry| **entry == [0; 8]).count();
+            (self.on_table)(LastTable { phys: table, empty });
+        }
         // Where the memory of entry `low` begins.
         let base = first >> shift << shift;
         for (i, pte) in bytes.chunks_exact(8).enumerate() {
