@@ -1,7 +1,7 @@
 //! Inodes and their page cache (include/linux/fs.h, pagemap.h, xarray.h; 6.1 and 6.12).
 
 use ktypes::KernelType;
-use snapshot::{Bytes, Inode, InodeId, PageCacheRun, Severity, Timestamp};
+use snapshot::{Bytes, Inode, InodeId, PageCacheRun, Timestamp};
 
 use crate::Autopsy;
 use crate::error::{Result, corrupt};
@@ -161,8 +161,8 @@ impl Autopsy<'_> {
             Ok(())
         })?;
         if let Some(why) = damage {
-            let error = corrupt("address_space", mapping, why);
-            self.find(Severity::Doubt, "inode", format!("{}: {error}", inode.path));
+            // Whoever has it open or mapped would have holes in it.
+            return Err(corrupt("address_space", mapping, format!("{}: {why}", inode.path)));
         }
         Ok(())
     }

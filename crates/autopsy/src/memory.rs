@@ -469,7 +469,9 @@ impl Autopsy<'_> {
         }
         let locked = mm.mmap_lock & RWSEM_WRITER_LOCKED != 0;
         let holder = mm.mmap_lock_owner.filter(|_| locked).map(|owner| owner & !OWNER_FLAGS);
-        let write_locked = locked && !(agree && holder.and_then(call_of).is_some_and(keeps_mappings_whole));
+        // Without an owner it has just been taken, or is about to be released.
+        let is_harmless = |holder| holder == 0 || call_of(holder).is_some_and(keeps_mappings_whole);
+        let write_locked = locked && !(agree && holder.is_some_and(is_harmless));
         if mm.map_count != vmas.len() as i32 && !write_locked {
             let text = format!("{} mappings were found, the kernel counted {}", vmas.len(), mm.map_count);
             self.find(Severity::Doubt, "memory", text);

@@ -638,6 +638,15 @@ impl Autopsy<'_> {
             },
             pending: self.pending_signals(signal.shared_pending)?,
         };
+        // One of each is read, and every living thread has to have the same.
+        let of = |task: &Task| (task.files, task.fs, task.nsproxy);
+        let is_living =
+            |task: &&Task| !task.has_exited() && !task.is_exiting() && !task.is_new() && !task.is_worker();
+        let living = members.iter().map(|member| &member.task).filter(is_living);
+        for other in living.filter(|task| of(task) != of(representative)) {
+            let text = format!("thread {} has descriptors, a directory or namespaces of its own", other.pid);
+            unsupported.push(text);
+        }
         if signal.tty != 0 {
             process.ctty = self.part("tty", self.tty(signal.tty)).map(|()| TtyId(signal.tty));
         }

@@ -68,6 +68,8 @@ const NR_EXECVEAT: i64 = 322;
 const NR_PWRITEV2: i64 = 328;
 
 const O_APPEND: u32 = 0o2000;
+/// O_CREAT | O_EXCL.
+const O_EXCLUSIVE: u64 = 0o300;
 const RWF_APPEND: u64 = 0x10;
 const CLONE_THREAD: u64 = 0x1_0000;
 
@@ -181,6 +183,8 @@ trait Facts {
     fn restart_block(&self) -> RestartBlock;
     /// Whether the thread is taking down an inode without names.
     fn is_removing_inode(&self) -> bool;
+    /// Whether the thread, a parent that waits, is taking a child down.
+    fn is_reaping(&self) -> bool;
     /// The started child (or, with CLONE_THREAD, thread) of the clone in flight.
     fn child(&self, thread: bool) -> Option<Pid>;
     /// Whether an execve has begun to take the old program apart; `None` if that cannot be told.
@@ -266,6 +270,16 @@ fn decide_by_class(thread: &Thread, facts: &dyn Facts, row: &Row) -> Resume {
     let parked = !thread.on_cpu;
     match row.class {
         Class::Again | Class::NewDescriptor => Resume::Restart,
+        Class::Wait if !parked && facts.is_reaping() => impossible(format!(
+            "{}: a child was being taken off the list, which one cannot be told",
+            row.name
+        )),
+        Class::Wait => Resume::Restart,
+        // Whoever waits within it has not made the file yet.
+        Class::Open { flags_arg } if !parked && thread.arg(flags_arg) & O_EXCLUSIVE == O_EXCLUSIVE => {
+            impossible(format!("{}: whether it has made the file cannot be told", row.name))
+        }
+        Class::Open { .. } => Resume::Restart,
         Class::Sleep => sleep(thread, facts),
         Class::Poll => match thread.arg(2) as i32 {
             // Without a timeout, or without waiting.
@@ -306,10 +320,12 @@ fn decide_by_class(thread: &Thread, facts: &dyn Facts, row: &Row) -> Resume {
             None => finish(0, "the descriptor was already closed"),
         },
         // A file system's transaction is written when no call is within it any more: what such a call has changed in the
-        // dead kernel's memory is not on the disk, and it is done anew. But the last inode is taken down after that.
+        // dead kernel's memory is not on the disk, and it is done anew. But the last inode is taken down after that; and what shows in
+        // the dead kernel's names is written anew, which is the last that such a call does, without waiting.
         Class::Name if facts.is_removing_inode() => {
             finish(0, "the name was gone, the inode was being removed")
         }
+        Class::Name if !parked => impossible(format!("{}: whether it was done cannot be told", row.name)),
         Class::Name => Resume::Restart,
         Class::Clone => clone(thread, facts),
         Class::Exec => {
@@ -791,6 +807,10 @@ impl Facts for Dead<'_> {
             && self.live().words.iter().any(|word| self.is_being_removed(*word).unwrap_or(false))
     }
 
+    fn is_reaping(&self) -> bool {
+        self.is_within("release_task")
+    }
+
     fn child(&self, thread: bool) -> Option<Pid> {
         let task = self.task?;
         let is_own = |other: &KnownTask| match thread {
@@ -954,6 +974,7 @@ mod tests {
         woken: bool,
         block: Option<RestartBlock>,
         removing: bool,
+        reaping: bool,
         child: Option<Pid>,
         past: Option<bool>,
         program: Option<Exec>,
@@ -989,6 +1010,9 @@ mod tests {
         }
         fn is_removing_inode(&self) -> bool {
             self.removing
+        }
+        fn is_reaping(&self) -> bool {
+            self.reaping
         }
         fn child(&self, _: bool) -> Option<Pid> {
             self.child
@@ -1329,8 +1353,17 @@ mod tests {
         assert_eq!(go(&thread("close", &[1]), &open), Resume::Restart);
         assert_eq!(returns(&go(&thread("close", &[9]), &open)), Some(0));
         assert_eq!(go(&thread("unlink", &[1]), &open), Resume::Restart);
+        assert!(is_impossible(&go(&on_cpu(thread("rename", &[1])), &open)), "done or not");
         let evicting = Fake { removing: true, ..Fake::default() };
         assert_eq!(returns(&go(&thread("unlinkat", &[1]), &evicting)), Some(0));
+        assert_eq!(returns(&go(&on_cpu(thread("unlinkat", &[1])), &evicting)), Some(0));
+        let exclusive = [0xffff_ffff_ffff_ff9c, 1, 0o302];
+        assert_eq!(go(&thread("openat", &exclusive), &open), Resume::Restart, "waits before it makes it");
+        assert!(is_impossible(&go(&on_cpu(thread("openat", &exclusive)), &open)));
+        assert_eq!(go(&on_cpu(thread("openat", &[1, 1, 0o102])), &open), Resume::Restart, "either way");
+        let reaping = Fake { reaping: true, ..Fake::default() };
+        assert!(is_impossible(&go(&on_cpu(thread("wait4", &[1])), &reaping)));
+        assert_eq!(go(&on_cpu(thread("wait4", &[1])), &open), Resume::Restart);
         assert_eq!(go(&on_cpu(thread("lseek", &[1, 0, 1])), &open), Resume::Restart, "asks only");
         assert_eq!(go(&thread("lseek", &[1, 9, 1]), &open), Resume::Restart, "waits for the lock");
         assert!(is_impossible(&go(&on_cpu(thread("lseek", &[1, 9, 1])), &open)));

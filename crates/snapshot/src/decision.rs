@@ -415,14 +415,20 @@ fn judge_descriptors(snapshot: &Snapshot, process: &Process, reasons: &mut Vec<R
             FileKind::Pipe { pipe, .. } if !snapshot.pipes.contains_key(pipe) => {
                 give_up("pipe", "its pipe could not be read".into());
             }
-            FileKind::Regular | FileKind::Directory | FileKind::Path => {
+            // A pipe has no name that could be gone, a FIFO has.
+            FileKind::Pipe { .. } if !file.path.as_bytes().starts_with(b"/") => {}
+            FileKind::Regular | FileKind::Directory | FileKind::Path | FileKind::Pipe { .. } => {
                 if file.deleted {
                     give_up("deleted-file", "it had been deleted: not brought back by this version".into());
                 } else if !file.initial_mount_namespace {
                     give_up("descriptor", "it belongs to another mount namespace".into());
                 }
+                let swapped = snapshot.inodes.get(&file.inode).map_or(0, |inode| inode.swapped_pages);
+                if swapped > 0 {
+                    give_up("swapped", format!("{swapped} pages were swapped out: not read by this version"));
+                }
             }
-            FileKind::Pipe { .. } | FileKind::CharDevice { .. } => {}
+            FileKind::CharDevice { .. } => {}
         }
     }
 }
@@ -510,6 +516,27 @@ mod tests {
             owner_pid: 0,
             owner_signal: 0,
             count: 1,
+        }
+    }
+
+    fn inode_with_swapped_pages(swapped_pages: u64) -> Inode {
+        Inode {
+            ino: 1,
+            dev_major: 0,
+            dev_minor: 1,
+            fs_type: "tmpfs".into(),
+            mode: 0o100_644,
+            uid: 0,
+            gid: 0,
+            nlink: 1,
+            size: 4096,
+            atime: Timestamp::default(),
+            mtime: Timestamp::default(),
+            ctime: Timestamp::default(),
+            path: "/run/x".into(),
+            dirty: false,
+            pages: Vec::new(),
+            swapped_pages,
         }
     }
 
@@ -628,6 +655,26 @@ mod tests {
         assert_eq!(reasons(|s| with_fd(s, open_file(socket, "socket:[1]"))), ["descriptor"]);
         let deleted = OpenFile { deleted: true, ..open_file(FileKind::Regular, "/tmp/x") };
         assert_eq!(reasons(|s| with_fd(s, deleted)), ["deleted-file"]);
+        let pipe = |path, deleted| {
+            let kind = FileKind::Pipe { pipe: PipeId(1), end: PipeEnd::Read };
+            let file = OpenFile { deleted, initial_mount_namespace: !deleted, ..open_file(kind, path) };
+            reasons(|s| {
+                let contents = Pipe { path: None, capacity: 0, buffers: vec![], readers: 1, writers: 1 };
+                s.pipes.insert(PipeId(1), contents);
+                with_fd(s, file);
+            })
+        };
+        assert_eq!(pipe("/tmp/fifo", true), ["deleted-file"]);
+        assert!(pipe("/tmp/fifo", false).is_empty());
+        assert!(pipe("pipe:[7]", true).is_empty());
+        let in_memory = open_file(FileKind::Regular, "/run/x");
+        assert_eq!(
+            reasons(|s| {
+                s.inodes.insert(in_memory.inode, inode_with_swapped_pages(1));
+                with_fd(s, in_memory);
+            }),
+            ["swapped"]
+        );
         let doubt =
             |severity| Finding { severity, pid: Some(500), object: "memory".into(), text: "x".into() };
         assert_eq!(reasons(|s| s.findings.push(doubt(Severity::Doubt))), ["memory"]);

@@ -60,8 +60,15 @@ pub enum Class {
     Seek,
     /// close.
     Close,
+    /// Waits for a child.
+    Wait,
     /// Makes a descriptor.
     NewDescriptor,
+    /// open, openat: makes a descriptor, and perhaps a file.
+    Open {
+        /// The flags.
+        flags_arg: usize,
+    },
     /// Makes, removes or changes a directory entry.
     Name,
     /// Makes a task.
@@ -137,7 +144,7 @@ use Class::*;
 pub const TABLE: &[Row] = &[
     row(0, "read", Transfer(Transfer::READ), "as far as its iterator has come"),
     row(1, "write", Transfer(Transfer::WRITE), "as far as its iterator has come"),
-    row(2, "open", NewDescriptor, "a descriptor is put into the table last"),
+    row(2, "open", Open { flags_arg: 1 }, "a descriptor is put into the table last"),
     row(3, "close", Close, "the descriptor leaves the table first"),
     row(4, "stat", Again, "only reads state"),
     row(5, "fstat", Again, "only reads state"),
@@ -196,7 +203,7 @@ pub const TABLE: &[Row] = &[
     row(58, "vfork", Clone, "the child exists or it does not"),
     row(59, "execve", Exec, "up to the point of no return the old program is whole"),
     row(60, "exit", Exit, "it was ending"),
-    row(61, "wait4", Again, "waits; a child that is reaped is no longer waited for"),
+    row(61, "wait4", Wait, "waits; whom it has reaped is no longer there to be waited for"),
     row(62, "kill", Again, "a standard signal that is sent twice is merged"),
     row(63, "uname", Again, "only reads state"),
     row(64, "semget", Again, "finds what the first attempt has made"),
@@ -382,7 +389,7 @@ pub const TABLE: &[Row] = &[
     row(244, "mq_notify", Again, "removing what has been removed is answered with an error as after a race"),
     row(245, "mq_getsetattr", Again, "only reads state"),
     row(246, "kexec_load", Impossible, "it may or may not have changed the machine, which a second attempt does not find out"),
-    row(247, "waitid", Again, "waits; a child that is reaped is no longer waited for"),
+    row(247, "waitid", Wait, "waits; whom it has reaped is no longer there to be waited for"),
     row(248, "add_key", Impossible, "it may or may not have changed the machine, which a second attempt does not find out"),
     row(249, "request_key", Again, "waits; nothing has been taken"),
     row(250, "keyctl", Impossible, "it may or may not have changed the machine, which a second attempt does not find out"),
@@ -392,7 +399,7 @@ pub const TABLE: &[Row] = &[
     row(254, "inotify_add_watch", Again, "sets the same again"),
     row(255, "inotify_rm_watch", Again, "removing what has been removed is answered with an error as after a race"),
     row(256, "migrate_pages", Again, "replaces the same pages again"),
-    row(257, "openat", NewDescriptor, "a descriptor is put into the table last"),
+    row(257, "openat", Open { flags_arg: 2 }, "a descriptor is put into the table last"),
     row(258, "mkdirat", Name, "a directory entry changes in one step, inside one transaction of the file system"),
     row(259, "mknodat", Name, "a directory entry changes in one step, inside one transaction of the file system"),
     row(260, "fchownat", Again, "sets the same again"),
