@@ -235,7 +235,12 @@ fn walk_up(start: &Path, top: &Path, found: &mut Drivers, seen: &mut BTreeSet<Pa
         }
         let driver = dir.join("driver");
         if driver.exists() {
-            if let Ok(module) = fs::read_link(driver.join("module")) {
+            // Drivers that are built in may have the link too, to a name that no module of the tree has (pcieport: pcieportdrv);
+            // only what can be loaded has a state.
+            let module = driver.join("module");
+            if module.join("initstate").exists()
+                && let Ok(module) = fs::read_link(module)
+            {
                 found.modules.extend(module.file_name().map(|n| n.to_string_lossy().into_owned()));
             }
         } else if let Ok(alias) = fs::read_to_string(dir.join("modalias")) {
@@ -291,6 +296,7 @@ mod tests {
                 if let Some(module) = module {
                     let module_dir = root.join("/sys/module").join(module);
                     fs::create_dir_all(&module_dir).unwrap();
+                    fs::write(module_dir.join("initstate"), "live\n").unwrap();
                     _ = symlink(&module_dir, driver.join("module"));
                 }
                 symlink(&driver, at.join("driver")).unwrap();
@@ -333,6 +339,21 @@ mod tests {
     }
 
     #[test]
+    fn built_in_drivers_ask_for_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = machine(dir.path());
+        let (port, driver) =
+            (root.join("/sys/devices/pci0000:00"), root.join("/sys/bus/pci/drivers/pcieport"));
+        fs::create_dir_all(&driver).unwrap();
+        fs::create_dir_all(root.join("/sys/module/pcieportdrv")).unwrap();
+        symlink(root.join("/sys/module/pcieportdrv"), driver.join("module")).unwrap();
+        symlink(&driver, port.join("driver")).unwrap();
+        let found = drivers(&root, 254, 1).unwrap();
+        assert_eq!(found.modules, ["virtio_pci", "virtio_blk"]);
+        assert!(found.aliases.is_empty());
+    }
+
+    #[test]
     fn a_multipath_nvme_leads_to_its_controller() {
         let dir = tempfile::tempdir().unwrap();
         let root = Root::new(dir.path());
@@ -342,6 +363,7 @@ mod tests {
         for d in [&disk, &controller, &driver, &root.join("/sys/module/nvme"), &root.join("/sys/dev/block")] {
             fs::create_dir_all(d).unwrap();
         }
+        fs::write(root.join("/sys/module/nvme/initstate"), "live\n").unwrap();
         symlink(&disk, root.join("/sys/dev/block/259:0")).unwrap();
         symlink(&controller, disk.parent().unwrap().join("nvme0")).unwrap();
         symlink(root.join("/sys/module/nvme"), driver.join("module")).unwrap();
