@@ -15,7 +15,9 @@ mod stay;
 mod supervise;
 mod switch;
 mod sys;
+mod watchdog;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -24,6 +26,7 @@ use arm::Manifest;
 use arm::config::{FailureAction, FsckMode};
 use arm::devices::BlockDevice;
 use rustix::mount::MountFlags;
+use rustix::system::RebootCommand;
 use snapshot::Mount;
 
 use crate::protocol::{FromWorker, ToWorker};
@@ -31,21 +34,22 @@ use crate::report::{Mark, MountFate, Report, State, uptime_ms};
 use console::{mark, say};
 use memory::MemoryWatch;
 use supervise::Worker;
+use watchdog::Watchdog;
 
 /// Where the root file system is mounted before it becomes the root.
 pub const NEW_ROOT: &str = "/newroot";
 
+/// Seconds that PID 1 may take beyond the deadline of the whole and the delay before the configured action.
+const WATCHDOG_GRACE: u64 = 60;
+
 /// Runs the crash kernel's user space. Never returns: the end of PID 1 would be the next panic.
 pub fn main() -> ! {
-    let end = std::panic::catch_unwind(|| {
+    let life = catch_unwind(|| {
         let mut life = Life::begin();
-        life.live()
+        // What is known must outlive a bug: whether there are processes that live.
+        catch_unwind(AssertUnwindSafe(|| life.live())).unwrap_or_else(|_| life.go_on_after_a_bug())
     });
-    let action = end.unwrap_or_else(|_| {
-        say("init has a bug: rebooting");
-        FailureAction::Reboot
-    });
-    shutdown::end(action)
+    shutdown::end(life.unwrap_or(FailureAction::Reboot))
 }
 
 /// What is known so far.
@@ -57,6 +61,10 @@ struct Life {
     switched: bool,
     /// Processes of the dead kernel run: whatever fails from here on must not cost them their lives.
     released: bool,
+    /// Reboots should this process get stuck; called off once there is something to lose.
+    watchdog: Option<Watchdog>,
+    /// The configured commands to start at the end.
+    after: Vec<String>,
 }
 
 impl Life {
@@ -70,6 +78,8 @@ impl Life {
             began: Instant::now(),
             switched: false,
             released: false,
+            watchdog: None,
+            after: Vec::new(),
         };
         life.mark("init");
         if let Err(error) = surroundings {
@@ -109,6 +119,7 @@ impl Life {
             }
         };
         let config = manifest.config.clone();
+        self.after = config.after.start.clone();
         let outcome = self.resurrect(&manifest);
         if let Err(error) = &outcome {
             if !self.released {
@@ -125,12 +136,26 @@ impl Life {
         if !self.switched {
             return self.give_up(FailureAction::Reboot, Duration::from_secs(config.failure.delay));
         }
-        stay::stay(&config.after.start)
+        self.stay()
+    }
+
+    /// From here on nobody but an administrator ends the machine.
+    fn stay(&mut self) -> FailureAction {
+        self.watchdog = None;
+        stay::stay(&std::mem::take(&mut self.after))
+    }
+
+    /// A bug of this process costs those that live nothing but their report.
+    fn go_on_after_a_bug(&mut self) -> FailureAction {
+        say("init has a bug");
+        if self.released { self.stay() } else { FailureAction::Reboot }
     }
 
     /// Gives people the time to read, then ends.
-    fn give_up(&self, action: FailureAction, delay: Duration) -> FailureAction {
+    fn give_up(&mut self, action: FailureAction, delay: Duration) -> FailureAction {
         if action == FailureAction::Shell && self.switched {
+            // People take their time.
+            self.watchdog = None;
             run::shell();
             return FailureAction::Reboot;
         }
@@ -145,6 +170,9 @@ impl Life {
         let within = |seconds: u64| (Instant::now() + Duration::from_secs(seconds)).min(whole);
 
         sys::keep_old_pids_free(manifest.pid_max);
+        // Its thread takes a PID too.
+        let longest = deadlines.whole + manifest.config.failure.delay + WATCHDOG_GRACE;
+        self.watchdog = Watchdog::start(Duration::from_secs(longest), RebootCommand::Restart);
         let Some(root) = manifest.devices.first() else { bail!("the manifest names no root device") };
         // The dead kernel is read while drivers probe and the file system is checked.
         let mut worker = Worker::start().context("cannot start the worker")?;
@@ -190,7 +218,11 @@ impl Life {
             worker.send(&ToWorker::Go)?;
             // Whatever comes next: how the machine died is on the disk from here on. The worker does not wait for the disk.
             self.save_report(manifest);
-            self.watch(&mut worker, within(deadlines.resurrect))
+            let end = self.watch(&mut worker, within(deadlines.resurrect));
+            if self.released {
+                self.watchdog = None;
+            }
+            end
         });
         self.mount(late, manifest, whole);
         outcome
