@@ -96,6 +96,9 @@ pub enum Error {
     /// A sysctl.
     #[error("the crash kernel is loaded, but {0}; run as root, outside of containers")]
     Sysctl(sysctl::SysctlError),
+    /// Whether the machine is armed cannot be told.
+    #[error("cannot read {STATE_FILE}{}", if .0.kind() == io::ErrorKind::PermissionDenied { ": run as root" } else { "" })]
+    State(#[source] io::Error),
     /// A file of ours.
     #[error("cannot {action} {}", path.display())]
     File {
@@ -132,6 +135,7 @@ pub fn arm(root: &Root, config: &Config, options: &Options) -> Result<Armed, Err
         return Err(Error::NotPossible(failed));
     }
     tracing::info!("nothing is missing");
+    let former = Armed::load(root).map_err(Error::State)?;
     let release = release(root);
     let kernel = find_kernel_image(root, config, &release).unwrap_or_default();
     let saver = load_saver(root, &release);
@@ -147,7 +151,6 @@ pub fn arm(root: &Root, config: &Config, options: &Options) -> Result<Armed, Err
     let fresh = path.with_extension("fresh");
     replace_file(&fresh, &image, 0o600).map_err(file_error("write", &fresh))?;
     tracing::info!("the initramfs is written");
-    let former = Armed::load(root);
     if let Err(error) = load(root, &kernel, &fresh, &cmdline, former.as_ref()) {
         _ = std::fs::remove_file(&fresh);
         return Err(error);
@@ -354,7 +357,7 @@ pub struct Disarmed {
 /// Unloads the crash kernel and puts the sysctls back. Nothing to do is not an error.
 pub fn disarm(root: &Root) -> Result<Disarmed, Error> {
     let mut done = Disarmed::default();
-    let Some(armed) = Armed::load(root) else { return Ok(done) };
+    let Some(armed) = Armed::load(root).map_err(Error::State)? else { return Ok(done) };
     if Slot::Crash.is_loaded(root) {
         kexec::unload(Slot::Crash).map_err(|error| Error::Unload { remedy: kexec::remedy(&error), error })?;
         done.unloaded = true;
@@ -382,15 +385,15 @@ pub struct Status {
 }
 
 /// Looks whether the machine is armed, and whether that is up to date.
-pub fn status(root: &Root, config: &Config, init: &Path) -> Status {
-    let details = Armed::load(root);
+pub fn status(root: &Root, config: &Config, init: &Path) -> Result<Status, Error> {
+    let details = Armed::load(root).map_err(Error::State)?;
     let crash_kernel_loaded = Slot::Crash.is_loaded(root);
-    Status {
+    Ok(Status {
         armed: crash_kernel_loaded && details.is_some(),
         crash_kernel_loaded,
         generation: generation(root).unwrap_or(0),
         stale: details.as_ref().map(|d| d.stale(root)).unwrap_or_default(),
         checks: check(root, config, details.as_ref().map_or(init, |d| &d.init)),
         details,
-    }
+    })
 }
