@@ -7,7 +7,7 @@
 //!                                    ◀──  RootMounted   (below /newroot)
 //!   Holding   (has it open)          ──▶
 //!                                    ◀──  Go            (init has switched, everything is mounted)
-//!   Mark, Note …                     ──▶
+//!   Mark, Back, Note …               ──▶
 //!   Done | Failed                    ──▶
 //! ```
 
@@ -20,7 +20,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use snapshot::{Finding, Kernel, Mount, Panic};
+use snapshot::{Bytes, Finding, Kernel, Mount, Panic, Pid};
 
 use crate::report::{Fate, Mark, Pour};
 
@@ -35,6 +35,8 @@ pub enum FromWorker {
     Holding,
     /// A point in time for the report.
     Mark(Mark),
+    /// This process goes on.
+    Back { pid: Pid, comm: Bytes },
     /// For people, on the console.
     Note(String),
     /// All that could be brought back lives.
@@ -48,8 +50,9 @@ pub enum FromWorker {
 pub enum ToWorker {
     /// The root file system is mounted at this directory: open it.
     RootMounted(String),
-    /// The directory that was held is the machine's root now; everything else is mounted.
-    Go,
+    /// The directory that was held is the machine's root now; everything else is mounted. Who is not rebuilt within that time
+    /// is to be given up, so that the others live.
+    Go { time_left: Duration },
 }
 
 /// One end of the conversation.

@@ -164,6 +164,15 @@ pub fn fates(
     snapshot.processes.iter().map(fate).collect()
 }
 
+/// Puts right the fates that the worker has left behind: of those that it had let go, only what they lost is not known.
+pub fn went_on(processes: &mut [Fate], back: &[Pid]) {
+    for fate in processes.iter_mut().filter(|p| p.fate == FateKind::Failed && back.contains(&p.pid)) {
+        fate.fate = FateKind::ResurrectedWithLosses;
+        fate.reasons =
+            vec![Reason::new("losses-unknown", "the worker ended before it told what the process has lost")];
+    }
+}
+
 /// In a word, what a process was doing when the kernel died.
 pub fn state_word(state: &ProcessState) -> &'static str {
     match state {
@@ -352,6 +361,16 @@ mod tests {
         let read: Report =
             serde_json::from_slice(&std::fs::read(dir.path().join("latest.json")).unwrap()).unwrap();
         assert_eq!((read.started.as_str(), read.state), ("2026-01-01T00:00:04Z", State::Complete));
+    }
+
+    #[test]
+    fn who_was_let_go_is_not_called_failed() {
+        let fate = |pid, fate| Fate { pid, comm: "x".into(), fate, reasons: vec![] };
+        let mut all = [fate(7, FateKind::Failed), fate(8, FateKind::Failed), fate(9, FateKind::Resurrected)];
+        went_on(&mut all, &[7, 9]);
+        let words: Vec<FateKind> = all.iter().map(|f| f.fate).collect();
+        assert_eq!(words, [FateKind::ResurrectedWithLosses, FateKind::Failed, FateKind::Resurrected]);
+        assert_eq!(all[0].reasons[0].code, "losses-unknown");
     }
 
     #[test]

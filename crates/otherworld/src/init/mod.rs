@@ -27,7 +27,7 @@ use arm::config::{FailureAction, FsckMode};
 use arm::devices::BlockDevice;
 use rustix::mount::MountFlags;
 use rustix::system::RebootCommand;
-use snapshot::Mount;
+use snapshot::{Mount, Pid};
 
 use crate::protocol::{FromWorker, ToWorker};
 use crate::report::{Mark, MountFate, Report, State, uptime_ms};
@@ -38,6 +38,9 @@ use watchdog::Watchdog;
 
 /// Where the root file system is mounted before it becomes the root.
 pub const NEW_ROOT: &str = "/newroot";
+
+/// How much longer than its own deadline the worker has, to give up who is late and to let the others go.
+const GIVING_UP: Duration = Duration::from_secs(10);
 
 /// Seconds that PID 1 may take beyond the deadline of the whole and the delay before the configured action.
 const WATCHDOG_GRACE: u64 = 60;
@@ -61,6 +64,8 @@ struct Life {
     switched: bool,
     /// Processes of the dead kernel run: whatever fails from here on must not cost them their lives.
     released: bool,
+    /// Those that run, as far as the worker has told.
+    back: Vec<Pid>,
     /// Reboots should this process get stuck; called off once there is something to lose.
     watchdog: Option<Watchdog>,
     /// The configured commands to start at the end.
@@ -78,6 +83,7 @@ impl Life {
             began: Instant::now(),
             switched: false,
             released: false,
+            back: Vec::new(),
             watchdog: None,
             after: Vec::new(),
         };
@@ -122,7 +128,9 @@ impl Life {
         self.after = config.after.start.clone();
         let outcome = self.resurrect(&manifest);
         if let Err(error) = &outcome {
-            if !self.released {
+            if self.released {
+                crate::report::went_on(&mut self.report.processes, &self.back);
+            } else {
                 run::kill_everybody();
             }
             self.trouble(format!("resurrection failed: {error:#}"));
@@ -201,7 +209,9 @@ impl Life {
         self.switched = true;
         let plan = mounts::plan(&old_mounts, &manifest.devices);
         let (late, now): (Vec<_>, Vec<_>) = plan.into_iter().partition(mounts::Step::can_wait);
-        self.mount(now, manifest, whole);
+        // What they take must leave the processes their time.
+        let mounted = whole.checked_sub(Duration::from_secs(deadlines.resurrect)).unwrap_or(whole);
+        self.mount(now, manifest, mounted.max(within(deadlines.mount)));
         sys::set_hostname(
             self.report.dead_kernel.as_ref().map(|k| k.nodename.as_bytes()).unwrap_or_default(),
         );
@@ -215,10 +225,11 @@ impl Life {
                 bail!("the worker ended before the root file system was mounted");
             }
             sys::continue_pids_after(highest_pid);
-            worker.send(&ToWorker::Go)?;
+            let deadline = within(deadlines.resurrect);
+            worker.send(&ToWorker::Go { time_left: deadline.saturating_duration_since(Instant::now()) })?;
             // Whatever comes next: how the machine died is on the disk from here on. The worker does not wait for the disk.
             self.save_report(manifest);
-            let end = self.watch(&mut worker, within(deadlines.resurrect));
+            let end = self.watch(&mut worker, deadline + GIVING_UP);
             if self.released {
                 self.watchdog = None;
             }
@@ -287,9 +298,9 @@ impl Life {
         }
     }
 
-    fn mount(&mut self, steps: Vec<mounts::Step>, manifest: &Manifest, whole: Instant) {
+    fn mount(&mut self, steps: Vec<mounts::Step>, manifest: &Manifest, until: Instant) {
         for step in steps {
-            let done = mounts::carry_out(&step, manifest, whole);
+            let done = mounts::carry_out(&step, manifest, until);
             let (mounted, note) = match done {
                 Ok(note) => (true, note),
                 Err(error) => (false, Some(format!("{error:#}"))),
@@ -337,6 +348,11 @@ impl Life {
                 console::print_mark(&mark);
                 self.released |= mark.name == "released";
                 self.report.timeline.push(mark);
+            }
+            FromWorker::Back { pid, comm } => {
+                say(&format!("back: {pid} {comm}"));
+                self.back.push(pid);
+                self.released = true;
             }
             FromWorker::Note(text) => say(&text),
             FromWorker::Failed { why, processes, findings } => {

@@ -138,11 +138,11 @@ pub fn flags(old: OldFlags) -> MountFlags {
 }
 
 /// Makes one mount. What is worth telling about a success comes back as text.
-pub fn carry_out(step: &Step, manifest: &Manifest, whole: Instant) -> Result<Option<String>> {
+pub fn carry_out(step: &Step, manifest: &Manifest, until: Instant) -> Result<Option<String>> {
     let at = step.mountpoint.as_path();
     let fs_type = step.fs_type.to_string();
     let flags = flags(step.flags);
-    let within = |seconds: u64| (Instant::now() + Duration::from_secs(seconds)).min(whole);
+    let within = |seconds: u64| (Instant::now() + Duration::from_secs(seconds)).min(until);
     match &step.how {
         How::Skip { why } => bail!("{why}"),
         How::Virtual => {
