@@ -193,7 +193,7 @@ impl Life {
         let old_mounts = survey.as_ref().map(|s| s.0.clone()).unwrap_or_default();
         let root_mount = old_mounts.iter().rfind(|m| m.mountpoint.as_bytes() == b"/");
         let flags = root_mount.map_or(MountFlags::empty(), |m| mounts::flags(m.flags));
-        mounts::mount_device(
+        let note = mounts::mount_device(
             &node,
             Path::new(NEW_ROOT),
             &root.fs_type,
@@ -203,6 +203,10 @@ impl Life {
         )
         .with_context(|| format!("cannot mount {} as the root file system", node.display()))?;
         self.mark("root-mounted");
+        if note.is_some() {
+            let (mountpoint, fs_type) = ("/".into(), root.fs_type.as_str().into());
+            self.report.mounts.push(MountFate { mountpoint, fs_type, mounted: true, note });
+        }
 
         let holding = survey.is_ok() && self.hand_over_root(&mut worker, within(deadlines.mount));
         switch::root(Path::new(NEW_ROOT))?;
