@@ -62,6 +62,7 @@ pub fn check(root: &Root, config: &Config, init: &Path) -> Vec<Check> {
         Check::required("static-init", static_init(root, init)),
         Check::required("free-space", free_space(root)),
         Check::advised("register-saver", register_saver(root, &release)),
+        Check::advised("kdump-tools", kdump_tools(root)),
     ]
 }
 
@@ -283,9 +284,25 @@ fn register_saver(root: &Root, release: &str) -> Result<String, (String, String)
             format!(
                 "the module {SAVER} is not installed: a thread that computes on a CPU during the panic loses its FPU registers"
             ),
-            "install the package otherworld-dkms, or build kmod/ and run `depmod`; until then live_fpu in /etc/otherworld.toml \
-             says what happens to such threads",
+            "install it as kmod/README.md of the sources says; until then live_fpu in /etc/otherworld.toml says what happens to \
+             such threads",
         )
+    }
+}
+
+/// Debian's kdump service loads its own crash kernel whenever it starts, and the kernel does not tell whose is loaded.
+fn kdump_tools(root: &Root) -> Result<String, (String, String)> {
+    let link = root.join("/etc/systemd/system/multi-user.target.wants/kdump-tools.service");
+    let settings = root.read("/etc/default/kdump-tools").unwrap_or_default();
+    let switched_off = settings.lines().any(|line| line.trim() == "USE_KDUMP=0");
+    // The link leads to a place that may be missing.
+    if link.is_symlink() && !switched_off {
+        missing(
+            "kdump-tools.service is enabled: when it starts, its crash kernel takes the place of otherworld's, and nobody can tell",
+            "systemctl disable kdump-tools.service",
+        )
+    } else {
+        Ok("no other program loads a crash kernel at boot".into())
     }
 }
 
@@ -346,7 +363,7 @@ mod tests {
     #[test]
     fn each_missing_thing_is_named_with_its_remedy() {
         type Damage = fn(&Root);
-        let cases: [(&str, &str, &str, Damage); 12] = [
+        let cases: [(&str, &str, &str, Damage); 13] = [
             ("crashkernel", "no memory is reserved", "update-grub", |r| {
                 fs::write(r.join("/sys/kernel/kexec_crash_size"), "0\n").unwrap();
                 fs::write(r.join("/proc/cmdline"), "root=/dev/vda1\n").unwrap();
@@ -391,8 +408,14 @@ mod tests {
             ("root-device", "nfs", "plain disk", |r| {
                 fs::write(r.join("/proc/self/mountinfo"), "28 1 0:4 / / rw - nfs a:/b rw\n").unwrap();
             }),
-            ("register-saver", "otherworld_saver is not installed", "otherworld-dkms", |r| {
+            ("register-saver", "otherworld_saver is not installed", "kmod/README.md", |r| {
                 fs::write(r.join("/lib/modules/6.1.0-9-amd64/modules.dep"), "kernel/a.ko:\n").unwrap();
+            }),
+            ("kdump-tools", "is enabled", "systemctl disable", |r| {
+                let wants = r.join("/etc/systemd/system/multi-user.target.wants");
+                fs::create_dir_all(&wants).unwrap();
+                let unit = "/lib/systemd/system/kdump-tools.service";
+                std::os::unix::fs::symlink(unit, wants.join("kdump-tools.service")).unwrap();
             }),
         ];
         for (name, detail, remedy, damage) in cases {

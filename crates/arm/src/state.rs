@@ -45,6 +45,9 @@ pub struct Armed {
     pub config_fingerprint: Option<u64>,
     /// Of the set of block devices with mounted file systems.
     pub mounts_fingerprint: u64,
+    /// Another program's crash kernel was loaded before ours.
+    #[serde(default)]
+    pub replaced_foreign: bool,
     /// Values to put back.
     pub sysctls_before: Sysctls,
     /// Values that were set.
@@ -167,6 +170,7 @@ mod tests {
             config_path: "/etc/otherworld.toml".into(),
             config_fingerprint: fingerprint(&root.join("/etc/otherworld.toml")),
             mounts_fingerprint: mounts_fingerprint(root),
+            replaced_foreign: false,
             sysctls_before: Sysctls::new(),
             sysctls_set: Sysctls::new(),
         }

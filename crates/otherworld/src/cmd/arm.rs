@@ -52,6 +52,9 @@ pub fn run(args: &Args) -> Result<Exit> {
             args.config.display()
         ));
     }
+    if armed.replaced_foreign {
+        text.push_str("note: this took the place of another program's crash kernel; `otherworld disarm` loads kdump-tools' again\n");
+    }
     if armed.saver.is_none() {
         text.push_str("note: the register saver is not loaded; `otherworld status` says what that means\n");
     }
