@@ -203,7 +203,7 @@ impl Report {
         _ = std::fs::remove_file(&fresh);
         std::os::unix::fs::symlink(&name, &fresh)?;
         std::fs::rename(&fresh, &link)?;
-        prune(dir, keep.max(1))?;
+        prune(dir, keep.max(1), &name)?;
         rustix::fs::fsync(std::fs::File::open(dir)?)?;
         Ok(path)
     }
@@ -282,13 +282,14 @@ impl Report {
     }
 }
 
-/// Removes the oldest reports until `keep` are left. Their names sort by time.
-fn prune(dir: &Path, keep: usize) -> io::Result<()> {
+/// Removes the oldest reports until `keep` are left. Their names sort by time; `current` stays even where a wrong clock makes it the
+/// oldest.
+fn prune(dir: &Path, keep: usize, current: &str) -> io::Result<()> {
     let mut names: Vec<_> = std::fs::read_dir(dir)?
         .filter_map(|e| e.ok()?.file_name().into_string().ok())
         .filter(|n| n.ends_with(".json") && n.starts_with(|c: char| c.is_ascii_digit()))
         .collect();
-    names.sort();
+    names.sort_by(|a, b| (a == current).cmp(&(b == current)).then(a.cmp(b)));
     for name in names.iter().take(names.len().saturating_sub(keep)) {
         std::fs::remove_file(dir.join(name))?;
     }
@@ -361,6 +362,17 @@ mod tests {
         let read: Report =
             serde_json::from_slice(&std::fs::read(dir.path().join("latest.json")).unwrap()).unwrap();
         assert_eq!((read.started.as_str(), read.state), ("2026-01-01T00:00:04Z", State::Complete));
+    }
+
+    #[test]
+    fn a_report_with_a_wrong_time_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        for second in 0..3 {
+            report(&format!("2026-01-01T00:00:0{second}Z")).save(dir.path(), 3).unwrap();
+        }
+        assert!(report("1970-01-01T00:00:07Z").save(dir.path(), 3).unwrap().exists());
+        assert!(!dir.path().join("2026-01-01T000000Z.json").exists());
+        assert!(dir.path().join("2026-01-01T000001Z.json").exists());
     }
 
     #[test]
