@@ -55,6 +55,9 @@ pub enum ToWorker {
     Go { time_left: Duration },
 }
 
+/// The longest message: a report of tens of thousands of processes is shorter.
+const LONGEST: usize = 64 << 20;
+
 /// One end of the conversation.
 pub struct Channel {
     reader: BufReader<UnixStream>,
@@ -70,6 +73,9 @@ pub enum NoMessage {
     /// The other side is gone.
     #[error("it ended without a word")]
     Closed,
+    /// It does not come to an end.
+    #[error("it sent a message of more than {} MiB", LONGEST >> 20)]
+    TooLong,
     /// Anything else.
     #[error("{0}")]
     Io(#[from] io::Error),
@@ -121,6 +127,9 @@ impl Channel {
             }
             let end = available.iter().position(|&b| b == b'\n');
             let take = end.map_or(available.len(), |n| n + 1);
+            if line.len() + take > LONGEST {
+                return Err(NoMessage::TooLong);
+            }
             line.extend_from_slice(&available[..take]);
             self.reader.consume(take);
             if end.is_some() {
@@ -152,6 +161,21 @@ mod tests {
         assert!(matches!(b.receive(soon(), || ()).unwrap(), FromWorker::Holding));
         sender.join().unwrap();
         assert!(matches!(b.receive::<FromWorker>(soon(), || ()), Err(NoMessage::Closed)));
+    }
+
+    #[test]
+    fn a_message_without_an_end_is_not_kept() {
+        let (a, b) = UnixStream::pair().unwrap();
+        let mut b = Channel::new(b).unwrap();
+        let sender = std::thread::spawn(move || {
+            let mut a = a;
+            // Until nobody listens any more.
+            while a.write_all(&[b'x'; 1 << 20]).is_ok() {}
+        });
+        let long = Instant::now() + Duration::from_secs(60);
+        assert!(matches!(b.receive::<FromWorker>(long, || ()), Err(NoMessage::TooLong)));
+        drop(b);
+        sender.join().unwrap();
     }
 
     #[test]

@@ -167,6 +167,8 @@ impl Life {
             run::shell();
             return FailureAction::Reboot;
         }
+        // A shell is nothing without a root file system.
+        let action = if action == FailureAction::Shell { FailureAction::Reboot } else { action };
         say(&format!("{action:?} in {} s", delay.as_secs()).to_lowercase());
         std::thread::sleep(delay);
         action
