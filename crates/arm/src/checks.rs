@@ -62,6 +62,7 @@ pub fn check(root: &Root, config: &Config, init: &Path) -> Vec<Check> {
         Check::required("static-init", static_init(root, init)),
         Check::required("free-space", free_space(root)),
         Check::advised("register-saver", register_saver(root, &release)),
+        Check::advised("kdump-tools", kdump_tools(root)),
     ]
 }
 
@@ -197,8 +198,25 @@ pub fn find_kernel_image(root: &Root, config: &Config, release: &str) -> Option<
     .find(|p| p.to_string_lossy().contains(release) && root.join(p).is_file())
 }
 
+/// The release that a bzImage names (Documentation/arch/x86/boot.rst: kernel_version); `None` where it is no bzImage.
+fn image_release(path: &Path) -> Option<String> {
+    let file = std::fs::File::open(path).ok()?;
+    let mut header = Vec::new();
+    file.take(64 << 10).read_to_end(&mut header).ok()?;
+    let magic = header.get(0x202..0x206)?;
+    let pointer: [u8; 2] = header.get(0x20e..0x210)?.try_into().ok()?;
+    let text = header.get(0x200 + usize::from(u16::from_le_bytes(pointer))..)?;
+    let release = text.split(|b| matches!(b, 0 | b' ')).next()?;
+    (magic == b"HdrS").then(|| String::from_utf8_lossy(release).into_owned())
+}
+
 fn kernel_image(root: &Root, config: &Config, release: &str) -> Result<String, (String, String)> {
     match find_kernel_image(root, config, release) {
+        // The modules in the initramfs are the running kernel's.
+        Some(path) if image_release(&root.join(&path)).is_some_and(|found| found != release) => missing(
+            format!("{} is not the kernel that runs, {release}: its modules would not fit", path.display()),
+            "name the running kernel's image under [crash_kernel] in /etc/otherworld.toml, or `image = \"auto\"`",
+        ),
         Some(path) => Ok(path.display().to_string()),
         None if config.crash_kernel.image != "auto" => missing(
             format!("there is no {}", config.crash_kernel.image),
@@ -283,9 +301,25 @@ fn register_saver(root: &Root, release: &str) -> Result<String, (String, String)
             format!(
                 "the module {SAVER} is not installed: a thread that computes on a CPU during the panic loses its FPU registers"
             ),
-            "install the package otherworld-dkms, or build kmod/ and run `depmod`; until then live_fpu in /etc/otherworld.toml \
-             says what happens to such threads",
+            "install it as kmod/README.md of the sources says; until then live_fpu in /etc/otherworld.toml says what happens to \
+             such threads",
         )
+    }
+}
+
+/// Debian's kdump service loads its own crash kernel whenever it starts, and the kernel does not tell whose is loaded.
+fn kdump_tools(root: &Root) -> Result<String, (String, String)> {
+    let link = root.join("/etc/systemd/system/multi-user.target.wants/kdump-tools.service");
+    let settings = root.read("/etc/default/kdump-tools").unwrap_or_default();
+    let switched_off = settings.lines().any(|line| line.trim() == "USE_KDUMP=0");
+    // The link leads to a place that may be missing.
+    if link.is_symlink() && !switched_off {
+        missing(
+            "kdump-tools.service is enabled: when it starts, its crash kernel takes the place of otherworld's, and nobody can tell",
+            "systemctl disable kdump-tools.service",
+        )
+    } else {
+        Ok("no other program loads a crash kernel at boot".into())
     }
 }
 
@@ -346,7 +380,7 @@ mod tests {
     #[test]
     fn each_missing_thing_is_named_with_its_remedy() {
         type Damage = fn(&Root);
-        let cases: [(&str, &str, &str, Damage); 12] = [
+        let cases: [(&str, &str, &str, Damage); 14] = [
             ("crashkernel", "no memory is reserved", "update-grub", |r| {
                 fs::write(r.join("/sys/kernel/kexec_crash_size"), "0\n").unwrap();
                 fs::write(r.join("/proc/cmdline"), "root=/dev/vda1\n").unwrap();
@@ -380,6 +414,13 @@ mod tests {
             ("kernel-image", "6.1.0-9-amd64 was not found", "[crash_kernel]", |r| {
                 fs::remove_file(r.join("/boot/vmlinuz-6.1.0-9-amd64")).unwrap();
             }),
+            ("kernel-image", "is not the kernel that runs", "[crash_kernel]", |r| {
+                let mut image = vec![0u8; 0x400];
+                image[0x202..0x206].copy_from_slice(b"HdrS");
+                image[0x20e..0x210].copy_from_slice(&0x100u16.to_le_bytes());
+                image[0x300..0x310].copy_from_slice(b"6.1.0-8-amd64 (d");
+                fs::write(r.join("/boot/vmlinuz-6.1.0-9-amd64"), image).unwrap();
+            }),
             ("modules", "modules.dep", "depmod", |r| {
                 fs::rename(
                     r.join("/lib/modules/6.1.0-9-amd64/modules.dep"),
@@ -391,8 +432,14 @@ mod tests {
             ("root-device", "nfs", "plain disk", |r| {
                 fs::write(r.join("/proc/self/mountinfo"), "28 1 0:4 / / rw - nfs a:/b rw\n").unwrap();
             }),
-            ("register-saver", "otherworld_saver is not installed", "otherworld-dkms", |r| {
+            ("register-saver", "otherworld_saver is not installed", "kmod/README.md", |r| {
                 fs::write(r.join("/lib/modules/6.1.0-9-amd64/modules.dep"), "kernel/a.ko:\n").unwrap();
+            }),
+            ("kdump-tools", "is enabled", "systemctl disable", |r| {
+                let wants = r.join("/etc/systemd/system/multi-user.target.wants");
+                fs::create_dir_all(&wants).unwrap();
+                let unit = "/lib/systemd/system/kdump-tools.service";
+                std::os::unix::fs::symlink(unit, wants.join("kdump-tools.service")).unwrap();
             }),
         ];
         for (name, detail, remedy, damage) in cases {

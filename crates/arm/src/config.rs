@@ -354,6 +354,25 @@ impl Config {
         Self::parse(&text, path, &users)
     }
 
+    /// Replaces symbolic links to programs by what they lead to, as the kernel knows programs. Returns the selected ones that do
+    /// not exist.
+    pub(crate) fn resolve_programs(&mut self, root: &Root) -> Vec<String> {
+        let resolve = |exe: &mut String| {
+            let real = std::fs::canonicalize(root.join(&*exe)).ok().and_then(|real| root.strip(&real));
+            match real.as_ref().and_then(|real| real.to_str()) {
+                Some(real) => {
+                    *exe = real.to_owned();
+                    true
+                }
+                None => false,
+            }
+        };
+        // Not every machine has what is never brought back.
+        self.policy.never.iter_mut().filter_map(|s| s.exe.as_mut()).for_each(|exe| _ = resolve(exe));
+        let selected = self.policy.select.iter_mut().filter_map(|s| s.exe.as_mut());
+        selected.filter_map(|exe| (!resolve(exe)).then(|| exe.clone())).collect()
+    }
+
     /// Parses and checks a configuration. `path` is for the errors, `users` maps the machine's user names to their ids.
     pub fn parse(text: &str, path: &Path, users: &BTreeMap<String, u32>) -> Result<Self, ConfigError> {
         let line_at = |offset: usize| text.get(..offset).unwrap_or(text).matches('\n').count() + 1;
@@ -389,6 +408,12 @@ impl Config {
                     let message = format!("exe = \"{exe}\" is not an absolute path");
                     return Err(meaning(line, message, "write the whole path, as /proc/PID/exe shows it"));
                 }
+                if let Some(unit) = &selector.unit
+                    && !unit.contains('.')
+                {
+                    let message = format!("unit = \"{unit}\" is not the whole name of a unit");
+                    return Err(meaning(line, message, "write it with its suffix, such as .service"));
+                }
                 if let Some(name) = &selector.user {
                     let id = users.get(name).copied().or_else(|| name.parse().ok()).ok_or_else(|| {
                         let message = format!("there is no user {name} in /etc/passwd");
@@ -422,6 +447,10 @@ impl Config {
         if let Some((key, _)) = deadlines.iter().find(|(_, seconds)| !(1..=86_400).contains(seconds)) {
             let message = format!("the deadline {key} must lie between 1 and 86400 seconds");
             return Err(meaning(key_line(key), message, "every step needs an end"));
+        }
+        if file.failure.delay > 3600 {
+            let message = "the delay before the action must not be longer than 3600 seconds".to_owned();
+            return Err(meaning(key_line("delay"), message, "shorten it"));
         }
         if !file.report.dir.is_absolute() {
             let message = "[report] dir is not an absolute path".to_owned();
@@ -512,7 +541,28 @@ mod tests {
         assert!(
             error("\n[[never]]\nexe = \"xz\"\n").contains("line 2: exe = \"xz\" is not an absolute path")
         );
+        assert!(
+            error("\n[[select]]\nunit = \"cron\"\n")
+                .contains("line 2: unit = \"cron\" is not the whole name")
+        );
         assert!(error("[deadlines]\nfsck = 0\n").contains("line 2: the deadline fsck"));
+        assert!(error("[failure]\ndelay = 3601\n").contains("line 2: the delay"));
+    }
+
+    #[test]
+    fn programs_are_named_as_the_kernel_names_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::new(dir.path().canonicalize().unwrap());
+        std::fs::create_dir_all(root.join("/usr/bin")).unwrap();
+        std::fs::write(root.join("/usr/bin/python3.11"), "").unwrap();
+        std::os::unix::fs::symlink("python3.11", root.join("/usr/bin/python3")).unwrap();
+        let text = "[[select]]\nexe = \"/usr/bin/python3\"\n[[select]]\nexe = \"/usr/bin/none\"\n\
+                    [[never]]\nexe = \"/usr/bin/python3\"\n";
+        let mut config = parse(text).unwrap();
+        assert_eq!(config.resolve_programs(&root), ["/usr/bin/none"]);
+        assert_eq!(config.policy.select[0].exe.as_deref(), Some("/usr/bin/python3.11"));
+        assert_eq!(config.policy.select[1].exe.as_deref(), Some("/usr/bin/none"));
+        assert_eq!(config.policy.never[0].exe.as_deref(), Some("/usr/bin/python3.11"));
     }
 
     #[test]

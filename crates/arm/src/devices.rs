@@ -106,6 +106,12 @@ pub enum RootError {
         /// What is mounted.
         from: String,
     },
+    /// Its mounts do not tell their devices.
+    #[error("the root file system is Btrfs ({from}), which this version does not bring back")]
+    Btrfs {
+        /// What is mounted.
+        from: String,
+    },
     /// Built by user space out of other devices.
     #[error("the root file system is on {name}, which user space puts together ({kind})")]
     Stacked {
@@ -121,6 +127,9 @@ pub fn mounted(root: &Root) -> Result<Vec<BlockDevice>, RootError> {
     let lines = parse_mountinfo(&root.read("/proc/self/mountinfo").unwrap_or_default());
     // Later lines cover earlier ones.
     let top = lines.iter().rfind(|l| l.mountpoint == Path::new("/")).ok_or(RootError::NotMounted)?;
+    if top.fs_type == "btrfs" {
+        return Err(RootError::Btrfs { from: top.source.clone() });
+    }
     let first = describe(root, top)
         .ok_or_else(|| RootError::NoBlockDevice { fs_type: top.fs_type.clone(), from: top.source.clone() })?;
     if let Some(kind) = stacked(root, &first) {
@@ -178,13 +187,12 @@ fn mount_data(options: &str) -> String {
     data.collect::<Vec<_>>().join(",")
 }
 
-/// The UUID in the super block of an ext2/3/4, XFS or Btrfs file system on `device`.
+/// The UUID in the super block of an ext2/3/4 or XFS file system on `device`.
 pub fn file_system_uuid(device: &File, fs_type: &str) -> io::Result<Option<String>> {
     // Position of the super block, of the magic in it, the magic, position of the UUID.
     let (block, magic_at, magic, uuid_at): (u64, u64, &[u8], u64) = match fs_type {
         "ext2" | "ext3" | "ext4" => (1024, 0x38, &[0x53, 0xef], 0x68),
         "xfs" => (0, 0, b"XFSB", 32),
-        "btrfs" => (0x10000, 0x40, b"_BHRfS_M", 0x20),
         _ => return Ok(None),
     };
     let mut found = vec![0; magic.len()];
@@ -235,7 +243,12 @@ fn walk_up(start: &Path, top: &Path, found: &mut Drivers, seen: &mut BTreeSet<Pa
         }
         let driver = dir.join("driver");
         if driver.exists() {
-            if let Ok(module) = fs::read_link(driver.join("module")) {
+            // Drivers that are built in may have the link too, to a name that no module of the tree has (pcieport: pcieportdrv);
+            // only what can be loaded has a state.
+            let module = driver.join("module");
+            if module.join("initstate").exists()
+                && let Ok(module) = fs::read_link(module)
+            {
                 found.modules.extend(module.file_name().map(|n| n.to_string_lossy().into_owned()));
             }
         } else if let Ok(alias) = fs::read_to_string(dir.join("modalias")) {
@@ -291,6 +304,7 @@ mod tests {
                 if let Some(module) = module {
                     let module_dir = root.join("/sys/module").join(module);
                     fs::create_dir_all(&module_dir).unwrap();
+                    fs::write(module_dir.join("initstate"), "live\n").unwrap();
                     _ = symlink(&module_dir, driver.join("module"));
                 }
                 symlink(&driver, at.join("driver")).unwrap();
@@ -333,6 +347,21 @@ mod tests {
     }
 
     #[test]
+    fn built_in_drivers_ask_for_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = machine(dir.path());
+        let (port, driver) =
+            (root.join("/sys/devices/pci0000:00"), root.join("/sys/bus/pci/drivers/pcieport"));
+        fs::create_dir_all(&driver).unwrap();
+        fs::create_dir_all(root.join("/sys/module/pcieportdrv")).unwrap();
+        symlink(root.join("/sys/module/pcieportdrv"), driver.join("module")).unwrap();
+        symlink(&driver, port.join("driver")).unwrap();
+        let found = drivers(&root, 254, 1).unwrap();
+        assert_eq!(found.modules, ["virtio_pci", "virtio_blk"]);
+        assert!(found.aliases.is_empty());
+    }
+
+    #[test]
     fn a_multipath_nvme_leads_to_its_controller() {
         let dir = tempfile::tempdir().unwrap();
         let root = Root::new(dir.path());
@@ -342,6 +371,7 @@ mod tests {
         for d in [&disk, &controller, &driver, &root.join("/sys/module/nvme"), &root.join("/sys/dev/block")] {
             fs::create_dir_all(d).unwrap();
         }
+        fs::write(root.join("/sys/module/nvme/initstate"), "live\n").unwrap();
         symlink(&disk, root.join("/sys/dev/block/259:0")).unwrap();
         symlink(&controller, disk.parent().unwrap().join("nvme0")).unwrap();
         symlink(root.join("/sys/module/nvme"), driver.join("module")).unwrap();
@@ -359,6 +389,9 @@ mod tests {
             mounted(&root).unwrap_err().to_string(),
             "the root file system is nfs4 (server:/export), which is not on a block device"
         );
+        let btrfs = "28 1 0:26 /@ / rw - btrfs /dev/vda1 rw,subvol=/@\n";
+        fs::write(root.join("/proc/self/mountinfo"), btrfs).unwrap();
+        assert!(mounted(&root).unwrap_err().to_string().contains("Btrfs (/dev/vda1)"));
         fs::write(root.join("/proc/self/mountinfo"), MOUNTINFO).unwrap();
         fs::create_dir_all(root.join("/sys/dev/block/254:1/dm")).unwrap();
         assert!(matches!(mounted(&root), Err(RootError::Stacked { .. })));

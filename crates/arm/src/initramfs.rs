@@ -45,6 +45,8 @@ pub fn build(root: &Root, mut contents: Contents<'_>) -> Result<Vec<u8>, BuildEr
     }
     // The kernel opens it for init's standard streams before init can mount /dev.
     archive.char_device("/dev/console", 0o600, 5, 1).map_err(failed(Path::new("/dev/console")))?;
+    // Where that fails, the program's runtime opens this one instead, and aborts if it is not there.
+    archive.char_device("/dev/null", 0o666, 1, 3).map_err(failed(Path::new("/dev/null")))?;
     archive.file("/init", 0o755, &contents.init).map_err(failed(Path::new("/init")))?;
 
     contents.manifest.modules.clear();
@@ -128,7 +130,7 @@ mod tests {
         };
         let plain = build(&root, contents(false)).unwrap();
         let text = String::from_utf8_lossy(&plain);
-        assert!(text.contains("dev/console"));
+        assert!(text.contains("dev/console") && text.contains("dev/null"));
         assert!(text.contains("\"/lib/modules/1/kernel/a.ko\""));
         let packed = build(&root, contents(true)).unwrap();
         assert_eq!(zstd::decode_all(&packed[..]).unwrap(), plain);

@@ -96,6 +96,9 @@ pub enum Error {
     /// A sysctl.
     #[error("the crash kernel is loaded, but {0}; run as root, outside of containers")]
     Sysctl(sysctl::SysctlError),
+    /// Whether the machine is armed cannot be told.
+    #[error("cannot read {STATE_FILE}{}", if .0.kind() == io::ErrorKind::PermissionDenied { ": run as root" } else { "" })]
+    State(#[source] io::Error),
     /// A file of ours.
     #[error("cannot {action} {}", path.display())]
     File {
@@ -132,6 +135,12 @@ pub fn arm(root: &Root, config: &Config, options: &Options) -> Result<Armed, Err
         return Err(Error::NotPossible(failed));
     }
     tracing::info!("nothing is missing");
+    let mut config = config.clone();
+    for exe in config.resolve_programs(root) {
+        tracing::warn!("there is no {exe}: the [[select]] entry that names it selects nothing");
+    }
+    let config = &config;
+    let former = Armed::load(root).map_err(Error::State)?;
     let release = release(root);
     let kernel = find_kernel_image(root, config, &release).unwrap_or_default();
     let saver = load_saver(root, &release);
@@ -147,7 +156,7 @@ pub fn arm(root: &Root, config: &Config, options: &Options) -> Result<Armed, Err
     let fresh = path.with_extension("fresh");
     replace_file(&fresh, &image, 0o600).map_err(file_error("write", &fresh))?;
     tracing::info!("the initramfs is written");
-    let former = Armed::load(root);
+    let replaced_foreign = former.as_ref().map_or(Slot::Crash.is_loaded(root), |f| f.replaced_foreign);
     if let Err(error) = load(root, &kernel, &fresh, &cmdline, former.as_ref()) {
         _ = std::fs::remove_file(&fresh);
         return Err(error);
@@ -159,8 +168,8 @@ pub fn arm(root: &Root, config: &Config, options: &Options) -> Result<Armed, Err
     let changed = sysctl::set(root, &wanted).map_err(Error::Sysctl)?;
     // What an earlier arming has changed is still to be put back to what it was before that.
     let mut before = former.map(|f| f.sysctls_before).unwrap_or_default();
-    for (name, value) in changed {
-        before.entry(name).or_insert(value);
+    for (name, value) in &changed {
+        before.entry(name.clone()).or_insert_with(|| value.clone());
     }
     let armed = Armed {
         format: Armed::FORMAT,
@@ -177,10 +186,15 @@ pub fn arm(root: &Root, config: &Config, options: &Options) -> Result<Armed, Err
         config_path: options.config_path.clone(),
         config_fingerprint: fingerprint(&root.join(&options.config_path)),
         mounts_fingerprint: state::mounts_fingerprint(root),
+        replaced_foreign,
         sysctls_before: before,
         sysctls_set: wanted,
     };
-    armed.save(root).map_err(file_error("write", Path::new(STATE_FILE)))?;
+    if let Err(error) = armed.save(root) {
+        // Nobody would remember to put them back.
+        sysctl::restore(root, &changed, &armed.sysctls_set);
+        return Err(file_error("write", Path::new(STATE_FILE))(error));
+    }
     Ok(armed)
 }
 
@@ -218,8 +232,7 @@ fn load(
             .and_then(|k| Ok((k, File::open(initramfs_path(root))?)))
             .and_then(|(k, i)| kexec::load(Slot::Crash, &k, &i, &former.cmdline))
             .is_ok(),
-        // Somebody else's: Debian's kdump-tools is the one to expect.
-        None => Command::new("kdump-config").arg("load").status().is_ok_and(|s| s.success()),
+        None => load_foreign(),
     };
     Err(refused(
         error,
@@ -229,6 +242,11 @@ fn load(
             "; the crash kernel that was loaded before is gone: load it again with its own tool"
         },
     ))
+}
+
+/// Loads somebody else's crash kernel again: Debian's kdump-tools is the one to expect.
+fn load_foreign() -> bool {
+    Command::new("kdump-config").arg("load").output().is_ok_and(|out| out.status.success())
 }
 
 /// Loads the register saver where it is installed, and asks it where it saves.
@@ -275,7 +293,7 @@ fn derive_cmdline(
 /// Everything that a file system type needs loaded.
 fn file_system_modules(fs_type: &str) -> Vec<String> {
     let mut all = vec![format!("fs-{fs_type}")];
-    if matches!(fs_type, "ext2" | "ext3" | "ext4" | "xfs" | "btrfs" | "f2fs") {
+    if matches!(fs_type, "ext2" | "ext3" | "ext4" | "xfs" | "f2fs") {
         // Asked for by the crypto layer when the file system is mounted; no module's dependency says so.
         all.push("crypto-crc32c".into());
     }
@@ -347,6 +365,8 @@ fn build_initramfs(root: &Root, config: &Config, options: &Options, release: &st
 pub struct Disarmed {
     /// A crash kernel was loaded and is no longer.
     pub unloaded: bool,
+    /// Whether the crash kernel of another program that `arm` had replaced is loaded again; `None` when there was none.
+    pub foreign_loaded: Option<bool>,
     /// Sysctls that were left alone, because somebody has changed them since, or because they could not be written.
     pub left_alone: Vec<String>,
 }
@@ -354,10 +374,11 @@ pub struct Disarmed {
 /// Unloads the crash kernel and puts the sysctls back. Nothing to do is not an error.
 pub fn disarm(root: &Root) -> Result<Disarmed, Error> {
     let mut done = Disarmed::default();
-    let Some(armed) = Armed::load(root) else { return Ok(done) };
+    let Some(armed) = Armed::load(root).map_err(Error::State)? else { return Ok(done) };
     if Slot::Crash.is_loaded(root) {
         kexec::unload(Slot::Crash).map_err(|error| Error::Unload { remedy: kexec::remedy(&error), error })?;
         done.unloaded = true;
+        done.foreign_loaded = armed.replaced_foreign.then(load_foreign);
     }
     done.left_alone = sysctl::restore(root, &armed.sysctls_before, &armed.sysctls_set);
     Armed::forget(root).map_err(file_error("remove", Path::new(STATE_FILE)))?;
@@ -367,7 +388,7 @@ pub fn disarm(root: &Root) -> Result<Disarmed, Error> {
 /// Whether the machine is ready.
 #[derive(Clone, Debug, Serialize)]
 pub struct Status {
-    /// A crash kernel of ours is loaded.
+    /// We have loaded a crash kernel, and one is loaded. The kernel does not tell whether it still is ours.
     pub armed: bool,
     /// Some crash kernel is loaded.
     pub crash_kernel_loaded: bool,
@@ -382,15 +403,15 @@ pub struct Status {
 }
 
 /// Looks whether the machine is armed, and whether that is up to date.
-pub fn status(root: &Root, config: &Config, init: &Path) -> Status {
-    let details = Armed::load(root);
+pub fn status(root: &Root, config: &Config, init: &Path) -> Result<Status, Error> {
+    let details = Armed::load(root).map_err(Error::State)?;
     let crash_kernel_loaded = Slot::Crash.is_loaded(root);
-    Status {
+    Ok(Status {
         armed: crash_kernel_loaded && details.is_some(),
         crash_kernel_loaded,
         generation: generation(root).unwrap_or(0),
         stale: details.as_ref().map(|d| d.stale(root)).unwrap_or_default(),
         checks: check(root, config, details.as_ref().map_or(init, |d| &d.init)),
         details,
-    }
+    })
 }

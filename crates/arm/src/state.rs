@@ -45,6 +45,9 @@ pub struct Armed {
     pub config_fingerprint: Option<u64>,
     /// Of the set of block devices with mounted file systems.
     pub mounts_fingerprint: u64,
+    /// Another program's crash kernel was loaded before ours.
+    #[serde(default)]
+    pub replaced_foreign: bool,
     /// Values to put back.
     pub sysctls_before: Sysctls,
     /// Values that were set.
@@ -55,10 +58,15 @@ impl Armed {
     /// The present version of the file.
     pub const FORMAT: u32 = 1;
 
-    /// What was armed since this boot; `None` when nothing was.
-    pub fn load(root: &Root) -> Option<Self> {
-        let armed: Self = serde_json::from_slice(&std::fs::read(root.join(STATE_FILE)).ok()?).ok()?;
-        (armed.format == Self::FORMAT && armed.boot_id == boot_id(root)).then_some(armed)
+    /// What was armed since this boot; `None` when nothing was, or another version did it. A file that may not be read says
+    /// neither, and is an error.
+    pub fn load(root: &Root) -> io::Result<Option<Self>> {
+        let bytes = match std::fs::read(root.join(STATE_FILE)) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            other => other?,
+        };
+        let armed: Option<Self> = serde_json::from_slice(&bytes).ok();
+        Ok(armed.filter(|a| a.format == Self::FORMAT && a.boot_id == boot_id(root)))
     }
 
     pub(crate) fn save(&self, root: &Root) -> io::Result<()> {
@@ -162,6 +170,7 @@ mod tests {
             config_path: "/etc/otherworld.toml".into(),
             config_fingerprint: fingerprint(&root.join("/etc/otherworld.toml")),
             mounts_fingerprint: mounts_fingerprint(root),
+            replaced_foreign: false,
             sysctls_before: Sysctls::new(),
             sysctls_set: Sysctls::new(),
         }
@@ -172,11 +181,22 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let root = machine(dir.path());
         armed(&root).save(&root).unwrap();
-        assert_eq!(Armed::load(&root), Some(armed(&root)));
+        assert_eq!(Armed::load(&root).unwrap(), Some(armed(&root)));
         fs::write(root.join("/proc/sys/kernel/random/boot_id"), "two\n").unwrap();
-        assert_eq!(Armed::load(&root), None);
+        assert_eq!(Armed::load(&root).unwrap(), None);
         Armed::forget(&root).unwrap();
         Armed::forget(&root).unwrap();
+        assert_eq!(Armed::load(&root).unwrap(), None);
+    }
+
+    #[test]
+    fn what_cannot_be_read_does_not_pass_for_not_armed() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = machine(dir.path());
+        // Not even root reads a directory as a file.
+        fs::create_dir_all(root.join(STATE_FILE)).unwrap();
+        assert!(Armed::load(&root).is_err());
+        assert!(matches!(crate::disarm(&root), Err(crate::Error::State(_))));
     }
 
     #[test]

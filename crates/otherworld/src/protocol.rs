@@ -7,7 +7,7 @@
 //!                                    ◀──  RootMounted   (below /newroot)
 //!   Holding   (has it open)          ──▶
 //!                                    ◀──  Go            (init has switched, everything is mounted)
-//!   Mark, Note …                     ──▶
+//!   Mark, Back, Note …               ──▶
 //!   Done | Failed                    ──▶
 //! ```
 
@@ -20,7 +20,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use snapshot::{Finding, Kernel, Mount, Panic};
+use snapshot::{Bytes, Finding, Kernel, Mount, Panic, Pid};
 
 use crate::report::{Fate, Mark, Pour};
 
@@ -35,6 +35,8 @@ pub enum FromWorker {
     Holding,
     /// A point in time for the report.
     Mark(Mark),
+    /// This process goes on.
+    Back { pid: Pid, comm: Bytes },
     /// For people, on the console.
     Note(String),
     /// All that could be brought back lives.
@@ -48,9 +50,13 @@ pub enum FromWorker {
 pub enum ToWorker {
     /// The root file system is mounted at this directory: open it.
     RootMounted(String),
-    /// The directory that was held is the machine's root now; everything else is mounted.
-    Go,
+    /// The directory that was held is the machine's root now; everything else is mounted. Who is not rebuilt within that time
+    /// is to be given up, so that the others live.
+    Go { time_left: Duration },
 }
+
+/// The longest message: a report of tens of thousands of processes is shorter.
+const LONGEST: usize = 64 << 20;
 
 /// One end of the conversation.
 pub struct Channel {
@@ -67,6 +73,9 @@ pub enum NoMessage {
     /// The other side is gone.
     #[error("it ended without a word")]
     Closed,
+    /// It does not come to an end.
+    #[error("it sent a message of more than {} MiB", LONGEST >> 20)]
+    TooLong,
     /// Anything else.
     #[error("{0}")]
     Io(#[from] io::Error),
@@ -118,6 +127,9 @@ impl Channel {
             }
             let end = available.iter().position(|&b| b == b'\n');
             let take = end.map_or(available.len(), |n| n + 1);
+            if line.len() + take > LONGEST {
+                return Err(NoMessage::TooLong);
+            }
             line.extend_from_slice(&available[..take]);
             self.reader.consume(take);
             if end.is_some() {
@@ -149,6 +161,21 @@ mod tests {
         assert!(matches!(b.receive(soon(), || ()).unwrap(), FromWorker::Holding));
         sender.join().unwrap();
         assert!(matches!(b.receive::<FromWorker>(soon(), || ()), Err(NoMessage::Closed)));
+    }
+
+    #[test]
+    fn a_message_without_an_end_is_not_kept() {
+        let (a, b) = UnixStream::pair().unwrap();
+        let mut b = Channel::new(b).unwrap();
+        let sender = std::thread::spawn(move || {
+            let mut a = a;
+            // Until nobody listens any more.
+            while a.write_all(&[b'x'; 1 << 20]).is_ok() {}
+        });
+        let long = Instant::now() + Duration::from_secs(60);
+        assert!(matches!(b.receive::<FromWorker>(long, || ()), Err(NoMessage::TooLong)));
+        drop(b);
+        sender.join().unwrap();
     }
 
     #[test]

@@ -164,6 +164,15 @@ pub fn fates(
     snapshot.processes.iter().map(fate).collect()
 }
 
+/// Puts right the fates that the worker has left behind: of those that it had let go, only what they lost is not known.
+pub fn went_on(processes: &mut [Fate], back: &[Pid]) {
+    for fate in processes.iter_mut().filter(|p| p.fate == FateKind::Failed && back.contains(&p.pid)) {
+        fate.fate = FateKind::ResurrectedWithLosses;
+        fate.reasons =
+            vec![Reason::new("losses-unknown", "the worker ended before it told what the process has lost")];
+    }
+}
+
 /// In a word, what a process was doing when the kernel died.
 pub fn state_word(state: &ProcessState) -> &'static str {
     match state {
@@ -194,7 +203,7 @@ impl Report {
         _ = std::fs::remove_file(&fresh);
         std::os::unix::fs::symlink(&name, &fresh)?;
         std::fs::rename(&fresh, &link)?;
-        prune(dir, keep.max(1))?;
+        prune(dir, keep.max(1), &name)?;
         rustix::fs::fsync(std::fs::File::open(dir)?)?;
         Ok(path)
     }
@@ -273,13 +282,14 @@ impl Report {
     }
 }
 
-/// Removes the oldest reports until `keep` are left. Their names sort by time.
-fn prune(dir: &Path, keep: usize) -> io::Result<()> {
+/// Removes the oldest reports until `keep` are left. Their names sort by time; `current` stays even where a wrong clock makes it the
+/// oldest.
+fn prune(dir: &Path, keep: usize, current: &str) -> io::Result<()> {
     let mut names: Vec<_> = std::fs::read_dir(dir)?
         .filter_map(|e| e.ok()?.file_name().into_string().ok())
         .filter(|n| n.ends_with(".json") && n.starts_with(|c: char| c.is_ascii_digit()))
         .collect();
-    names.sort();
+    names.sort_by(|a, b| (a == current).cmp(&(b == current)).then(a.cmp(b)));
     for name in names.iter().take(names.len().saturating_sub(keep)) {
         std::fs::remove_file(dir.join(name))?;
     }
@@ -352,6 +362,27 @@ mod tests {
         let read: Report =
             serde_json::from_slice(&std::fs::read(dir.path().join("latest.json")).unwrap()).unwrap();
         assert_eq!((read.started.as_str(), read.state), ("2026-01-01T00:00:04Z", State::Complete));
+    }
+
+    #[test]
+    fn a_report_with_a_wrong_time_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        for second in 0..3 {
+            report(&format!("2026-01-01T00:00:0{second}Z")).save(dir.path(), 3).unwrap();
+        }
+        assert!(report("1970-01-01T00:00:07Z").save(dir.path(), 3).unwrap().exists());
+        assert!(!dir.path().join("2026-01-01T000000Z.json").exists());
+        assert!(dir.path().join("2026-01-01T000001Z.json").exists());
+    }
+
+    #[test]
+    fn who_was_let_go_is_not_called_failed() {
+        let fate = |pid, fate| Fate { pid, comm: "x".into(), fate, reasons: vec![] };
+        let mut all = [fate(7, FateKind::Failed), fate(8, FateKind::Failed), fate(9, FateKind::Resurrected)];
+        went_on(&mut all, &[7, 9]);
+        let words: Vec<FateKind> = all.iter().map(|f| f.fate).collect();
+        assert_eq!(words, [FateKind::ResurrectedWithLosses, FateKind::Failed, FateKind::Resurrected]);
+        assert_eq!(all[0].reasons[0].code, "losses-unknown");
     }
 
     #[test]

@@ -90,20 +90,21 @@ impl Worker {
             findings: self.findings.clone(),
         };
         self.channel.send(&surveyed)?;
-        self.enter_root()?;
-        self.resurrect(&kernel, &mut snapshot, &config)
+        let time_left = self.enter_root()?;
+        self.resurrect(&kernel, &mut snapshot, &config, time_left)
     }
 
-    /// Follows PID 1 into the root file system.
-    fn enter_root(&mut self) -> Result<()> {
+    /// Follows PID 1 into the root file system; returns how long the rest may take.
+    fn enter_root(&mut self) -> Result<Duration> {
         let ToWorker::RootMounted(path) = self.next()? else { bail!("PID 1 spoke out of turn") };
         // Held open, it can be entered when it is no longer reachable by name from the old root.
         let root = File::open(&path).with_context(|| format!("cannot open {path}"))?;
         self.channel.send(&FromWorker::Holding)?;
-        let ToWorker::Go = self.next()? else { bail!("PID 1 spoke out of turn") };
+        let ToWorker::Go { time_left } = self.next()? else { bail!("PID 1 spoke out of turn") };
         rustix::process::fchdir(&root).context("cannot enter the root file system")?;
         rustix::process::chroot(".").context("cannot change the root")?;
-        rustix::process::chdir("/").context("cannot enter /")
+        rustix::process::chdir("/").context("cannot enter /")?;
+        Ok(time_left)
     }
 
     /// Waits for PID 1, which has its own deadlines and does not outlive a failure of its own: this one is for neatness.
@@ -112,9 +113,15 @@ impl Worker {
         self.channel.receive(long, || ()).context("waiting for PID 1")
     }
 
-    fn resurrect(&mut self, kernel: &Kernel, snapshot: &mut Snapshot, config: &arm::Config) -> Result<()> {
+    fn resurrect(
+        &mut self,
+        kernel: &Kernel,
+        snapshot: &mut Snapshot,
+        config: &arm::Config,
+        time_left: Duration,
+    ) -> Result<()> {
         let options = resurrect::Options {
-            deadline: Duration::from_secs(config.deadlines.resurrect),
+            deadline: time_left,
             process_deadline: Duration::from_secs(config.deadlines.process),
         };
         let memory = DeadMemory::new(kernel.vmcore());
@@ -165,7 +172,7 @@ impl resurrect::Progress for Told<'_> {
             Step::Skeletons { .. } => mark("skeletons"),
             Step::Poured { .. } => mark("poured"),
             Step::Released => mark("released"),
-            Step::Back { pid, comm } => FromWorker::Note(format!("back: {pid} {comm}")),
+            Step::Back { pid, comm } => FromWorker::Back { pid, comm: comm.clone() },
             Step::Lost { pid, comm, why } => FromWorker::Note(format!("lost: {pid} {comm}: {why}")),
             Step::Rebuilt { .. } => return,
         };

@@ -18,6 +18,9 @@ pub struct Args {
     /// Only check whether the machine can be armed.
     #[arg(long)]
     check: bool,
+    /// The checks, for programs.
+    #[arg(long, requires = "check")]
+    json: bool,
     /// Print the annotated default configuration and do nothing.
     #[arg(long)]
     print_config: bool,
@@ -33,7 +36,11 @@ pub fn run(args: &Args) -> Result<Exit> {
     let init = args.init.clone().map_or_else(super::this_program, Ok)?;
     if args.check {
         let checks = arm::check(&root, &config, &init);
-        super::print(&super::status::table(&checks))?;
+        if args.json {
+            super::print_json(&checks)?;
+        } else {
+            super::print(&super::status::table(&checks))?;
+        }
         let possible = checks.iter().all(|c| c.ok || !c.required);
         return Ok(if possible { Exit::Done } else { Exit::NotPossible });
     }
@@ -51,6 +58,9 @@ pub fn run(args: &Args) -> Result<Exit> {
             "note: {} selects no process; after a panic none will go on\n",
             args.config.display()
         ));
+    }
+    if armed.replaced_foreign {
+        text.push_str("note: this took the place of another program's crash kernel; `otherworld disarm` loads kdump-tools' again\n");
     }
     if armed.saver.is_none() {
         text.push_str("note: the register saver is not loaded; `otherworld status` says what that means\n");

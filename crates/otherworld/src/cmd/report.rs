@@ -18,7 +18,7 @@ pub struct Args {
     /// Print the kernel log of the dead kernel too.
     #[arg(long)]
     log: bool,
-    /// For programs: the report as it is.
+    /// For programs: the report, or the list, as JSON.
     #[arg(long)]
     json: bool,
 }
@@ -32,6 +32,10 @@ pub fn run(args: &Args) -> Result<Exit> {
             .filter(|name| name.ends_with(".json") && !name.ends_with("latest.json"))
             .collect();
         names.sort();
+        if args.json {
+            super::print_json(&names)?;
+            return Ok(Exit::Done);
+        }
         super::print(&names.iter().map(|n| format!("{n}\n")).collect::<String>())?;
         return Ok(Exit::Done);
     }

@@ -14,9 +14,10 @@ pub struct Args {
 
 pub fn run(args: &Args) -> Result<Exit> {
     let root = Root::default();
-    let path = arm::Armed::load(&root).map_or_else(|| config::PATH.into(), |a| a.config_path);
+    let armed = arm::Armed::load(&root).map_err(arm::Error::State)?;
+    let path = armed.map_or_else(|| config::PATH.into(), |a| a.config_path);
     let config = Config::load(&root, &path)?;
-    let status = arm::status(&root, &config, &super::this_program()?);
+    let status = arm::status(&root, &config, &super::this_program()?)?;
     if args.json {
         super::print_json(&status)?;
     } else {

@@ -15,7 +15,9 @@ mod stay;
 mod supervise;
 mod switch;
 mod sys;
+mod watchdog;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -24,28 +26,33 @@ use arm::Manifest;
 use arm::config::{FailureAction, FsckMode};
 use arm::devices::BlockDevice;
 use rustix::mount::MountFlags;
-use snapshot::Mount;
+use rustix::system::RebootCommand;
+use snapshot::{Mount, Pid};
 
 use crate::protocol::{FromWorker, ToWorker};
 use crate::report::{Mark, MountFate, Report, State, uptime_ms};
 use console::{mark, say};
 use memory::MemoryWatch;
 use supervise::Worker;
+use watchdog::Watchdog;
 
 /// Where the root file system is mounted before it becomes the root.
 pub const NEW_ROOT: &str = "/newroot";
 
+/// How much longer than its own deadline the worker has, to give up who is late and to let the others go.
+const GIVING_UP: Duration = Duration::from_secs(10);
+
+/// Seconds that PID 1 may take beyond the deadline of the whole and the delay before the configured action.
+const WATCHDOG_GRACE: u64 = 60;
+
 /// Runs the crash kernel's user space. Never returns: the end of PID 1 would be the next panic.
 pub fn main() -> ! {
-    let end = std::panic::catch_unwind(|| {
+    let life = catch_unwind(|| {
         let mut life = Life::begin();
-        life.live()
+        // What is known must outlive a bug: whether there are processes that live.
+        catch_unwind(AssertUnwindSafe(|| life.live())).unwrap_or_else(|_| life.go_on_after_a_bug())
     });
-    let action = end.unwrap_or_else(|_| {
-        say("init has a bug: rebooting");
-        FailureAction::Reboot
-    });
-    shutdown::end(action)
+    shutdown::end(life.unwrap_or(FailureAction::Reboot))
 }
 
 /// What is known so far.
@@ -57,6 +64,12 @@ struct Life {
     switched: bool,
     /// Processes of the dead kernel run: whatever fails from here on must not cost them their lives.
     released: bool,
+    /// Those that run, as far as the worker has told.
+    back: Vec<Pid>,
+    /// Reboots should this process get stuck; called off once there is something to lose.
+    watchdog: Option<Watchdog>,
+    /// The configured commands to start at the end.
+    after: Vec<String>,
 }
 
 impl Life {
@@ -70,6 +83,9 @@ impl Life {
             began: Instant::now(),
             switched: false,
             released: false,
+            back: Vec::new(),
+            watchdog: None,
+            after: Vec::new(),
         };
         life.mark("init");
         if let Err(error) = surroundings {
@@ -109,9 +125,12 @@ impl Life {
             }
         };
         let config = manifest.config.clone();
+        self.after = config.after.start.clone();
         let outcome = self.resurrect(&manifest);
         if let Err(error) = &outcome {
-            if !self.released {
+            if self.released {
+                crate::report::went_on(&mut self.report.processes, &self.back);
+            } else {
                 run::kill_everybody();
             }
             self.trouble(format!("resurrection failed: {error:#}"));
@@ -125,15 +144,31 @@ impl Life {
         if !self.switched {
             return self.give_up(FailureAction::Reboot, Duration::from_secs(config.failure.delay));
         }
-        stay::stay(&config.after.start)
+        self.stay()
+    }
+
+    /// From here on nobody but an administrator ends the machine.
+    fn stay(&mut self) -> FailureAction {
+        self.watchdog = None;
+        stay::stay(&std::mem::take(&mut self.after))
+    }
+
+    /// A bug of this process costs those that live nothing but their report.
+    fn go_on_after_a_bug(&mut self) -> FailureAction {
+        say("init has a bug");
+        if self.released { self.stay() } else { FailureAction::Reboot }
     }
 
     /// Gives people the time to read, then ends.
-    fn give_up(&self, action: FailureAction, delay: Duration) -> FailureAction {
+    fn give_up(&mut self, action: FailureAction, delay: Duration) -> FailureAction {
         if action == FailureAction::Shell && self.switched {
+            // People take their time.
+            self.watchdog = None;
             run::shell();
             return FailureAction::Reboot;
         }
+        // A shell is nothing without a root file system.
+        let action = if action == FailureAction::Shell { FailureAction::Reboot } else { action };
         say(&format!("{action:?} in {} s", delay.as_secs()).to_lowercase());
         std::thread::sleep(delay);
         action
@@ -145,6 +180,9 @@ impl Life {
         let within = |seconds: u64| (Instant::now() + Duration::from_secs(seconds)).min(whole);
 
         sys::keep_old_pids_free(manifest.pid_max);
+        // Its thread takes a PID too.
+        let longest = deadlines.whole + manifest.config.failure.delay + WATCHDOG_GRACE;
+        self.watchdog = Watchdog::start(Duration::from_secs(longest), RebootCommand::Restart);
         let Some(root) = manifest.devices.first() else { bail!("the manifest names no root device") };
         // The dead kernel is read while drivers probe and the file system is checked.
         let mut worker = Worker::start().context("cannot start the worker")?;
@@ -157,7 +195,7 @@ impl Life {
         let old_mounts = survey.as_ref().map(|s| s.0.clone()).unwrap_or_default();
         let root_mount = old_mounts.iter().rfind(|m| m.mountpoint.as_bytes() == b"/");
         let flags = root_mount.map_or(MountFlags::empty(), |m| mounts::flags(m.flags));
-        mounts::mount_device(
+        let note = mounts::mount_device(
             &node,
             Path::new(NEW_ROOT),
             &root.fs_type,
@@ -167,13 +205,19 @@ impl Life {
         )
         .with_context(|| format!("cannot mount {} as the root file system", node.display()))?;
         self.mark("root-mounted");
+        if note.is_some() {
+            let (mountpoint, fs_type) = ("/".into(), root.fs_type.as_str().into());
+            self.report.mounts.push(MountFate { mountpoint, fs_type, mounted: true, note });
+        }
 
         let holding = survey.is_ok() && self.hand_over_root(&mut worker, within(deadlines.mount));
         switch::root(Path::new(NEW_ROOT))?;
         self.switched = true;
         let plan = mounts::plan(&old_mounts, &manifest.devices);
         let (late, now): (Vec<_>, Vec<_>) = plan.into_iter().partition(mounts::Step::can_wait);
-        self.mount(now, manifest, whole);
+        // What they take must leave the processes their time.
+        let mounted = whole.checked_sub(Duration::from_secs(deadlines.resurrect)).unwrap_or(whole);
+        self.mount(now, manifest, mounted.max(within(deadlines.mount)));
         sys::set_hostname(
             self.report.dead_kernel.as_ref().map(|k| k.nodename.as_bytes()).unwrap_or_default(),
         );
@@ -187,10 +231,15 @@ impl Life {
                 bail!("the worker ended before the root file system was mounted");
             }
             sys::continue_pids_after(highest_pid);
-            worker.send(&ToWorker::Go)?;
+            let deadline = within(deadlines.resurrect);
+            worker.send(&ToWorker::Go { time_left: deadline.saturating_duration_since(Instant::now()) })?;
             // Whatever comes next: how the machine died is on the disk from here on. The worker does not wait for the disk.
             self.save_report(manifest);
-            self.watch(&mut worker, within(deadlines.resurrect))
+            let end = self.watch(&mut worker, deadline + GIVING_UP);
+            if self.released {
+                self.watchdog = None;
+            }
+            end
         });
         self.mount(late, manifest, whole);
         outcome
@@ -255,9 +304,9 @@ impl Life {
         }
     }
 
-    fn mount(&mut self, steps: Vec<mounts::Step>, manifest: &Manifest, whole: Instant) {
+    fn mount(&mut self, steps: Vec<mounts::Step>, manifest: &Manifest, until: Instant) {
         for step in steps {
-            let done = mounts::carry_out(&step, manifest, whole);
+            let done = mounts::carry_out(&step, manifest, until);
             let (mounted, note) = match done {
                 Ok(note) => (true, note),
                 Err(error) => (false, Some(format!("{error:#}"))),
@@ -305,6 +354,11 @@ impl Life {
                 console::print_mark(&mark);
                 self.released |= mark.name == "released";
                 self.report.timeline.push(mark);
+            }
+            FromWorker::Back { pid, comm } => {
+                say(&format!("back: {pid} {comm}"));
+                self.back.push(pid);
+                self.released = true;
             }
             FromWorker::Note(text) => say(&text),
             FromWorker::Failed { why, processes, findings } => {

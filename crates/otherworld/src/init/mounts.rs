@@ -103,7 +103,7 @@ pub fn plan(old: &[Mount], devices: &[BlockDevice]) -> Vec<Step> {
             How::Virtual
         } else if fs_type == "autofs" {
             How::Skip { why: "its automounter is gone".into() }
-        } else if m.source.as_bytes().starts_with(b"/dev/") {
+        } else if m.source.as_bytes().starts_with(b"/dev/") && fs_type != "btrfs" {
             How::Skip { why: format!("{} was mounted after arming, or is not a plain disk", m.source) }
         } else {
             How::Skip { why: format!("file systems of type {fs_type} are not brought back by this version") }
@@ -138,11 +138,11 @@ pub fn flags(old: OldFlags) -> MountFlags {
 }
 
 /// Makes one mount. What is worth telling about a success comes back as text.
-pub fn carry_out(step: &Step, manifest: &Manifest, whole: Instant) -> Result<Option<String>> {
+pub fn carry_out(step: &Step, manifest: &Manifest, until: Instant) -> Result<Option<String>> {
     let at = step.mountpoint.as_path();
     let fs_type = step.fs_type.to_string();
     let flags = flags(step.flags);
-    let within = |seconds: u64| (Instant::now() + Duration::from_secs(seconds)).min(whole);
+    let within = |seconds: u64| (Instant::now() + Duration::from_secs(seconds)).min(until);
     match &step.how {
         How::Skip { why } => bail!("{why}"),
         How::Virtual => {
@@ -151,7 +151,10 @@ pub fn carry_out(step: &Step, manifest: &Manifest, whole: Instant) -> Result<Opt
             }
             make_directory(at)?;
             mount_with_data(&fs_type, at, &fs_type, flags, &virtual_options(&fs_type, at))?;
-            Ok((fs_type == "tmpfs").then(|| "its files are gone".to_owned()))
+            Ok((fs_type == "tmpfs").then(|| match tmpfs_options(at) {
+                Some(_) => "its files are gone".to_owned(),
+                None => "its files are gone; its owner and mode are not known, root has it now".to_owned(),
+            }))
         }
         How::Bind { from } => {
             if from.is_dir() {
@@ -159,8 +162,8 @@ pub fn carry_out(step: &Step, manifest: &Manifest, whole: Instant) -> Result<Opt
             }
             mount_bind(from, at).with_context(|| format!("binding {}", from.display()))?;
             // A bind mount takes its flags from its file system; its own come with a second call.
-            _ = mount_remount(at, MountFlags::BIND | flags, c"");
-            Ok(None)
+            let own = mount_remount(at, MountFlags::BIND | flags, c"");
+            Ok(own.err().map(|e| format!("it has the flags of its file system instead of its own: {e}")))
         }
         How::Disk(device) => {
             let node =
@@ -176,24 +179,30 @@ pub fn carry_out(step: &Step, manifest: &Manifest, whole: Instant) -> Result<Opt
                 flags,
                 &device.options,
                 within(manifest.config.deadlines.mount),
-            )?;
-            Ok(None)
+            )
         }
     }
 }
 
 /// Options of a file system that starts empty. The dead kernel's are not known; these are what systems use at the usual places.
 fn virtual_options(fs_type: &str, at: &Path) -> String {
-    let at = at.to_str().unwrap_or_default();
-    match (fs_type, at) {
+    match fs_type {
         // What login programs expect: group tty, no writing by others.
-        ("devpts", _) => "gid=5,mode=620,ptmxmode=666".into(),
-        ("tmpfs", "/tmp" | "/var/tmp" | "/dev/shm" | "/run/lock") => "mode=1777".into(),
-        ("tmpfs", _) => match at.strip_prefix("/run/user/") {
-            Some(uid) if uid.bytes().all(|b| b.is_ascii_digit()) => format!("mode=700,uid={uid},gid={uid}"),
-            _ => "mode=755".into(),
-        },
+        "devpts" => "gid=5,mode=620,ptmxmode=666".into(),
+        "tmpfs" => tmpfs_options(at).unwrap_or_else(|| "mode=755".into()),
         _ => String::new(),
+    }
+}
+
+/// Owner and mode of a tmpfs at the places where systems have one.
+fn tmpfs_options(at: &Path) -> Option<String> {
+    match at.to_str()? {
+        "/tmp" | "/var/tmp" | "/dev/shm" | "/run/lock" => Some("mode=1777".into()),
+        "/run" => Some("mode=755".into()),
+        at => {
+            let uid = at.strip_prefix("/run/user/")?;
+            uid.bytes().all(|b| b.is_ascii_digit()).then(|| format!("mode=700,uid={uid},gid={uid}"))
+        }
     }
 }
 
@@ -211,7 +220,8 @@ fn mount_with_data(source: &str, at: &Path, fs_type: &str, flags: MountFlags, da
 
 /// Mounts a disk file system in a child, since the replay of a damaged journal may take for ever.
 ///
-/// When the options of old are refused (they may have been for this mount's moment only), the file system is mounted without.
+/// When the options of old are refused (they may have been for this mount's moment only), the file system is mounted without, which
+/// is returned as text.
 pub fn mount_device(
     node: &Path,
     at: &Path,
@@ -219,15 +229,23 @@ pub fn mount_device(
     flags: MountFlags,
     options: &str,
     deadline: Instant,
-) -> Result<()> {
+) -> Result<Option<String>> {
     let text = |p: &Path| p.to_str().map(str::to_owned).context("a path that is not UTF-8");
-    let mut command = Command::new("/proc/self/exe");
-    let bits = flags.bits().to_string();
-    command.args([crate::worker::MOUNT_COMMAND, &text(node)?, &text(at)?, fs_type, &bits, options]);
-    match run::within(&mut command, deadline)? {
-        Some(status) if status.success() => Ok(()),
-        Some(_) => bail!("mounting {} as {fs_type} failed", node.display()),
-        None => bail!("mounting {} did not end in time", node.display()),
+    let (source, target, bits) = (text(node)?, text(at)?, flags.bits().to_string());
+    let mounted = |options: &str| {
+        let mut command = Command::new("/proc/self/exe");
+        command.args([crate::worker::MOUNT_COMMAND, &source, &target, fs_type, &bits, options]);
+        match run::within(&mut command, deadline)? {
+            Some(status) => Ok(status.success()),
+            None => bail!("mounting {source} did not end in time"),
+        }
+    };
+    if mounted(options)? {
+        Ok(None)
+    } else if !options.is_empty() && mounted("")? {
+        Ok(Some(format!("its options {options} were refused: it has the default ones")))
+    } else {
+        bail!("mounting {source} as {fs_type} failed")
     }
 }
 
@@ -236,7 +254,6 @@ pub fn mount_in_child(node: &str, at: &str, fs_type: &str, bits: &str, options: 
     let flags = MountFlags::from_bits_truncate(bits.parse()?);
     let at = Path::new(at);
     mount_with_data(node, at, fs_type, flags, options)
-        .or_else(|_| mount_with_data(node, at, fs_type, flags, ""))
         .with_context(|| format!("mount {node} at {}", at.display()))
 }
 
@@ -335,6 +352,8 @@ mod tests {
         assert_eq!(virtual_options("tmpfs", Path::new("/tmp")), "mode=1777");
         assert_eq!(virtual_options("tmpfs", Path::new("/run")), "mode=755");
         assert_eq!(virtual_options("tmpfs", Path::new("/run/user/1000")), "mode=700,uid=1000,gid=1000");
+        assert_eq!(virtual_options("tmpfs", Path::new("/srv/fast")), "mode=755");
+        assert_eq!(tmpfs_options(Path::new("/srv/fast")), None, "a guess, which is told");
         assert_eq!(virtual_options("sysfs", Path::new("/sys")), "");
     }
 

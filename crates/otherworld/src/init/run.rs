@@ -2,7 +2,7 @@
 
 use std::io;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -15,6 +15,9 @@ pub fn within(command: &mut Command, deadline: Instant) -> io::Result<Option<Exi
     wait(&mut child, deadline)
 }
 
+/// How long a killed process may take to be gone.
+const LAST_BREATH: Duration = Duration::from_secs(5);
+
 /// Waits for the end of `child`; kills it at the deadline. `None`: it was killed.
 pub fn wait(child: &mut Child, deadline: Instant) -> io::Result<Option<ExitStatus>> {
     let Some(pid) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) else {
@@ -26,8 +29,7 @@ pub fn wait(child: &mut Child, deadline: Instant) -> io::Result<Option<ExitStatu
         let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
         match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&timeout)) {
             Ok(0) => {
-                child.kill()?;
-                child.wait()?;
+                kill(child)?;
                 return Ok(None);
             }
             Ok(_) => return child.wait().map(Some),
@@ -35,6 +37,21 @@ pub fn wait(child: &mut Child, deadline: Instant) -> io::Result<Option<ExitStatu
             Err(e) => return Err(e.into()),
         }
     }
+}
+
+/// Kills `child` and waits until it is gone, but not for ever: one that waits for a disk that does not answer cannot die, and is
+/// left behind.
+pub fn kill(child: &mut Child) -> io::Result<()> {
+    child.kill()?;
+    let deadline = Instant::now() + LAST_BREATH;
+    while child.try_wait()?.is_none() {
+        if Instant::now() >= deadline {
+            say(&format!("process {} does not die: it is left behind", child.id()));
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
 }
 
 /// Ends all processes but this one.
@@ -56,7 +73,6 @@ pub fn shell() {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     #[test]
     fn a_helper_that_ends_is_waited_for() {

@@ -11,10 +11,17 @@ use rustix::mount::{MountFlags, UnmountFlags, mount_remount, unmount};
 use rustix::system::RebootCommand;
 
 use super::console::say;
+use super::watchdog::Watchdog;
+
+/// How long ending the processes and writing what is not yet on the disks may take.
+const PATIENCE: Duration = Duration::from_secs(90);
 
 /// Ends all processes, brings the disks into order, and reboots or powers off.
 pub fn end(action: FailureAction) -> ! {
     say(if action == FailureAction::Halt { "powering off" } else { "rebooting" });
+    let how = if action == FailureAction::Halt { RebootCommand::PowerOff } else { RebootCommand::Restart };
+    // A disk that does not answer must not keep the machine from it.
+    let _watchdog = Watchdog::start(PATIENCE, how);
     end_processes(Duration::from_secs(5));
     rustix::fs::sync();
     let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
@@ -25,7 +32,6 @@ pub fn end(action: FailureAction) -> ! {
         }
     }
     rustix::fs::sync();
-    let how = if action == FailureAction::Halt { RebootCommand::PowerOff } else { RebootCommand::Restart };
     _ = rustix::system::reboot(how);
     // The kernel refused, which leaves nothing to do; but PID 1 must not end.
     loop {

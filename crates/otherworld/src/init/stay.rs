@@ -39,7 +39,7 @@ pub fn stay(commands: &[String]) -> FailureAction {
 /// Starts a command line in a session of its own, with the console as its terminal.
 fn start(command: &str) {
     let mut child = Command::new("/bin/sh");
-    child.args(["-c", &format!("exec {command}")]).env_clear().envs([
+    child.args(["-c", command]).env_clear().envs([
         ("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
         ("HOME", "/root"),
         ("TERM", "linux"),

@@ -71,8 +71,7 @@ impl Worker {
     fn kill(&mut self) {
         if !self.ended {
             self.ended = true;
-            _ = self.child.kill();
-            _ = self.child.wait();
+            _ = run::kill(&mut self.child);
         }
     }
 }
