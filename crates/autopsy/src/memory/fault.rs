@@ -24,7 +24,7 @@ const MPROTECT: [u64; 2] = [10, 329];
 
 #[derive(KernelType)]
 #[kernel("vm_fault")]
-struct VmFault {
+pub(super) struct VmFault {
     vma: u64,
     address: u64,
     #[kernel("orig_pte.pte")]
