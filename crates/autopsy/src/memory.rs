@@ -1,6 +1,8 @@
 //! Address spaces: `mm_struct`, `vm_area_struct`, page tables (include/linux/mm_types.h, mm.h; maple trees: 6.1 and later).
 
 pub(crate) mod fault;
+#[cfg(test)]
+mod tests;
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;

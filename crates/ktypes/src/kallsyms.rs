@@ -241,3 +241,50 @@ fn step(hash: u64, byte: u8) -> u64 {
 fn place(hash: u64) -> usize {
     (hash ^ hash >> 32).wrapping_mul(FACTOR) as usize >> 20
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A table of these names, each byte a token of its own.
+    fn table(symbols: &[(&str, u64)]) -> Kallsyms {
+        let token_table = (0..=255).flat_map(|byte: u8| [byte, 0]).collect();
+        let token_index = (0..256).map(|i| i * 2).collect();
+        let name = |(name, _): &(&str, u64)| [&[name.len() as u8 + 1, b'T'], name.as_bytes()].concat();
+        let names = symbols.iter().flat_map(name).collect();
+        let addresses = symbols.iter().map(|(_, addr)| *addr).collect();
+        Kallsyms::new(Tables { names, token_table, token_index, addresses }).unwrap()
+    }
+
+    #[test]
+    fn lookups_in_a_table_of_one_symbol_end() {
+        let symbols = table(&[("panic", 0x1000)]);
+        assert_eq!(symbols.lookup("panic"), Some(0x1000));
+        // Wherever the search begins.
+        for i in 0..64 {
+            assert_eq!(symbols.lookup(&format!("function_{i}")), None);
+        }
+        assert_eq!(
+            (symbols.lookup(""), symbols.lookup("pani"), symbols.lookup("Tpanic")),
+            (None, None, None)
+        );
+        assert_eq!(symbols.best_at(0x1000), Some("panic"));
+        assert_eq!((symbols.below(0x1fff), symbols.below(0xfff)), (Some(0x1000), None));
+    }
+
+    #[test]
+    fn lookups_in_small_tables_end() {
+        let names: Vec<String> = (0..20).map(|i| format!("symbol_{i}")).collect();
+        for count in 1..=names.len() {
+            let entries: Vec<(&str, u64)> =
+                names[..count].iter().zip(0..).map(|(name, i)| (name.as_str(), i * 16)).collect();
+            let symbols = table(&entries);
+            for (name, addr) in &entries {
+                assert_eq!(symbols.lookup(name), Some(*addr), "{name} of {count}");
+            }
+            for i in 0..64 {
+                assert_eq!(symbols.lookup(&format!("function_{i}")), None, "of {count}");
+            }
+        }
+    }
+}

@@ -1,6 +1,8 @@
 //! Symbols, types and typed reads, on fakes.
 
-use ktypes::{Error, Kernel, KernelType};
+use std::sync::Arc;
+
+use ktypes::{Btf, Error, Kernel, KernelType};
 use proptest::prelude::*;
 use synth::{BOOL, I8, I32, I64, PTR, Record, Synth, U8, U16, U32, U64, array, constant, named, volatile};
 
@@ -366,6 +368,64 @@ fn reads_that_fail_say_where_and_why() {
     let far = synth.page_offset() + (64 << 20);
     assert!(kernel.read_u8(far).unwrap_err().to_string().contains(&format!("{far:#x}")));
     assert!(matches!(kernel.read_bytes(synth.page_offset(), usize::MAX), Err(Error::TooLong { .. })));
+}
+
+/// A BTF section of these types' words and these strings.
+fn btf_section(types: &[&[u32]], strings: &str) -> Vec<u8> {
+    let types = types.concat();
+    let (types_len, strings_len) = (types.len() as u32 * 4, strings.len() as u32);
+    let head = [0x1_eb9f, 24, 0, types_len, types_len, strings_len];
+    let words = head.iter().chain(&types).flat_map(|word| word.to_le_bytes());
+    words.chain(strings.bytes()).collect()
+}
+
+#[test]
+fn a_modules_btf_goes_on_where_the_kernels_ends() {
+    const INT: u32 = 1 << 24;
+    const STRUCT: u32 = 4 << 24;
+    const ARRAY: u32 = 3 << 24;
+    const ENUM: u32 = 6 << 24;
+    let strings = "\0int\0item\0id\0";
+    let at = |strings: &str, name: &str| strings.find(&format!("\0{name}\0")).unwrap() as u32 + 1;
+    let old = |name| at(strings, name);
+    let base = btf_section(
+        &[
+            // 1: int.
+            &[old("int"), INT, 4, 1 << 24 | 32],
+            // 2: struct item { int id; }
+            &[old("item"), STRUCT | 1, 4, old("id"), 1, 0],
+        ],
+        strings,
+    );
+    let own = "\0driver\0items\0count\0colour\0GREEN\0";
+    let new = |name| strings.len() as u32 + at(own, name);
+    let module = btf_section(
+        &[
+            // 3: struct driver { int count; struct item items[3]; int id; }
+            &[new("driver"), STRUCT | 3, 20, new("count"), 1, 0, new("items"), 4, 32, old("id"), 1, 128],
+            // 4: struct item[3].
+            &[0, ARRAY, 0, 2, 1, 3],
+            // 5: enum colour { GREEN = 7 }
+            &[new("colour"), ENUM | 1, 4, new("GREEN"), 7],
+        ],
+        own,
+    );
+    let base = Arc::new(Btf::parse(base, None).unwrap());
+    let module = Btf::parse(module, Some(base.clone())).unwrap();
+    assert_eq!((base.len(), module.len()), (2, 3));
+    assert_eq!((module.find_struct("driver"), module.find_struct("item")), (Some(3), Some(2)));
+    assert_eq!(base.find_struct("driver"), None);
+    assert_eq!((module.type_name(3), module.type_name(2)), (Some("driver"), Some("item")));
+    assert_eq!((module.size(3), module.size(4), module.size(1)), (Some(20), Some(12), Some(4)));
+    // By way of the module's types and strings into the kernel's.
+    let member = |path: &str| module.member(3, path).map(|member| (member.offset, member.size));
+    assert_eq!(member("count"), Some((0, 4)));
+    assert_eq!(member("items"), Some((4, 12)));
+    assert_eq!(member("items[2].id"), Some((12, 4)));
+    assert_eq!(member("id"), Some((16, 4)));
+    assert_eq!(module.array(4), Some((3, 2)));
+    assert_eq!((module.enumerator_in("colour", "GREEN"), module.enumerator("GREEN")), (Some(7), Some(7)));
+    assert_eq!((base.enumerator("GREEN"), module.type_name(6), module.size(6)), (None, None, None));
 }
 
 #[test]

@@ -399,6 +399,32 @@ fn broken_xarrays() {
 }
 
 #[test]
+fn an_xarray_node_whose_shift_does_not_fit_its_parents_is_refused() {
+    let page = 0xffff_ea00_0001_0000;
+    let mut synth = synth();
+    let array = synth.alloc("xarray");
+    // Nodes of shifts 12, 6 and 0.
+    synth.xarray(array, &[item(0, 0, page), item(1 << 12, 0, page)]);
+    let head = synth.get_u64("xarray", array, "xa_head") - 2;
+    let middle = synth.get_u64("xa_node", head, "slots[0]") - 2;
+    let leaf = synth.get_u64("xa_node", middle, "slots[0]") - 2;
+    assert_eq!(xarray(&open(&synth), array, 10).unwrap().len(), 2);
+    // Lower than the parent's is not enough, nor is what a node at another level has.
+    for (node, own, others) in [(head, 12, [1, 8, 11]), (middle, 6, [0, 5, 12]), (leaf, 0, [1, 6, 12])] {
+        for other in others {
+            synth.set("xa_node", node, "shift", other);
+            let error = xarray(&open(&synth), array, 10).unwrap_err();
+            assert!(
+                matches!(&error, Error::CorruptTree { why: Corruption::BadNode { node: at, .. }, .. } if *at == node),
+                "{other} in place of {own}: {error}"
+            );
+        }
+        synth.set("xa_node", node, "shift", own);
+    }
+    assert_eq!(xarray(&open(&synth), array, 10).unwrap().len(), 2);
+}
+
+#[test]
 fn pages_and_slabs() {
     for mut synth in [synth(), Synth::five_level()] {
         synth.structure("task_struct", Record::new().field("pid", U64).size(2900));

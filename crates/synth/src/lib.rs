@@ -714,6 +714,17 @@ impl Synth {
     pub fn build_damaged(&self, damage: impl FnOnce(&mut [u8])) -> Vmcore {
         let (mut ram, info) = self.finish();
         damage(&mut ram);
+        self.core(ram, &info)
+    }
+
+    /// The dead kernel in memory, with a core that ends at a physical address: what follows is not in it.
+    pub fn build_cut(&self, end: u64) -> Vmcore {
+        let (mut ram, info) = self.finish();
+        ram.truncate(end as usize);
+        self.core(ram, &info)
+    }
+
+    fn core(&self, ram: Vec<u8>, info: &str) -> Vmcore {
         Vmcore::from_memory(
             Box::new(FlatMemory::new(vec![(0, ram)])),
             VmcoreInfo::new(info.as_bytes()),

@@ -86,7 +86,9 @@ pub(crate) fn declare(synth: &mut Synth) {
                                 .field("index", U64)
                                 .field("private", U64),
                         )
-                        .anonymous(record().field("compound_head", U64)),
+                        .anonymous(record().field("compound_head", U64))
+                        // Of a page table: `ptdesc` since 6.6.
+                        .anonymous(record().field("_pt_pad", array(U64, 4)).field("ptl", U32)),
                 )
                 .field("_mapcount", named("atomic_t"))
                 .field("_refcount", named("atomic_t"))
@@ -123,7 +125,9 @@ pub(crate) fn declare(synth: &mut Synth) {
                 ("PG_dirty", 4),
                 ("PG_lru", 5),
                 ("PG_slab", 9),
+                ("PG_writeback", 15),
                 ("PG_head", 16),
+                ("PG_hwpoison", 22),
             ],
         );
 }

@@ -1,7 +1,9 @@
 //! Page tables: all levels, all leaf sizes, everything that Linux puts into entries.
 
 use synth::Synth;
-use vmcore::{Entry, EntryKind, Error, NotMapped, PageSize, PageTables, PteFormat, SpecialEntries, Vmcore};
+use vmcore::{
+    Entry, EntryKind, Error, LastTable, NotMapped, PageSize, PageTables, PteFormat, SpecialEntries, Vmcore,
+};
 
 const PRESENT: u64 = 1;
 const RW_USER: u64 = 6;
@@ -114,6 +116,46 @@ fn walks_in_order_over_many_tables() {
         let some = space.walk(vas[10]..vas[500] + 1);
         assert_eq!(some.len(), 491);
         assert_eq!((some[0].va, some[490].va), (vas[10], vas[500]));
+    });
+}
+
+#[test]
+fn the_last_tables_of_a_range_in_order_with_their_empty_entries() {
+    Space::each(|mut space| {
+        // Two tables side by side, a large page, a third table far away.
+        let start = 0x7f00_0000_0000;
+        for page in [0, 1, 3, 511, 512, 513] {
+            space.map(start + page * 0x1000, PageSize::Size4K, page << 12 | PRESENT);
+        }
+        space.map(start + 4 * M, PageSize::Size2M, (64 * M) | PRESENT | PSE);
+        // What is not present, but not zero either, is not empty.
+        space.map(start + 5 * G, PageSize::Size4K, swap_entry(0, 9));
+        space.with_tables(|tables| {
+            let last = |from, to| tables.last_tables(start + from..start + to).unwrap();
+            let all = last(0, 6 * G);
+            let empty = |tables: &[LastTable]| tables.iter().map(|table| table.empty).collect::<Vec<_>>();
+            assert_eq!(empty(&all), [508, 510, 511]);
+            // Only the entries that were asked for count; part of a page asks for its entry.
+            let some = last(0x1000, 2 * M + 0x3000);
+            assert_eq!(empty(&some), [508, 1]);
+            assert_eq!((some[0].phys, some[1].phys), (all[0].phys, all[1].phys));
+            assert_eq!(last(0x1fff, 0x3001), [LastTable { phys: all[0].phys, empty: 1 }]);
+            assert_eq!(last(5 * G, 5 * G + 1), [LastTable { phys: all[2].phys, empty: 0 }]);
+            // A large page has no table of the lowest level, nor has what is not mapped, nor nothing.
+            for (from, to) in [(4 * M, 6 * M), (6 * M, 5 * G), (0x1000, 0x1000)] {
+                assert_eq!(last(from, to), []);
+            }
+        });
+        // They are the tables that hold the entries.
+        let table = space.with_tables(|tables| tables.last_tables(start..start + 1).unwrap()[0].phys);
+        space.synth.write_phys(table + 2 * 8, &(0x9000 | PRESENT).to_le_bytes());
+        space.with_tables(|tables| {
+            assert_eq!(tables.translate(start + 0x2000).unwrap(), 0x9000);
+            assert_eq!(
+                tables.last_tables(start..start + 0x4000).unwrap(),
+                [LastTable { phys: table, empty: 0 }]
+            );
+        });
     });
 }
 

@@ -24,7 +24,7 @@ const MPROTECT: [u64; 2] = [10, 329];
 
 #[derive(KernelType)]
 #[kernel("vm_fault")]
-struct VmFault {
+pub(super) struct VmFault {
     vma: u64,
     address: u64,
     #[kernel("orig_pte.pte")]
@@ -145,5 +145,54 @@ impl Autopsy<'_> {
         };
         let page = self.kernel.pfn_to_page(table / PAGE_SIZE);
         Ok(self.is_locked(page.wrapping_add(ptl)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MM: u64 = 0xffff_8880_0000_1000;
+
+    fn entry(va: u64, pte: u64) -> Entry {
+        Entry { va, size: PageSize::Size4K, pte }
+    }
+
+    #[test]
+    fn entries_of_a_mapping_come_once_and_in_order() {
+        let taken = |mm, va, pte| Taken { mm, entry: entry(va, pte) };
+        let in_flight = InFlight {
+            taken: vec![
+                taken(MM, 0x5000, 1),
+                taken(MM, 0x3000, 2),
+                taken(MM, 0x5000, 1),
+                taken(MM + 64, 0x4000, 3),
+                taken(MM, 0x2000, 4),
+                taken(MM, 0x6000, 5),
+            ],
+            ..InFlight::default()
+        };
+        assert_eq!(in_flight.taken(MM, 0x3000, 0x6000), [entry(0x3000, 2), entry(0x5000, 1)]);
+        assert_eq!(in_flight.taken(MM + 64, 0, 0x9000), [entry(0x4000, 3)]);
+        assert_eq!(in_flight.taken(MM, 0x6000, 0x6000), []);
+    }
+
+    #[test]
+    fn of_what_is_being_changed_the_mappings_part_counts() {
+        let changing = |mm, start, end| Changing { mm, start, end };
+        let in_flight = InFlight {
+            changing: vec![
+                changing(MM, 0x1000, 0x4000),
+                changing(MM, 0x5000, 0x6000),
+                changing(MM, 0x7000, u64::MAX),
+                changing(MM + 64, 0, u64::MAX),
+            ],
+            ..InFlight::default()
+        };
+        let parts = |start, end| in_flight.changing(MM, start, end).collect::<Vec<_>>();
+        assert_eq!(parts(0x2000, 0x8000), [(0x2000, 0x4000), (0x5000, 0x6000), (0x7000, 0x8000)]);
+        assert_eq!(parts(0, 0x9000)[0], (0x1000, 0x4000));
+        assert_eq!(parts(0x4000, 0x5000), [], "beside them");
+        assert_eq!(parts(0x6000, 0x7000), []);
     }
 }
