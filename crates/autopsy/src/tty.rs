@@ -1,4 +1,5 @@
-//! Terminals: `tty_struct`, the N_TTY line discipline (include/linux/tty.h, drivers/tty/n_tty.c; 6.1 and 6.12).
+//! Terminals: `tty_struct`, the N_TTY line discipline (include/linux/tty.h, drivers/tty/n_tty.c; 6.1 and 6.12), what serial ports
+//! have not sent (drivers/tty/serial/serial_core.c).
 
 use ktypes::KernelType;
 use snapshot::{Bytes, Severity, Termios, Tty, TtyId, WindowSize};
@@ -15,6 +16,8 @@ const PTY_TYPE_MASTER: i16 = 1;
 const N_TTY: i32 = 0;
 /// N_TTY_BUF_SIZE.
 const BUFFER: usize = 4096;
+/// UART_XMIT_SIZE.
+const UART_BUFFER: u32 = 4096;
 /// ICANON in c_lflag.
 const ICANON: u32 = 0o2;
 /// __DISABLED_CHAR, what stands in the buffer for an end-of-file character.
@@ -24,6 +27,8 @@ const DISABLED_CHAR: u8 = 0;
 #[kernel("tty_struct")]
 struct TtyStruct {
     driver: u64,
+    ops: u64,
+    driver_data: u64,
     index: i32,
     ldisc: u64,
     #[kernel("termios.c_iflag")]
@@ -78,6 +83,66 @@ struct NTty {
     read_flags: [u64; BUFFER / 64],
 }
 
+#[derive(KernelType)]
+#[kernel("uart_state")]
+struct UartState {
+    // A circ_buf until 6.9, then a kfifo; 6.1 has the kfifo, too, but for other drivers.
+    #[kernel("xmit.buf", optional)]
+    circ_buf: Option<u64>,
+    #[kernel("xmit.head", optional)]
+    circ_head: Option<i32>,
+    #[kernel("xmit.tail", optional)]
+    circ_tail: Option<i32>,
+    #[kernel("port.xmit_buf", optional)]
+    fifo_buf: Option<u64>,
+    #[kernel("port.xmit_fifo.kfifo.in", optional)]
+    fifo_in: Option<u32>,
+    #[kernel("port.xmit_fifo.kfifo.out", optional)]
+    fifo_out: Option<u32>,
+    #[kernel("port.xmit_fifo.kfifo.mask", optional)]
+    fifo_mask: Option<u32>,
+}
+
+/// The bytes between two ends of a ring that wraps around.
+#[derive(Debug, PartialEq, Eq)]
+struct Ring {
+    buf: u64,
+    size: u32,
+    tail: u32,
+    len: u32,
+}
+
+impl UartState {
+    /// What is to be sent. `Ok(None)`: the port has no buffer, it is not open.
+    fn ring(&self) -> Result<Option<Ring>, &'static str> {
+        if let (Some(buf), Some(head), Some(tail)) = (self.circ_buf, self.circ_head, self.circ_tail) {
+            let end = |end: i32| u32::try_from(end).ok().filter(|end| *end < UART_BUFFER);
+            return match (buf, end(head), end(tail)) {
+                (0, ..) => Ok(None),
+                (_, Some(head), Some(tail)) => {
+                    let len = head.wrapping_sub(tail) % UART_BUFFER;
+                    Ok(Some(Ring { buf, size: UART_BUFFER, tail, len }))
+                }
+                _ => Err("its buffer's ends are outside of it"),
+            };
+        }
+        let fifo = (self.fifo_buf, self.fifo_in, self.fifo_out, self.fifo_mask);
+        let (Some(buf), Some(head), Some(tail), Some(mask)) = fifo else {
+            return Err("its buffer is of an unknown kind");
+        };
+        if buf == 0 {
+            return Ok(None);
+        }
+        let len = head.wrapping_sub(tail);
+        match mask.checked_add(1) {
+            Some(size) if size.is_power_of_two() && size <= UART_BUFFER && len <= size => {
+                Ok(Some(Ring { buf, size, tail: tail & mask, len }))
+            }
+            _ => Err("its buffer's ends do not fit together"),
+        }
+    }
+}
+
 impl Autopsy<'_> {
     /// Reads a terminal into the table, unless it is there.
     pub(crate) fn tty(&self, addr: u64) -> Result<()> {
@@ -109,6 +174,14 @@ impl Autopsy<'_> {
                 Vec::new()
             }
         };
+        let output = match driver.kind {
+            TTY_DRIVER_TYPE_SERIAL => self.output(&tty).unwrap_or_else(|why| {
+                let text = format!("what {} had not sent yet is not known: {why}", Bytes(name.to_vec()));
+                self.find(Severity::Loss, "tty", text);
+                Vec::new()
+            }),
+            _ => Vec::new(),
+        };
         let minor = driver.minor_start.saturating_add(tty.index);
         if driver.major < 0 || minor < 0 {
             return Err(corrupt("tty_struct", addr, format!("device {}:{minor}", driver.major)));
@@ -132,6 +205,7 @@ impl Autopsy<'_> {
             session: self.pid_number(tty.session)?,
             foreground: self.pid_number(tty.pgrp)?,
             input,
+            output: Bytes(output),
         };
         self.ttys.borrow_mut().insert(id, tty);
         Ok(())
@@ -148,6 +222,31 @@ impl Autopsy<'_> {
         let data: NTty = self.kernel.read(tty.disc_data)?;
         unread(&data, tty.lflag & ICANON != 0, tty.cc[4])
             .ok_or_else(|| corrupt("n_tty_data", tty.disc_data, "its buffer's ends do not fit together"))
+    }
+
+    /// What a serial driver has accepted and not sent yet: write(2) returns when uart_write() has copied the bytes to a ring.
+    fn output(&self, tty: &TtyStruct) -> Result<Vec<u8>, String> {
+        if self.kernel.symbol_at(tty.ops) != Some("uart_ops") {
+            return Err("its driver keeps it in a way of its own".into());
+        }
+        match tty.driver_data {
+            // Closed, or its first open(2) has not come so far.
+            0 => Ok(Vec::new()),
+            state => self.unsent(state).map_err(|e| e.to_string()),
+        }
+    }
+
+    /// What is in the ring of a `uart_state`.
+    fn unsent(&self, state: u64) -> Result<Vec<u8>> {
+        let uart: UartState = self.kernel.read(state)?;
+        let Some(ring) = uart.ring().map_err(|why| corrupt("uart_state", state, why))? else {
+            return Ok(Vec::new());
+        };
+        let first = ring.len.min(ring.size - ring.tail);
+        let mut bytes =
+            self.kernel.read_bytes(ring.buf.wrapping_add(u64::from(ring.tail)), first as usize)?;
+        bytes.extend(self.kernel.read_bytes(ring.buf, (ring.len - first) as usize)?);
+        Ok(bytes)
     }
 }
 
@@ -175,6 +274,97 @@ fn unread(data: &NTty, canonical: bool, eof: u8) -> Option<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::open;
+    use synth::{Record, Synth, Type, U32, U64, named};
+
+    /// A port as 6.1 has it, with an unused kfifo beside the ring in use.
+    fn circ(buf: u64, head: i32, tail: i32) -> UartState {
+        UartState {
+            circ_buf: Some(buf),
+            circ_head: Some(head),
+            circ_tail: Some(tail),
+            ..fifo(0, 0, 0, UART_BUFFER - 1)
+        }
+    }
+
+    fn fifo(buf: u64, head: u32, tail: u32, mask: u32) -> UartState {
+        UartState {
+            circ_buf: None,
+            circ_head: None,
+            circ_tail: None,
+            fifo_buf: Some(buf),
+            fifo_in: Some(head),
+            fifo_out: Some(tail),
+            fifo_mask: Some(mask),
+        }
+    }
+
+    #[test]
+    fn rings_of_serial_ports() {
+        let ring = |tail, len| Ok(Some(Ring { buf: 1 << 12, size: UART_BUFFER, tail, len }));
+        assert_eq!(circ(1 << 12, 7, 7).ring(), ring(7, 0));
+        assert_eq!(circ(1 << 12, 12, 7).ring(), ring(7, 5));
+        assert_eq!(circ(1 << 12, 2, 4094).ring(), ring(4094, 4));
+        assert_eq!(circ(0, 0, 0).ring(), Ok(None), "a closed port");
+        for (head, tail) in [(4096, 0), (0, 4096), (-1, 0), (0, -1)] {
+            assert!(circ(1 << 12, head, tail).ring().is_err(), "{head} {tail}");
+        }
+        let mask = UART_BUFFER - 1;
+        assert_eq!(fifo(1 << 12, 4096, 0, mask).ring(), ring(0, 4096), "a full one");
+        assert_eq!(fifo(1 << 12, 3, u32::MAX - 1, mask).ring(), ring(4094, 5));
+        assert_eq!(fifo(0, 0, 0, 0).ring(), Ok(None), "a closed port");
+        assert!(fifo(1 << 12, 4097, 0, mask).ring().is_err());
+        assert!(fifo(1 << 12, 0, 1, mask).ring().is_err());
+        for mask in [4094, 8191, u32::MAX] {
+            assert!(fifo(1 << 12, 1, 0, mask).ring().is_err(), "mask {mask:#x}");
+        }
+        assert!(UartState { fifo_mask: None, ..fifo(1 << 12, 1, 0, mask) }.ring().is_err());
+    }
+
+    /// "hello, world" in a ring, wrapped around after "hello".
+    fn port(modern: bool) -> (Synth, u64) {
+        let mut synth = Synth::new();
+        let record = Record::new().field("pm_state", U32);
+        let (record, members) = if modern {
+            let kfifo = ["in", "out", "mask", "esize"].iter().fold(Record::new(), |r, m| r.field(m, U32));
+            synth.structure("__kfifo", kfifo.field("data", U64));
+            let fifo = Record::new().anonymous(Record::union().field("kfifo", named("__kfifo")));
+            let port = Record::new().field("xmit_buf", U64).field("xmit_fifo", Type::Record(fifo));
+            synth.structure("tty_port", port);
+            let kfifo = "port.xmit_fifo.kfifo";
+            let members = [format!("{kfifo}.in"), format!("{kfifo}.out"), "port.xmit_buf".into()];
+            (record.field("port", named("tty_port")), members)
+        } else {
+            synth
+                .structure("circ_buf", Record::new().field("buf", U64).field("head", U32).field("tail", U32));
+            (
+                record.field("xmit", named("circ_buf")),
+                ["xmit.head", "xmit.tail", "xmit.buf"].map(String::from),
+            )
+        };
+        synth.structure("uart_state", record);
+        let buf = synth.alloc_bytes(4096, 4096);
+        synth.write(buf + 4091, b"hello").write(buf, b", world");
+        let state = synth.alloc("uart_state");
+        let head = if modern { 2 * 4096 + 7 } else { 7 };
+        synth.set("uart_state", state, &members[0], head);
+        synth.set("uart_state", state, &members[1], if modern { 4096 + 4091 } else { 4091 });
+        synth.set("uart_state", state, &members[2], buf);
+        if modern {
+            synth.set("uart_state", state, "port.xmit_fifo.kfifo.mask", 4095);
+        }
+        (synth, state)
+    }
+
+    #[test]
+    fn unsent_output_is_read_from_either_ring() {
+        for modern in [false, true] {
+            let (synth, state) = port(modern);
+            let kernel = open(&synth);
+            let autopsy = Autopsy::new(&kernel);
+            assert_eq!(autopsy.unsent(state).unwrap(), b"hello, world", "modern: {modern}");
+        }
+    }
 
     fn typed(text: &[u8], tail: u64) -> NTty {
         let mut data = NTty {

@@ -1,12 +1,19 @@
-//! Terminals: the device is opened by name and given its settings, window size and unread input.
+//! Terminals: the device is opened by name and given its settings, window size, unread input and unsent output.
 
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use snapshot::{Bytes, Pid, Reason, Termios, Tty};
 
+use crate::deadline::Deadline;
 use crate::sys;
+
+/// How long a terminal may take to accept the dead kernel's unsent output. Its own ring has room for all of it, unless somebody
+/// else writes there, too.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// `struct termios2`.
 #[repr(C)]
@@ -63,11 +70,22 @@ pub(crate) struct Restored {
     _open: OwnedFd,
 }
 
-/// Gives the terminal its settings, window size and unread input. It keeps them while the result, or a process, has it open.
+/// Gives the terminal its settings, window size, unread input and unsent output. It keeps them while the result, or a process, has it open.
 pub(crate) fn restore(tty: &Tty, above: RawFd) -> Result<Restored, String> {
     let fd = open(tty, libc::O_RDWR).map_err(|e| format!("open {}: {e}", device(tty).display()))?;
     let mut losses = Vec::new();
     let mut wanted = Termios2::from(&tty.termios);
+    if !tty.output.is_empty() {
+        // It has been through the line discipline.
+        let mut raw = wanted;
+        raw.oflag &= !libc::OPOST;
+        raw.lflag &= !libc::TOSTOP;
+        set(fd.as_raw_fd(), &mut raw)?;
+        if let Err((left, e)) = send(&fd, tty.output.as_bytes(), Deadline::after(PATIENCE)) {
+            let text = format!("{}: {left} bytes written and not yet sent are lost ({e})", tty.name);
+            losses.push(Reason::new("terminal-output", text));
+        }
+    }
     if !tty.input.is_empty() {
         // Typed again by the kernel's TIOCSTI: without echo, and without acting on what is a special character.
         let mut quiet = wanted;
@@ -102,6 +120,26 @@ fn set(fd: RawFd, termios: &mut Termios2) -> Result<(), String> {
     unsafe { sys::ioctl(fd, TCSETS2, termios) }.map(drop).map_err(|e| format!("TCSETS2: {e}"))
 }
 
+/// Writes to a terminal that does not block; if not all of it by the deadline, says how many bytes are left.
+fn send(fd: &OwnedFd, mut bytes: &[u8], deadline: Deadline) -> Result<(), (usize, Errno)> {
+    while !bytes.is_empty() {
+        match nix::unistd::write(fd, bytes) {
+            Ok(0) => return Err((bytes.len(), Errno::EIO)),
+            Ok(n) => bytes = bytes.get(n..).unwrap_or_default(),
+            Err(Errno::EINTR) if !deadline.is_over() => {}
+            Err(Errno::EAGAIN) if !deadline.is_over() => {
+                let timeout = PollTimeout::try_from(deadline.left()).unwrap_or(PollTimeout::MAX);
+                match poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLOUT)], timeout) {
+                    Ok(_) | Err(Errno::EINTR) => {}
+                    Err(e) => return Err((bytes.len(), e)),
+                }
+            }
+            Err(e) => return Err((bytes.len(), e)),
+        }
+    }
+    Ok(())
+}
+
 fn type_in(fd: RawFd, mut byte: u8) -> Result<(), Errno> {
     // SAFETY: TIOCSTI reads one byte.
     unsafe { sys::ioctl(fd, libc::TIOCSTI, &mut byte) }.map(drop)
@@ -119,4 +157,23 @@ pub(crate) fn set_foreground(tty: &Tty, mut group: Pid) -> Result<(), Errno> {
     let fd = open(tty, libc::O_RDWR)?;
     // SAFETY: TIOCSPGRP reads a pid_t.
     unsafe { sys::ioctl(fd.as_raw_fd(), libc::TIOCSPGRP, &mut group) }.map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sending_ends_at_the_deadline() {
+        let pty = nix::pty::openpty(None, None).unwrap();
+        // Nobody reads the other end.
+        let flags = nix::fcntl::OFlag::O_NONBLOCK;
+        nix::fcntl::fcntl(&pty.slave, nix::fcntl::FcntlArg::F_SETFL(flags)).unwrap();
+        assert_eq!(send(&pty.slave, b"hello", Deadline::after(Duration::ZERO)), Ok(()));
+        let much = vec![b'.'; 1 << 20];
+        let (left, e) = send(&pty.slave, &much, Deadline::after(Duration::from_millis(50))).unwrap_err();
+        assert!(e == Errno::EAGAIN && left > 0 && left < much.len(), "{left} {e}");
+        drop(pty.master);
+        assert_eq!(send(&pty.slave, b"hello", Deadline::after(PATIENCE)), Err((5, Errno::EIO)));
+    }
 }

@@ -31,6 +31,9 @@ pub struct Tty {
     pub foreground: Pid,
     /// Typed and not yet read (the line discipline's buffer).
     pub input: Vec<u8>,
+    /// Written, accepted by the driver and not sent yet, as it goes over the line.
+    #[serde(default)]
+    pub output: Bytes,
 }
 
 /// `struct ktermios` / `struct termios2`.

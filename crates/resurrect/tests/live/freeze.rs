@@ -589,6 +589,7 @@ impl Freezer {
             session: 0,
             foreground: 0,
             input: vec![],
+            output: Bytes::default(),
         };
         self.snapshot.ttys.insert(id, tty);
         id

@@ -420,6 +420,7 @@ fn terminal() {
     let tty = frozen.snapshot.ttys.get_mut(&id).unwrap();
     (tty.session, tty.foreground) = (pids[0], pids[1]);
     tty.input = b"typed\n".to_vec();
+    tty.output = b"unsent\n\r\n".as_slice().into();
     for file in frozen.snapshot.files.values_mut().filter(|f| f.path.as_bytes() == b"/dev/tty") {
         file.kind = FileKind::Tty { tty: id };
     }
@@ -433,7 +434,7 @@ fn terminal() {
     drop(slave);
     let mut text = Vec::new();
     let _ = master.read_to_end(&mut text);
-    assert_eq!(text, b"done", "the terminal shows what was not written");
+    assert_eq!(text, b"unsent\n\r\ndone", "the terminal shows what was not written");
 }
 
 fn stopped_process() {
