@@ -87,14 +87,16 @@ impl Autopsy<'_> {
     /// The FPU state of a thread, from where it can be believed.
     ///
     /// A task that is on no CPU has it in memory. So has one on a CPU whose registers the kernel had already put aside
-    /// (TIF_NEED_FPU_LOAD). Otherwise it existed in that CPU only: the register saver has it, or nobody.
+    /// (TIF_NEED_FPU_LOAD, set before that is done), or that has not got them yet (the CPU's are another's). Otherwise it existed in that
+    /// CPU only: the register saver has it, or nobody.
     pub(crate) fn fpu(&self, addr: u64, task: &Task, on_cpu: Option<u32>, in_syscall: bool) -> Result<Fpu> {
         let in_memory = || self.fpu_in_memory(addr, task);
-        let Some(cpu) = on_cpu else {
-            return Ok(Fpu::Saved { xstate: in_memory()?, source: FpuSource::Memory });
-        };
-        if task.tif & TIF_NEED_FPU_LOAD != 0 {
-            return Ok(Fpu::Saved { xstate: in_memory()?, source: FpuSource::Memory });
+        let saved_before = || Ok(Fpu::Saved { xstate: in_memory()?, source: FpuSource::Memory });
+        let Some(cpu) = on_cpu else { return saved_before() };
+        let owner = self.kernel.per_cpu(self.kernel.symbol("fpu_fpregs_owner_ctx")?, cpu)?;
+        let in_cpu = self.kernel.read_u64(owner)? == task.fpu;
+        if !in_cpu || task.tif & TIF_NEED_FPU_LOAD != 0 && !self.is_putting_aside(cpu) {
+            return saved_before();
         }
         match self.fpu_from_saver(addr, task, cpu)? {
             Some(xstate) => Ok(Fpu::Saved { xstate, source: FpuSource::Saver }),
@@ -103,7 +105,15 @@ impl Autopsy<'_> {
         }
     }
 
-    /// What the saver has of a task's registers, if it can be believed.
+    /// Whether a CPU was just putting a program's registers into memory, for the kernel to use them (kernel_fpu_begin_mask(),
+    /// arch/x86/kernel/fpu/core.c): they are no longer called loaded, and not in memory yet.
+    fn is_putting_aside(&self, cpu: u32) -> bool {
+        let slot = self.saver().and_then(|saver| saver.slot(cpu));
+        let inside = slot.and_then(|slot| self.kernel.symbolize(slot.ip)).map_or("", |(name, _)| name);
+        matches!(inside, "kernel_fpu_begin_mask" | "save_fpregs_to_fpstate")
+    }
+
+    /// What the saver has of a task's registers, if it can be believed. They are the task's own as long as the CPU has them loaded for it.
     fn fpu_from_saver(&self, addr: u64, task: &Task, cpu: u32) -> Result<Option<Vec<u8>>> {
         let Some((saver, slot)) = self.saver().and_then(|saver| Some((saver, saver.slot(cpu)?))) else {
             return Ok(None);
@@ -119,17 +129,8 @@ impl Autopsy<'_> {
         if slot.task != addr || slot.pid != task.pid {
             return distrust("another task was there");
         }
-        if slot.flags & (saver::KTHREAD | saver::FPSTATE_IN_MEMORY) != 0 {
+        if slot.flags & saver::KTHREAD != 0 {
             return distrust("the kernel used them for itself");
-        }
-        // A crash amid a context switch: the registers can be the previous task's, or the kernel's.
-        let owner = self.kernel.per_cpu(self.kernel.symbol("fpu_fpregs_owner_ctx")?, cpu)?;
-        if self.kernel.read_u64(owner)? != task.fpu {
-            return distrust("they were loaded for another");
-        }
-        let inside = self.kernel.symbolize(slot.ip).map_or("", |(name, _)| name);
-        if matches!(inside, "__switch_to" | "kernel_fpu_begin_mask") {
-            return distrust(&format!("it died in {inside}"));
         }
         let layout = self.xstate_layout()?;
         let from_saver = XstateLayout {

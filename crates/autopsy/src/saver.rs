@@ -20,8 +20,6 @@ const MAX_CPUS: u32 = 8192;
 /// AMX has 11 KiB; this leaves room.
 const MAX_XSAVE: u32 = 1 << 16;
 
-/// slot.flags: the kernel had already saved the user's registers in memory.
-pub(crate) const FPSTATE_IN_MEMORY: u32 = 0x1;
 /// slot.flags: no user registers here.
 pub(crate) const KTHREAD: u32 = 0x2;
 

@@ -67,6 +67,9 @@ const NR_SENDFILE: i64 = 40;
 const NR_EXECVEAT: i64 = 322;
 const NR_PWRITEV2: i64 = 328;
 
+// File types of inode.i_mode.
+const S_IFMT: u32 = 0o170_000;
+const S_IFIFO: u32 = 0o010_000;
 const O_APPEND: u32 = 0o2000;
 /// O_CREAT | O_EXCL.
 const O_EXCLUSIVE: u64 = 0o300;
@@ -183,6 +186,10 @@ trait Facts {
     fn restart_block(&self) -> RestartBlock;
     /// Whether the thread is taking down an inode without names.
     fn is_removing_inode(&self) -> bool;
+    /// Whether it is in the middle of what moves a file's bytes; an iterator outside of that is an earlier call's.
+    fn is_moving(&self, file: &File, write: bool) -> bool;
+    /// Whether the thread has written to `/proc/sysrq-trigger`.
+    fn is_trigger(&self) -> bool;
     /// Whether the thread, a parent that waits, is taking a child down.
     fn is_reaping(&self) -> bool;
     /// The started child (or, with CLONE_THREAD, thread) of the clone in flight.
@@ -200,6 +207,8 @@ struct File {
     kind: Kind,
     append: bool,
     size: i64,
+    /// A pipe or FIFO.
+    is_pipe: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -254,7 +263,8 @@ fn finish_panicked(thread: &Thread, facts: &dyn Facts) -> Resume {
     let class = row_of(thread.call.nr).map(|row| row.class);
     match class {
         Some(Class::Exit) => exit(thread),
-        Some(Class::Transfer(transfer)) if transfer.write => {
+        // What it had asked for has happened. Of any other write nobody knows.
+        Some(Class::Transfer(transfer)) if transfer.write && facts.is_trigger() => {
             let total = buffers(thread, facts, transfer.shape).total();
             let total = total.or((transfer.shape == Shape::Flat).then(|| thread.arg(2)));
             match total {
@@ -515,6 +525,9 @@ fn transfer(thread: &Thread, facts: &dyn Facts, transfer: Transfer) -> Resume {
             impossible("the kernel stack has several accounts of how far the transfer had come")
         }
         Search::Found(Progress { done: 0, .. }) => Resume::Restart,
+        Search::Found(_) if thread.on_cpu && !facts.is_moving(&file, transfer.write) => {
+            impossible("a transfer on a CPU, before its beginning or after its end")
+        }
         Search::Found(progress) if append => appended(thread, file.size, progress),
         Search::Found(progress) if file.kind == Kind::Tty && transfer.write => {
             tty_written(thread, facts, &file, progress)
@@ -685,7 +698,8 @@ impl<'a> Dead<'a> {
         let file: FileStruct = self.kernel.read(addr).ok()?;
         let inode: Inode = self.kernel.read(file.f_inode).ok()?;
         let kind = kind_of(inode.i_mode, inode.i_rdev, self.kernel.symbol_at(file.f_op));
-        Some(File { addr, kind, append: file.f_flags & O_APPEND != 0, size: inode.i_size })
+        let is_pipe = u32::from(inode.i_mode) & S_IFMT == S_IFIFO;
+        Some(File { addr, kind, append: file.f_flags & O_APPEND != 0, size: inode.i_size, is_pipe })
     }
 
     fn try_tty_sent(&self, file: u64, done: u64) -> Option<u64> {
@@ -780,7 +794,7 @@ impl Facts for Dead<'_> {
         self.ctx
             .timers
             .of_task(self.ctx.task)
-            .or_else(|| timers::on_stack(self.kernel, live.base, live.words))
+            .or_else(|| timers::on_stack(self.kernel, self.ctx.task, live.base, live.words))
     }
 
     fn futex_woken(&self) -> bool {
@@ -805,6 +819,17 @@ impl Facts for Dead<'_> {
         // The return address alone may be left over from an earlier call.
         self.is_within("evict")
             && self.live().words.iter().any(|word| self.is_being_removed(*word).unwrap_or(false))
+    }
+
+    fn is_moving(&self, file: &File, write: bool) -> bool {
+        // Others have parts of their own, whose callers may have left the stack.
+        file.kind != Kind::Stream
+            || !file.is_pipe
+            || self.is_within(if write { "pipe_write" } else { "pipe_read" })
+    }
+
+    fn is_trigger(&self) -> bool {
+        self.is_within("write_sysrq_trigger")
     }
 
     fn is_reaping(&self) -> bool {
@@ -975,6 +1000,9 @@ mod tests {
         block: Option<RestartBlock>,
         removing: bool,
         reaping: bool,
+        trigger: bool,
+        /// The iterator is an earlier call's.
+        leftover: bool,
         child: Option<Pid>,
         past: Option<bool>,
         program: Option<Exec>,
@@ -1011,6 +1039,12 @@ mod tests {
         fn is_removing_inode(&self) -> bool {
             self.removing
         }
+        fn is_moving(&self, _: &File, _: bool) -> bool {
+            !self.leftover
+        }
+        fn is_trigger(&self) -> bool {
+            self.trigger
+        }
         fn is_reaping(&self) -> bool {
             self.reaping
         }
@@ -1027,7 +1061,7 @@ mod tests {
 
     impl Fake {
         fn with_file(kind: Kind, append: bool, size: i64) -> Fake {
-            let file = File { addr: 0xffff_8880_0000_1000, kind, append, size };
+            let file = File { addr: 0xffff_8880_0000_1000, kind, append, size, is_pipe: false };
             Fake { files: HashMap::from([(0, file), (1, file)]), ..Fake::default() }
         }
 
@@ -1294,7 +1328,9 @@ mod tests {
         }
         let died =
             |name, args: &[u64], fake: &Fake| go(&Thread { panicked: true, ..thread(name, args) }, fake);
-        let trigger = Fake::with_file(Kind::Positioned, false, 0);
+        let file = || Fake::with_file(Kind::Positioned, false, 0);
+        assert_eq!(returns(&died("write", &[1, 0x1000, 2], &file())), Some(-EIO), "who knows");
+        let trigger = Fake { trigger: true, ..file() };
         assert_eq!(returns(&died("write", &[1, 0x1000, 2], &trigger)), Some(2));
         let vector = Fake { words: HashMap::from([(0x1000, vec![0x2000, 3, 0x3000, 4])]), ..trigger };
         assert_eq!(returns(&died("writev", &[1, 0x1000, 2], &vector)), Some(7));
@@ -1305,7 +1341,7 @@ mod tests {
 
     #[test]
     fn data_between_files_is_moved_again_only_where_positions_tell() {
-        let file = |kind, append| File { addr: 1, kind, append, size: 0 };
+        let file = |kind, append| File { addr: 1, kind, append, size: 0, is_pipe: false };
         let ends =
             |input, output| Fake { files: HashMap::from([(3, input), (4, output)]), ..Fake::default() };
         let (regular, stream) = (file(Kind::Positioned, false), file(Kind::Stream, false));

@@ -180,12 +180,20 @@ impl Autopsy<'_> {
             (None, _) => (Some(task.kernel_sp), None),
             (Some(_), live) => (live.map(|r| r[PrStatus::RSP]), live.map(|r| r[PrStatus::RIP])),
         };
+        let stack = task.stack..task.stack.saturating_add(layout.pt_regs);
+        let is_on_stack = stack_pointer.is_some_and(|sp| stack.contains(&sp));
+        // On the way from one task to the next the stack is already the other's, and its own is as it will be when it is on no CPU.
+        let switching = instruction_pointer
+            .and_then(|ip| self.kernel.symbolize(ip))
+            .is_some_and(|(name, _)| ["__switch_to_asm", "__switch_to"].contains(&name));
+        let stack_pointer = if switching && !is_on_stack { Some(task.kernel_sp) } else { stack_pointer };
         let context = syscall::Context {
             task: addr,
             registers: &thread.regs,
-            panicked: thread.panicked,
+            // On another stack it was an interrupt that died; the thread that it came upon had nothing to do with it.
+            panicked: thread.panicked && is_on_stack,
             on_cpu: thread.on_cpu.is_some(),
-            stack: task.stack..task.stack.saturating_add(layout.pt_regs),
+            stack,
             stack_pointer,
             instruction_pointer,
             now: *self.now(),
@@ -278,18 +286,21 @@ impl Autopsy<'_> {
     }
 
     /// The CPU on which a task was running.
+    ///
+    /// What a run queue calls its current task is, for some hundred instructions of each switch, only the next one. Who has the CPU's
+    /// registers is who was `current` when the CPU wrote its note; that one counts where every CPU has left a note.
     fn cpu_of(&self, addr: u64, task: &Task) -> Option<u32> {
-        let current = self.cpus().current.get(&addr).copied();
-        match (current, task.on_cpu != 0) {
-            (Some(cpu), _) => Some(cpu),
-            (None, true) => {
-                // Between the choice of the next task and the end of its switch: it still has, or not yet has, a CPU.
-                let text = format!("thread {} was being switched to or from a CPU", task.pid);
-                self.find(Severity::Note, "thread", text);
-                None
-            }
-            (None, false) => None,
+        let notes = self.kernel.memory().core().prstatus();
+        if notes.len() == self.cpus().online().count() {
+            let note = notes.iter().find(|note| note.pid == task.pid)?;
+            return self.cpus().online().nth(note.cpu as usize);
         }
+        let current = self.cpus().current.get(&addr).copied();
+        if current.is_none() && task.on_cpu != 0 {
+            let text = format!("thread {} was being switched to or from a CPU", task.pid);
+            self.find(Severity::Note, "thread", text);
+        }
+        current
     }
 
     /// THREAD_SIZE and the place of `pt_regs`, from the dead kernel's own first stack, tried on tasks.
@@ -439,7 +450,11 @@ fn signal_mask(task: &Task, thread: &Thread) -> u64 {
     }
     match thread.syscall.map(|call| call.nr) {
         // It says that the mask is to be restored only when it returns (kernel/signal.c, sigsuspend()).
-        Some(RT_SIGSUSPEND) if thread.on_cpu.is_none() && thread.state == ThreadState::Sleeping => {
+        // Woken, it is still within the call until it has run.
+        Some(RT_SIGSUSPEND)
+            if thread.on_cpu.is_none()
+                && matches!(thread.state, ThreadState::Sleeping | ThreadState::Running) =>
+        {
             task.saved_sigmask
         }
         // While it waits it lets through what it waits for (do_sigtimedwait()).

@@ -35,6 +35,10 @@ pub(crate) struct Files {
     inodes: BTreeMap<InodeId, Result<page_cache::Restored, String>>,
 }
 
+/// No descriptor of a process may be as high as this: our own lie above, within fs.nr_open, and each process is made with a table
+/// for all of them.
+pub(crate) const MAX_DESCRIPTOR: RawFd = 1 << 16;
+
 /// What a process needs open: its descriptors, mappings and executable.
 pub(crate) fn needed<'a>(
     snapshot: &'a Snapshot,
@@ -61,7 +65,8 @@ impl Files {
         let ids: BTreeSet<FileId> =
             processes.iter().flat_map(|p| needed(snapshot, p)).map(|(id, _)| id).collect();
         let mut files = Self { base: (highest + 1).max(500), ..Self::default() };
-        files.make_room(ids.len() + 2 * snapshot.pipes.len() + snapshot.inodes.len())?;
+        // Beside files and pipes one for the memory of each process.
+        files.make_room(ids.len() + 2 * snapshot.pipes.len() + snapshot.inodes.len() + processes.len())?;
         files.write_back(snapshot, mem);
         for id in ids {
             let opened = match snapshot.files.get(&id) {
@@ -83,6 +88,13 @@ impl Files {
             sys::prlimit(0, libc::RLIMIT_NOFILE, Some(limit))?;
         }
         Ok(())
+    }
+
+    /// Whether it is a terminal that was hung up since it was opened: nobody can use it any more.
+    pub(crate) fn is_hung_up(&self, snapshot: &Snapshot, id: FileId) -> bool {
+        let is_tty = snapshot.files.get(&id).is_some_and(|file| matches!(file.kind, FileKind::Tty { .. }));
+        let Some(Ok(file)) = self.open.get(&id).filter(|_| is_tty) else { return false };
+        nix::sys::termios::tcgetattr(file).is_err_and(|errno| errno == Errno::EIO)
     }
 
     /// The descriptor under which a file is open here and in all children.

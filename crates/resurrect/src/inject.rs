@@ -6,6 +6,7 @@
 //! instruction of the process's own vDSO; it needs nothing of ours in the process and ends in a ptrace event stop,
 //! from which the new kernel handles interrupted calls as after any signal.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use nix::errno::Errno;
@@ -549,10 +550,15 @@ impl Tracee {
 
 /// Kills a process that is being rebuilt and waits until it is gone. `traced` are its threads under ptrace.
 pub(crate) fn kill(pid: Pid, traced: &[Pid], deadline: Deadline) {
+    // Threads that were made a moment ago are under ptrace too, although nobody knows them yet.
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let all = tasks.filter_map(|task| task.file_name().to_str()?.parse::<Pid>().ok());
+    let mut threads: BTreeSet<Pid> = all.chain(traced.iter().copied()).collect();
+    // The leader last: it is reported when the other threads have been.
+    let leader = threads.take(&pid);
     // SAFETY: a signal to a process that we created.
     unsafe { libc::kill(pid, libc::SIGKILL) };
-    // The leader last: it is reported when the other threads have been.
-    for &tid in traced.iter().filter(|&&t| t != pid).chain(traced.iter().filter(|&&t| t == pid)) {
+    for tid in threads.into_iter().chain(leader) {
         while let Ok(status) = wait(tid, deadline) {
             if libc::WIFEXITED(status) || libc::WIFSIGNALED(status) {
                 break;

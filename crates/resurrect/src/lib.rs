@@ -332,6 +332,7 @@ impl<'a> Run<'a> {
         let scratch = self.find_scratch(&wanted, maps)?;
 
         // Files and shared memory.
+        self.refuse_high_descriptors(&mut wanted);
         let processes = self.processes(&wanted);
         let files =
             Files::open(self.snapshot, &processes, mem).map_err(system("raise the limit on descriptors"))?;
@@ -346,6 +347,7 @@ impl<'a> Run<'a> {
 
         // Clock, skeletons.
         clock::enter_time_namespace(&self.snapshot.clocks).map_err(system("enter a time namespace"))?;
+        let clocks_go_on = Instant::now();
         let plan = self.plan(&mut wanted)?;
         let own = Own::read().map_err(system("read our own properties"))?;
         scratch.map().map_err(system("map the scratch area"))?;
@@ -353,7 +355,6 @@ impl<'a> Run<'a> {
         scratch.unmap();
         let states = states.map_err(system("create processes"))?;
         self.sort_out_skeletons(&mut wanted, &plan, &states);
-        self.note_lost_company(&wanted);
         self.step(Step::Skeletons { count: wanted.len() });
 
         // Memory.
@@ -365,6 +366,7 @@ impl<'a> Run<'a> {
             scratch,
             syscall_offset,
             own,
+            clocks_go_on,
         };
         let mut builds = self.map_memory(&wanted, &common);
         self.pour(mem, reverse, &shared, &mut builds);
@@ -381,6 +383,8 @@ impl<'a> Run<'a> {
             }
         }
         let zombies = self.check(&mut builds, &common, &plan, &wanted);
+        wanted.retain(|pid| !self.fates.contains_key(pid));
+        self.note_lost_company(&wanted);
         // Ends of pipes must not seem open because we have them.
         drop(files);
         drop(shared);
@@ -506,6 +510,16 @@ impl<'a> Run<'a> {
         let addr = memory::find_hole(Scratch::LEN + memory::PARKING, &mut taken)
             .ok_or_else(|| Error::Caller("no address is free in all processes".into()))?;
         Ok(Scratch { addr })
+    }
+
+    /// Descriptors of our own lie above everybody's: one process with a very high one would cost each a large table, or all their lives.
+    fn refuse_high_descriptors(&mut self, wanted: &mut BTreeSet<Pid>) {
+        for p in self.processes(wanted) {
+            if let Some(d) = p.descriptors.iter().find(|d| d.fd >= file::MAX_DESCRIPTOR) {
+                let text = format!("its descriptor {} is higher than {}", d.fd, file::MAX_DESCRIPTOR);
+                self.give_up(wanted, p.pid, vec![Reason::new("descriptor", text)]);
+            }
+        }
     }
 
     fn refuse_files(&mut self, wanted: &mut BTreeSet<Pid>, files: &Files) {
@@ -703,12 +717,22 @@ impl<'a> Run<'a> {
     ) -> Vec<&'a Process> {
         let step = "check";
         let mut good = Vec::new();
+        // Parents first: whose parent does not come back has another one.
+        builds.sort_by_key(|build| plan.depth(build.process.pid));
         for build in builds.drain(..) {
             let p = build.process;
-            let parent = plan.node(p.pid).and_then(|n| n.parent);
+            let is_back = |pid: &Pid| !self.fates.contains_key(pid);
+            let parent = plan.node(p.pid).and_then(|n| n.parent).filter(is_back);
             // The terminal comes with the session, and that with its leader.
-            let has_ctty = wanted.contains(&p.sid);
-            let differences = build.differences(common, parent, has_ctty);
+            let has_ctty = wanted.contains(&p.sid) && is_back(&p.sid);
+            let mut differences = build.differences(common, parent, has_ctty);
+            let hung_up = |d: &&snapshot::Descriptor| common.files.is_hung_up(self.snapshot, d.file);
+            if let Some(d) = p.descriptors.iter().find(hung_up) {
+                differences.push(format!(
+                    "the terminal of its descriptor {} was hung up: the leader of a session does not come back",
+                    d.fd
+                ));
+            }
             if differences.is_empty() {
                 good.push(build);
             } else {
@@ -718,7 +742,12 @@ impl<'a> Run<'a> {
         *builds = good;
         let mut zombies = Vec::new();
         for p in self.processes(wanted) {
-            if !matches!(p.state, ProcessState::Zombie { .. }) {
+            if !matches!(p.state, ProcessState::Zombie { .. }) || self.fates.contains_key(&p.pid) {
+                continue;
+            }
+            if self.fates.contains_key(&p.ppid) {
+                let why = format!("it had exited, and its parent, PID {}, does not come back", p.ppid);
+                self.fates.insert(p.pid, Fate::NotSelected { why });
                 continue;
             }
             let differences = check::zombie_differences(p);

@@ -133,6 +133,9 @@ pub(crate) fn obstacle(mm: &AddressSpace, specials: &Specials) -> Option<String>
         if !aligned || vma.start >= vma.end || vma.start < last_end {
             return Some(format!("{at} is malformed"));
         }
+        if vma.start < TASK_SIZE && vma.end > TASK_SIZE {
+            return Some(format!("{at} reaches beyond what a program has"));
+        }
         last_end = vma.end;
         for run in &vma.pages {
             let end = run.addr.checked_add(u64::from(run.count) * PAGE_SIZE);

@@ -134,6 +134,13 @@ impl Plan {
     pub(crate) fn node(&self, pid: Pid) -> Option<&Node> {
         self.nodes.iter().find(|n| n.pid == pid)
     }
+
+    /// How many ancestors of a process come back with it.
+    pub(crate) fn depth(&self, pid: Pid) -> usize {
+        let parent = |pid: &Pid| self.node(*pid).and_then(|node| node.parent);
+        // Nobody is its own ancestor, but then it must end too.
+        std::iter::successors(parent(&pid), parent).take(self.nodes.len()).count()
+    }
 }
 
 /// Leaders that do not come back are stood in for.

@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::os::fd::RawFd;
+use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use snapshot::{
     AddressSpace, Credentials, InodeId, Pid, Process, ProcessState, Reason, Resume, Snapshot, Thread,
     ThreadState,
@@ -29,6 +31,8 @@ pub(crate) struct Common<'a> {
     pub(crate) syscall_offset: u64,
     /// What skeletons inherit from this program.
     pub(crate) own: Own,
+    /// Since when the processes' clocks go on.
+    pub(crate) clocks_go_on: Instant,
 }
 
 /// Properties of this program that a new process starts with.
@@ -167,7 +171,7 @@ impl<'a> Build<'a> {
     pub(crate) fn finish(&mut self, common: &Common<'_>, deadline: Deadline) -> Result<(), Failure> {
         self.finish_memory(common, deadline)?;
         self.adopt_threads(common, deadline)?;
-        let mut continuations = self.continuations()?;
+        let mut continuations = self.continuations(common.clocks_go_on.elapsed())?;
         // Before it changes user, after all that a low limit could hinder.
         self.set_from_outside(common)?;
         self.set_up_threads(common, deadline)?;
@@ -292,11 +296,11 @@ impl<'a> Build<'a> {
     }
 
     /// How each living thread goes on. Read before rseq is registered: that makes the kernel forget who was inside a sequence.
-    fn continuations(&self) -> Result<Vec<(&'a Thread, Continuation)>, Failure> {
+    fn continuations(&self, gone_by: Duration) -> Result<Vec<(&'a Thread, Continuation)>, Failure> {
         let step = "read restartable sequences";
         let mut continuations = Vec::new();
         for t in living(self.process) {
-            let mut c = syscall::continuation(t).map_err(failure(step))?;
+            let mut c = syscall::continuation(t, gone_by).map_err(failure(step))?;
             let tracee = self.tracee(t.tid).ok_or("a thread is missing").map_err(failure(step))?;
             if let Some(rseq) = &t.rseq {
                 thread::leave_rseq_section(tracee, rseq, &mut c.regs).map_err(failure(step))?;
@@ -371,8 +375,10 @@ impl<'a> Build<'a> {
     pub(crate) fn release(&self) -> Result<(), InjectError> {
         self.stop_again();
         for t in living(self.process) {
-            if let Some(tracee) = self.tracee(t.tid) {
-                tracee.detach()?;
+            match self.tracee(t.tid).map(Tracee::detach) {
+                // Another thread, or another process, that was let go before has ended it already.
+                Some(Err(InjectError::Ptrace { errno: Errno::ESRCH, .. })) | None => {}
+                Some(detached) => detached?,
             }
         }
         Ok(())

@@ -4,6 +4,8 @@
 //! handler: a `rax` of -ERESTART* with `orig_rax` ≥ 0 makes it issue the call again. So the old kernel's way of restarting is asked
 //! of the new one, signals that are pending included.
 
+use std::time::Duration;
+
 use snapshot::{Registers, Resume, SyscallInFlight, Thread};
 
 use crate::exec;
@@ -45,8 +47,9 @@ pub(crate) enum Timeout {
     Timespec([u8; 16]),
 }
 
-/// How `thread` goes on; `Err` says why it cannot.
-pub(crate) fn continuation(thread: &Thread) -> Result<Continuation, String> {
+/// How `thread` goes on; `Err` says why it cannot. `gone_by`: since when its clocks go on, which is time that it has waited.
+pub(crate) fn continuation(thread: &Thread, gone_by: Duration) -> Result<Continuation, String> {
+    let gone_by = i64::try_from(gone_by.as_nanos()).unwrap_or(i64::MAX);
     let mut regs = thread.regs;
     let mut timed = None;
     let mut store = None;
@@ -59,13 +62,13 @@ pub(crate) fn continuation(thread: &Thread) -> Result<Continuation, String> {
         Resume::Restart => restart(&mut regs, thread)?,
         // A sleep, or a wait with a relative timeout: a plain restart would wait for the full time again.
         Resume::RestartTimed { call, remaining_ns } => {
-            timed = Some(timed_call(*call, *remaining_ns)?);
+            timed = Some(timed_call(*call, remaining_ns.saturating_sub(gone_by))?);
             regs.orig_rax = call.nr as u64;
         }
         // select and its kin have the time left written to the structure that they were given, and are issued again.
         Resume::RestartUpdated { timeout_addr, timeval, remaining_ns } => {
             let per_second = 1_000_000_000;
-            let left = (*remaining_ns).max(0);
+            let left = remaining_ns.saturating_sub(gone_by).max(0);
             let fraction = if *timeval { left % per_second / 1000 } else { left % per_second };
             store = Some((*timeout_addr, two_words(left / per_second, fraction).to_vec()));
             restart(&mut regs, thread)?;
@@ -166,7 +169,7 @@ mod tests {
     }
 
     fn result(t: &Thread) -> (i64, i64) {
-        let c = continuation(t).unwrap();
+        let c = continuation(t, Duration::ZERO).unwrap();
         (c.regs.rax as i64, c.regs.orig_rax as i64)
     }
 
@@ -188,8 +191,8 @@ mod tests {
     #[test]
     fn a_timed_call_keeps_its_place_and_gets_the_time_left() {
         let call = SyscallInFlight { nr: libc::SYS_poll, args: [1, 2, 60_000, 0, 0, 0] };
-        let resume = Resume::RestartTimed { call, remaining_ns: 1_500_001 };
-        let mut c = continuation(&thread(219, -38, resume)).unwrap();
+        let resume = Resume::RestartTimed { call, remaining_ns: 2_000_001 };
+        let mut c = continuation(&thread(219, -38, resume), Duration::from_nanos(500_000)).unwrap();
         let timed = c.timed.unwrap();
         assert_eq!((timed.argument, timed.timeout), (2, Timeout::Milliseconds(2)));
         c.begun(ERESTART_RESTARTBLOCK);
@@ -198,15 +201,18 @@ mod tests {
         assert_eq!((c.regs.rax, c.regs.orig_rax), (1, NONE));
         let bad = SyscallInFlight { nr: libc::SYS_read, args: [0; 6] };
         let resume = Resume::RestartTimed { call: bad, remaining_ns: 0 };
-        assert!(continuation(&thread(0, -38, resume)).is_err());
+        assert!(continuation(&thread(0, -38, resume), Duration::ZERO).is_err());
     }
 
     #[test]
     fn updated_timeouts_are_stored_in_their_own_unit() {
         let updated = |timeval| {
             let resume =
-                Resume::RestartUpdated { timeout_addr: 0x1000, timeval, remaining_ns: 2_000_003_000 };
-            continuation(&thread(libc::SYS_select, -38, resume)).unwrap().store.unwrap()
+                Resume::RestartUpdated { timeout_addr: 0x1000, timeval, remaining_ns: 3_000_003_000 };
+            continuation(&thread(libc::SYS_select, -38, resume), Duration::from_secs(1))
+                .unwrap()
+                .store
+                .unwrap()
         };
         assert_eq!(updated(true), (0x1000, two_words(2, 3).to_vec()));
         assert_eq!(updated(false), (0x1000, two_words(2, 3000).to_vec()));

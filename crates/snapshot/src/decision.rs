@@ -256,13 +256,21 @@ fn judge(
             reasons.push(Reason::new("system-call", format!("thread {tid}: {why}")));
         }
         // Programs must expect this of the calls that it is done to, but without the crash it would not have happened.
-        if let Resume::Return { value: EINTR, why } = &thread.resume {
-            let text = format!("thread {tid}: its system call returns EINTR: {why}");
+        if let Resume::Return { value: error @ ..0, why } = &thread.resume {
+            let error = if *error == EINTR { "EINTR".to_owned() } else { format!("error {}", -error) };
+            let text = format!("thread {tid}: its system call returns {error}: {why}");
             losses.push(Reason::new("interrupted", text));
         }
         if thread.seccomp != Seccomp::Off {
             let text = format!("thread {tid} runs under seccomp: not brought back by this version");
             reasons.push(Reason::new("seccomp", text));
+        }
+        if let Fpu::LostInSyscall { .. } = thread.fpu {
+            let text = format!(
+                "thread {tid} was in a system call on a CPU: the vector registers that it had before are lost, which compiled \
+                 programs do not rely on"
+            );
+            losses.push(Reason::new("call-fpu", text));
         }
         if thread.fpu == Fpu::Lost {
             let text = format!(
@@ -607,6 +615,7 @@ mod tests {
             losses.into_iter().map(|reason| reason.code).collect::<Vec<_>>()
         };
         assert_eq!(losses(-4), ["interrupted"]);
+        assert_eq!(losses(-5), ["interrupted"]);
         assert!(losses(100).is_empty());
     }
 

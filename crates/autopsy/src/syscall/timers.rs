@@ -132,14 +132,21 @@ impl Timers {
     }
 }
 
-/// The timer of a `hrtimer_sleeper` on a task's own kernel stack: the only trace of one that has just fired (it is no
+/// The timer of a task's `hrtimer_sleeper` on its own kernel stack: the only trace of one that has just fired (it is no
 /// longer queued). `words` is the live part of the stack, from `base` on.
-pub(super) fn on_stack(kernel: &Kernel, base: u64, words: &[u64]) -> Option<Expiry> {
+pub(super) fn on_stack(kernel: &Kernel, task: u64, base: u64, words: &[u64]) -> Option<Expiry> {
     let wakeup = kernel.symbol_opt("hrtimer_wakeup")?;
     let to_function = kernel.offset_of("hrtimer", "function").ok()?;
-    let index = words.iter().position(|word| *word == wakeup)?;
-    let addr = base.wrapping_add(index as u64 * 8).wrapping_sub(to_function);
-    let timer: Timer = kernel.read(addr).ok()?;
+    let to_timer = kernel.offset_of("hrtimer_sleeper", "timer").ok()?;
+    let to_task = kernel.offset_of("hrtimer_sleeper", "task").ok()?;
+    let functions = words.iter().enumerate().filter(|(_, word)| **word == wakeup);
+    let timers = functions.map(|(index, _)| base.wrapping_add(index as u64 * 8).wrapping_sub(to_function));
+    // One that has fired names nobody any more; one of an earlier call may lie there still.
+    let is_own = |timer: &u64| {
+        let owner = kernel.read_u64(timer.wrapping_sub(to_timer).wrapping_add(to_task));
+        owner.is_ok_and(|owner| owner == task || owner == 0)
+    };
+    let timer: Timer = kernel.read(timers.into_iter().find(is_own)?).ok()?;
     let clock: ClockBase = kernel.read(timer.base).ok()?;
     Some(Expiry { clock: clock.clockid, ns: timer.soft_expires })
 }

@@ -463,11 +463,15 @@ fn zombie() {
     });
     // Wait for both without reaping.
     for pid in [exited, killed] {
-        let r = nix::sys::wait::waitid(
-            nix::sys::wait::Id::Pid(nix::unistd::Pid::from_raw(pid)),
-            nix::sys::wait::WaitPidFlag::WEXITED | nix::sys::wait::WaitPidFlag::WNOWAIT,
-        );
-        r.unwrap();
+        let wait = || {
+            nix::sys::wait::waitid(
+                nix::sys::wait::Id::Pid(nix::unistd::Pid::from_raw(pid)),
+                nix::sys::wait::WaitPidFlag::WEXITED | nix::sys::wait::WaitPidFlag::WNOWAIT,
+            )
+        };
+        // The handler of their SIGCHLD interrupts it.
+        let r = std::iter::repeat_with(wait).find(|r| *r != Err(nix::errno::Errno::EINTR));
+        r.unwrap().unwrap();
     }
     let count = COUNT.load(Ordering::SeqCst);
     let go = go_fifo();
