@@ -47,6 +47,12 @@ pub enum PageCacheError {
         #[allow(missing_docs)]
         path: String,
     },
+    /// The names of the dead kernel lead through no symbolic link. Following one, somebody could have a file made where he may not.
+    #[error("{path}: a symbolic link is in its way now")]
+    Redirected {
+        #[allow(missing_docs)]
+        path: String,
+    },
     /// The disk does not have the file, and the page cache not all of its contents.
     #[error("{path} is not on the disk, and the dead page cache has {have} of its {want} pages only")]
     Incomplete {
@@ -102,6 +108,7 @@ pub fn restore(path: &Path, inode: &Inode, mem: &dyn PhysMem) -> Result<Restored
             Ok(meta) if meta.is_dir() => {}
             Ok(_) => return Err(PageCacheError::NotADirectory { path: name() }),
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                refuse_links(path)?;
                 create_directory(path, inode).map_err(io("create"))?;
                 done.created = true;
             }
@@ -121,6 +128,7 @@ pub fn restore(path: &Path, inode: &Inode, mem: &dyn PhysMem) -> Result<Restored
             if have < want && !lives_in_memory(inode) {
                 return Err(PageCacheError::Incomplete { path: name(), have, want });
             }
+            refuse_links(path)?;
             done.created = true;
             None
         }
@@ -182,6 +190,17 @@ fn is_older(meta: &Metadata, inode: &Inode) -> bool {
     meta.mtime() != inode.mtime.sec || (nsec != 0 && nsec != i64::from(inode.mtime.nsec))
 }
 
+/// Whether what there is of a path that is to be made is what it says.
+fn refuse_links(path: &Path) -> Result<(), PageCacheError> {
+    let there = path.ancestors().skip(1).find(|above| above.symlink_metadata().is_ok());
+    let is_straight = |above: &Path| above.canonicalize().is_ok_and(|real| real == above);
+    // The name itself may be a link that leads nowhere.
+    if path.symlink_metadata().is_ok() || !there.is_some_and(is_straight) {
+        return Err(PageCacheError::Redirected { path: path.display().to_string() });
+    }
+    Ok(())
+}
+
 fn create_directory(path: &Path, inode: &Inode) -> io::Result<()> {
     create_parents(path)?;
     DirBuilder::new().mode(0o700).create(path)?;
@@ -213,6 +232,21 @@ fn pages_below(index: u64, count: u64, end: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nothing_is_made_behind_a_link() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().canonicalize().unwrap();
+        std::fs::create_dir(dir.join("real")).unwrap();
+        std::os::unix::fs::symlink("real", dir.join("link")).unwrap();
+        std::os::unix::fs::symlink("nowhere", dir.join("dangling")).unwrap();
+        assert!(refuse_links(&dir.join("real/a")).is_ok());
+        assert!(refuse_links(&dir.join("real/a/b/c")).is_ok());
+        for path in ["link/a", "link/a/b", "dangling", "dangling/a"] {
+            let refused = refuse_links(&dir.join(path));
+            assert!(matches!(refused, Err(PageCacheError::Redirected { .. })), "{path}: {refused:?}");
+        }
+    }
     use snapshot::{PageCacheRun, PhysMap, PhysRange};
     use std::os::unix::fs::PermissionsExt;
 
