@@ -24,7 +24,7 @@ use crate::{Global, build, ui, workload};
 /// How long the programs run before the panic.
 const WORK: Duration = Duration::from_secs(3);
 /// A program that is over before this, in the uninterrupted run, may be over before the panic: it need not come back.
-const LASTING: Duration = Duration::from_secs(15);
+const LASTING: Duration = Duration::from_secs(8);
 const FLOOR_DEADLINE: Duration = Duration::from_secs(120);
 const ARM_DEADLINE: Duration = Duration::from_secs(120);
 /// Survivors with much memory, for the rate of pouring.

@@ -44,7 +44,7 @@ pub const WORKLOADS: [Workload; 5] = [
     Workload {
         name: "python3",
         what: "a SHA-256 chain, each 1000th link appended to a file",
-        argv: &["python3", "chain.py", "400000", "chain.out"],
+        argv: &["python3", "chain.py", "240000", "chain.out"],
         stdin: None,
         stdout: None,
         output: "chain.out",
@@ -66,7 +66,7 @@ pub const WORKLOADS: [Workload; 5] = [
             "-cmd",
             "PRAGMA temp_store = MEMORY;",
             "-cmd",
-            ".parameter set :rows 110000",
+            ".parameter set :rows 70000",
             ":memory:",
         ],
         stdin: Some("fill.sql"),
@@ -76,7 +76,7 @@ pub const WORKLOADS: [Workload; 5] = [
     Workload {
         name: "pipeline",
         what: "producer | sort | sha256sum",
-        argv: &["sh", "pipeline.sh", "600000", "pipeline.out"],
+        argv: &["sh", "pipeline.sh", "400000", "pipeline.out"],
         stdin: None,
         stdout: None,
         output: "pipeline.out",
@@ -84,7 +84,7 @@ pub const WORKLOADS: [Workload; 5] = [
     Workload {
         name: "ticks",
         what: "a shell loop that sleeps and counts by the clock",
-        argv: &["sh", "ticks.sh", "110", "ticks.out"],
+        argv: &["sh", "ticks.sh", "90", "ticks.out"],
         stdin: None,
         stdout: None,
         output: "ticks.out",
