@@ -54,6 +54,18 @@ pub(crate) fn needed<'a>(
     descriptors.chain(mapped).chain(exe)
 }
 
+/// `files` and all that they hold, directly or through others.
+fn with_held(snapshot: &Snapshot, files: impl Iterator<Item = FileId>) -> BTreeSet<FileId> {
+    let mut all = BTreeSet::new();
+    let mut todo: Vec<FileId> = files.collect();
+    while let Some(id) = todo.pop() {
+        if all.insert(id) {
+            todo.extend(snapshot.held_by(id));
+        }
+    }
+    all
+}
+
 impl Files {
     /// Opens what `processes` need. Contents that only the dead page cache has go to disk first.
     pub(crate) fn open(
@@ -62,8 +74,7 @@ impl Files {
         mem: &dyn PhysMem,
     ) -> Result<Self, Errno> {
         let highest = processes.iter().flat_map(|p| &p.descriptors).map(|d| d.fd).max().unwrap_or(0);
-        let ids: BTreeSet<FileId> =
-            processes.iter().flat_map(|p| needed(snapshot, p)).map(|(id, _)| id).collect();
+        let ids = with_held(snapshot, processes.iter().flat_map(|p| needed(snapshot, p)).map(|(id, _)| id));
         let mut files = Self { base: (highest + 1).max(500), ..Self::default() };
         // Beside files and pipes one for the memory of each process.
         files.make_room(ids.len() + 2 * snapshot.pipes.len() + snapshot.inodes.len() + processes.len())?;
@@ -75,8 +86,12 @@ impl Files {
             };
             files.open.insert(id, opened);
         }
+        files.connect(snapshot, mem);
         Ok(files)
     }
+
+    /// What needs several files to be open: contents of sockets that hold open files, and the like.
+    fn connect(&mut self, _snapshot: &Snapshot, _mem: &dyn PhysMem) {}
 
     /// The limit on descriptor numbers must hold ours above everybody's.
     fn make_room(&self, count: usize) -> Result<(), Errno> {

@@ -93,4 +93,12 @@ impl Snapshot {
     pub fn process(&self, pid: Pid) -> Option<&Process> {
         self.processes.iter().find(|p| p.pid == pid)
     }
+
+    /// The open files that an open file keeps or refers to besides the descriptors of processes: what is on its way through a
+    /// socket, what an epoll instance watches.
+    pub fn held_by(&self, file: FileId) -> Vec<FileId> {
+        match self.files.get(&file).map(|f| &f.kind) {
+            Some(_) | None => Vec::new(),
+        }
+    }
 }
