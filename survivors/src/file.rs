@@ -9,10 +9,12 @@ use std::os::unix::fs::FileExt;
 
 use anyhow::{Context, Result, ensure};
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::sys::mman::MapFlags;
 use rustix::fs::{Mode, OFlags, RawDir};
 
 use crate::Stage;
 use crate::child::Child;
+use crate::map::{Map, PAGE};
 use crate::prng;
 use crate::procfs::same;
 
@@ -294,4 +296,53 @@ pub fn deleted(stage: &mut Stage) -> Result<()> {
     same("size", &50_000, &content.len())?;
     prng::verify(8, &content)?;
     same("links", &0, &rustix::fs::fstat(&file)?.st_nlink)
+}
+
+/// The disk has heard of the file and not of its removal.
+pub fn deleted_synced(stage: &mut Stage) -> Result<()> {
+    let path = stage.path("file");
+    let mut file = read_write().open(&path)?;
+    file.write_all(&prng::bytes(9, 50_000))?;
+    file.sync_all()?;
+    File::open(stage.dir())?.sync_all()?;
+    fs::remove_file(&path)?;
+    file.write_all(b"after")?;
+
+    let crash = stage.crash()?;
+    if crash.damage {
+        file.set_len(49_999)?;
+    }
+    file.rewind()?;
+    let mut content = Vec::new();
+    file.read_to_end(&mut content)?;
+    same("size", &50_005, &content.len())?;
+    prng::verify(9, &content[..50_000])?;
+    same("end", &b"after"[..], &content[50_000..])?;
+    same("the name", &false, &path.exists())?;
+    same("links", &0, &rustix::fs::fstat(&file)?.st_nlink)
+}
+
+/// Replaced as package managers do it: the old file lives on in a mapping, the new one has the name.
+pub fn deleted_mapped(stage: &mut Stage) -> Result<()> {
+    const LEN: usize = 16 * PAGE;
+    let path = stage.path("file");
+    let mut file = read_write().open(&path)?;
+    file.write_all(&prng::bytes(10, LEN))?;
+    let mut map = Map::file(&file, LEN, MapFlags::MAP_PRIVATE)?;
+    drop(file);
+    fs::write(stage.path("new"), b"new")?;
+    fs::rename(stage.path("new"), &path)?;
+    for name in [&path, stage.dir()] {
+        File::open(name)?.sync_all()?;
+    }
+    map.bytes_mut()[5 * PAGE] ^= 0xff;
+    let mut expected = prng::bytes(10, LEN);
+    expected[5 * PAGE] ^= 0xff;
+
+    let crash = stage.crash()?;
+    if crash.damage {
+        map.bytes_mut()[0] ^= 1;
+    }
+    same("what is mapped", &true, &(map.bytes() == expected))?;
+    same("the file of that name", &b"new"[..], &fs::read(&path)?)
 }

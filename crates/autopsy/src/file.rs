@@ -175,7 +175,7 @@ impl Autopsy<'_> {
         }
         let operations = self.kernel.symbol_at(file.f_op).unwrap_or_default();
         match inode.mode & 0o170_000 {
-            S_IFREG => self.regular_kind(inode, path, operations),
+            S_IFREG => self.regular_kind(file, inode, path, operations),
             S_IFDIR => Ok(FileKind::Directory),
             S_IFIFO if operations == "pipefifo_fops" => {
                 let end = match file.f_mode & (FMODE_READ | FMODE_WRITE) {
@@ -197,15 +197,24 @@ impl Autopsy<'_> {
         }
     }
 
-    fn regular_kind(&self, inode: &InodeFacts, path: &FullPath, operations: &str) -> Result<FileKind> {
+    fn regular_kind(
+        &self,
+        file: &File,
+        inode: &InodeFacts,
+        path: &FullPath,
+        operations: &str,
+    ) -> Result<FileKind> {
         let unsupported = |what: String| Ok(FileKind::Unsupported { what });
         match inode.fs_type.as_bytes() {
             b"tmpfs" | b"hugetlbfs" | b"devtmpfs" if path.internal => match path.path.as_bytes() {
                 SHARED_ANONYMOUS => unsupported("shared anonymous memory".into()),
+                name if name.starts_with(b"/memfd:") && inode.fs_type.as_bytes() == b"tmpfs" => {
+                    self.memfd_kind(file.f_inode)
+                }
                 name if name.starts_with(b"/memfd:") => {
                     unsupported(format!("memory file {}", String::from_utf8_lossy(&name[1..])))
                 }
-                name if name.starts_with(b"/SYSV") => unsupported("System V shared memory".into()),
+                name if name.starts_with(SYSV) => unsupported("System V shared memory".into()),
                 _ => unsupported(format!("kernel-internal memory file {}", path.path)),
             },
             b"hugetlbfs" => unsupported(format!("file of huge pages {}", path.path)),
@@ -261,6 +270,11 @@ impl Autopsy<'_> {
         matches!(&file.kind, FileKind::Unsupported { .. }) && file.path.as_bytes() == SHARED_ANONYMOUS
     }
 
+    /// Whether it is what shmat(2) maps.
+    pub(crate) fn is_sysv_shm(&self, file: &OpenFile) -> bool {
+        matches!(&file.kind, FileKind::Unsupported { .. }) && file.path.as_bytes().starts_with(SYSV)
+    }
+
     /// File locks that this descriptor's process or open file holds (fs/locks.c).
     fn name_locks(&self, file: u64, files: u64, fd: usize, unsupported: &mut Vec<String>) {
         let locked = self.locks_of(file, files).unwrap_or_else(|error| {
@@ -305,6 +319,9 @@ impl Autopsy<'_> {
         Ok(None)
     }
 }
+
+/// How the names of the files behind System V shared memory begin (`newseg`, ipc/shm.c).
+const SYSV: &[u8] = b"/SYSV";
 
 /// What the kernel calls the file behind shared anonymous memory (`shmem_zero_setup`, mm/shmem.c).
 const SHARED_ANONYMOUS: &[u8] = b"/dev/zero";

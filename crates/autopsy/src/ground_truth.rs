@@ -687,6 +687,7 @@ fn mapping_line(snapshot: &Snapshot, vma: &Vma, name: &str) -> String {
     let (inode, offset) = match &vma.kind {
         VmaKind::File { file, offset } => (snapshot.files.get(file).map(|f| f.inode), *offset),
         VmaKind::SharedAnonymous { inode, offset } => (Some(*inode), *offset),
+        VmaKind::SysvShm { id, offset } => (snapshot.shm_segment(*id).map(|s| s.inode), *offset),
         _ => (None, 0),
     };
     let inode = inode.and_then(|id| snapshot.inodes.get(&id));
@@ -714,6 +715,7 @@ fn mapping_name(snapshot: &Snapshot, space: &AddressSpace, vma: &Vma) -> String 
             Some(name) => format!("[anon_shmem:{name}]"),
             None => "/dev/zero (deleted)".into(),
         },
+        VmaKind::SysvShm { id, .. } => snapshot.shm_segment(*id).map(|s| s.file_name()).unwrap_or_default(),
         VmaKind::Special { name } => name.to_string(),
         VmaKind::Unsupported { .. } => String::new(),
         VmaKind::Anonymous if vma.start <= layout.brk && vma.end >= layout.start_brk => "[heap]".into(),

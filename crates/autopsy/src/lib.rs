@@ -22,6 +22,8 @@ mod fpu;
 mod fs;
 pub mod ground_truth;
 mod inode;
+mod ipc;
+mod memfd;
 mod memory;
 mod panic;
 mod pipe;
@@ -127,6 +129,7 @@ impl<'k> Autopsy<'k> {
         });
         let processes = self.processes()?;
         self.set_subject(None);
+        let ipc = self.ipc();
         let unwritten = self.unwritten_files(&mounts, clocks.realtime_ns / 1_000_000_000);
         Ok(Snapshot {
             format: snapshot::FORMAT,
@@ -141,6 +144,7 @@ impl<'k> Autopsy<'k> {
             unwritten,
             pipes: self.pipes.take(),
             ttys: self.ttys.take(),
+            ipc,
             findings: self.findings.take(),
         })
     }

@@ -603,6 +603,11 @@ impl Autopsy<'_> {
             FileKind::Unsupported { .. } if self.is_shared_anonymous(open) => {
                 Ok(VmaKind::SharedAnonymous { inode: open.inode, offset })
             }
+            FileKind::Unsupported { .. } if self.is_sysv_shm(open) => {
+                let data = self.kernel.offset_of("file", "private_data")?;
+                let data = self.kernel.read_u64(area.vm_file.wrapping_add(data))?;
+                Ok(VmaKind::SysvShm { id: self.shm_id(data)?, offset })
+            }
             FileKind::Unsupported { what } => unsupported(what),
             _ => Ok(VmaKind::File { file, offset }),
         }

@@ -6,8 +6,8 @@ use std::collections::BTreeSet;
 use std::os::unix::ffi::OsStrExt;
 
 use snapshot::{
-    AddressSpace, Bytes, Credentials, FileKind, PendingSignal, Pid, Process, ProcessState, Prot, Snapshot,
-    Thread, VmaKind,
+    AddressSpace, Bytes, Credentials, FileKind, OpenFile, PendingSignal, Pid, Process, ProcessState, Prot,
+    Snapshot, Thread, VmaKind,
 };
 
 use crate::credentials::{parse_status, status_field};
@@ -144,8 +144,24 @@ fn joined(all: impl Iterator<Item = Shown>) -> Vec<Shown> {
 fn shown_now(line: MapsLine) -> Shown {
     let path = line.path.as_bytes();
     let label = [&b"[heap]"[..], b"[stack]", b"[anon"].iter().any(|l| path.starts_with(l));
-    let object = (!path.is_empty() && !label).then_some((line.path, line.offset));
+    let object = (!path.is_empty() && !label).then_some((without_lost_name(line.path), line.offset));
     Shown { start: line.start, end: line.end, prot: line.prot, shared: line.shared, object }
+}
+
+const DELETED: &[u8] = b" (deleted)";
+
+/// How /proc shows a file; see [`without_lost_name`].
+fn shown_path(file: &OpenFile) -> Bytes {
+    let suffix = if file.deleted { DELETED } else { b"" };
+    without_lost_name(Bytes([file.path.as_bytes(), suffix].concat()))
+}
+
+/// A file that has lost its name may have none at all when it is back: somebody else may have that name now.
+fn without_lost_name(path: Bytes) -> Bytes {
+    const MEMORY: [&[u8]; 3] = [b"/dev/zero", b"/SYSV", b"/memfd:"];
+    let is_lost =
+        path.as_bytes().ends_with(DELETED) && !MEMORY.iter().any(|m| path.as_bytes().starts_with(m));
+    if is_lost { Bytes(DELETED.to_vec()) } else { path }
 }
 
 fn maps(e: &Expected<'_>, dir: &str) -> Vec<String> {
@@ -156,7 +172,12 @@ fn maps(e: &Expected<'_>, dir: &str) -> Vec<String> {
         let object = match &vma.kind {
             VmaKind::Anonymous | VmaKind::Unsupported { .. } => None,
             VmaKind::File { file, offset } => {
-                Some((e.snapshot.files.get(file).map(|f| f.path.clone()).unwrap_or_default(), *offset))
+                let file = e.snapshot.files.get(file);
+                Some((file.map(shown_path).unwrap_or_default(), *offset))
+            }
+            VmaKind::SysvShm { id, offset } => {
+                let segment = e.snapshot.shm_segment(*id);
+                segment.map(|s| (s.file_name().as_str().into(), *offset))
             }
             VmaKind::SharedAnonymous { offset, .. } => Some(("/dev/zero (deleted)".into(), *offset)),
             VmaKind::Special { name } => Some((name.clone(), 0)),
@@ -276,12 +297,12 @@ fn descriptors(e: &Expected<'_>, dir: &str) -> Vec<String> {
         } else {
             found.push(at("its state cannot be read"));
         }
-        if let FileKind::Regular | FileKind::Directory | FileKind::Path = file.kind {
+        if let FileKind::Regular | FileKind::Memfd { .. } | FileKind::Directory | FileKind::Path = file.kind {
             if file.kind != FileKind::Path {
                 found.extend(differ(&at("position"), number("pos", 10).unwrap_or(-1), file.pos));
             }
             let link = std::fs::read_link(format!("{dir}/fd/{}", d.fd)).unwrap_or_default();
-            if link.as_os_str().as_bytes() != file.path.as_bytes() {
+            if without_lost_name(Bytes(link.as_os_str().as_bytes().to_vec())) != shown_path(file) {
                 found.push(at(&format!("it is {} now", link.display())));
             }
         }
@@ -305,7 +326,10 @@ fn places(e: &Expected<'_>, dir: &str) -> Vec<String> {
         compare("root", &fs.root);
     }
     if let Some(exe) = e.mm.exe.and_then(|id| e.snapshot.files.get(&id)) {
-        compare("exe", &exe.path);
+        let is = std::fs::read_link(format!("{dir}/exe")).unwrap_or_default();
+        if without_lost_name(Bytes(is.as_os_str().as_bytes().to_vec())) != shown_path(exe) {
+            found.push(format!("its exe is {} and was {}", is.display(), exe.path));
+        }
     }
     found
 }

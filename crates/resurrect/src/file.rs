@@ -2,6 +2,7 @@
 //! between descriptors and processes is shared again.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
@@ -11,7 +12,7 @@ use snapshot::{
     FileId, FileKind, Inode, InodeId, OpenFile, PhysMem, PipeId, Process, Reason, Snapshot, TtyId, VmaKind,
 };
 
-use crate::{FileStale, FileWritten, page_cache, pipe, sys, tty};
+use crate::{FileStale, FileWritten, memfd, page_cache, pipe, sys, tty};
 
 /// Flags that only mean something to the open call itself.
 const CREATION_FLAGS: i32 = libc::O_CREAT
@@ -33,6 +34,8 @@ pub(crate) struct Files {
     pipes: BTreeMap<PipeId, Result<pipe::Opened, String>>,
     ttys: BTreeMap<TtyId, Result<tty::Restored, String>>,
     inodes: BTreeMap<InodeId, Result<page_cache::Restored, String>>,
+    /// Files without a name, each made once.
+    unnamed: BTreeMap<InodeId, Result<File, Reason>>,
 }
 
 /// No descriptor of a process may be as high as this: our own lie above, within fs.nr_open, and each process is made with a table
@@ -64,6 +67,11 @@ fn with_held(snapshot: &Snapshot, files: impl Iterator<Item = FileId>) -> BTreeS
         }
     }
     all
+}
+
+/// Whether a process has a file open or mapped.
+pub(crate) fn uses_inode(snapshot: &Snapshot, process: &Process, inode: InodeId) -> bool {
+    needed(snapshot, process).any(|(id, _)| snapshot.files.get(&id).is_some_and(|f| f.inode == inode))
 }
 
 impl Files {
@@ -187,6 +195,11 @@ impl Files {
         let path = file.path.as_path();
         let flags = file.flags & !CREATION_FLAGS;
         let fd = match &file.kind {
+            FileKind::Regular | FileKind::Memfd { .. } if file.deleted => {
+                let fd = self.open_unnamed(snapshot, file, flags, mem)?;
+                self.seek(fd, file)?
+            }
+            FileKind::Memfd { .. } => return Err(Reason::new("file", "a memory file with a name")),
             FileKind::Regular => {
                 self.bring_up_to_date(snapshot, file, mem)?;
                 let fd = sys::open(path, flags | libc::O_NOCTTY, 0).map_err(|e| io("open", e))?;
@@ -253,6 +266,21 @@ impl Files {
         restored.as_ref().map(drop).map_err(|why| Reason::new("file", why.clone()))
     }
 
+    /// Opens a file that has no name, after making it.
+    fn open_unnamed(
+        &mut self,
+        snapshot: &Snapshot,
+        file: &OpenFile,
+        flags: i32,
+        mem: &dyn PhysMem,
+    ) -> Result<OwnedFd, Reason> {
+        let base = self.base;
+        let made = self.unnamed.entry(file.inode).or_insert_with(|| make_unnamed(snapshot, file, mem, base));
+        let fd = made.as_ref().map_err(Reason::clone)?.as_raw_fd();
+        sys::open(format!("/proc/self/fd/{fd}").as_ref(), flags | libc::O_NOCTTY, 0)
+            .map_err(|e| Reason::new("descriptor", format!("open: {e}")))
+    }
+
     fn seek(&self, fd: OwnedFd, file: &OpenFile) -> Result<OwnedFd, Reason> {
         if file.pos != 0 {
             // SAFETY: numbers only.
@@ -260,6 +288,22 @@ impl Files {
             Errno::result(r).map_err(|e| Reason::new("descriptor", format!("seek: {e}")))?;
         }
         Ok(fd)
+    }
+
+    /// Seals that would have hindered mapping. Those who had it mapped writable have it mapped by now.
+    pub(crate) fn seal(&self, snapshot: &Snapshot) -> Vec<(InodeId, Errno)> {
+        let mut failed = Vec::new();
+        let mut done = BTreeSet::new();
+        for file in self.open.keys().filter_map(|id| snapshot.files.get(id)) {
+            let FileKind::Memfd { seals } = file.kind else { continue };
+            let Some(Ok(made)) = self.unnamed.get(&file.inode).filter(|_| done.insert(file.inode)) else {
+                continue;
+            };
+            if let Err(e) = memfd::seal_late(made, seals) {
+                failed.push((file.inode, e));
+            }
+        }
+        failed
     }
 
     /// Sets the receivers of SIGIO. They must exist, hence after the skeletons.
@@ -326,6 +370,27 @@ fn is_kernel_made(fs_type: &[u8]) -> bool {
 
 fn process_of_proc_path(path: &[u8]) -> bool {
     path.strip_prefix(b"/proc/").is_some_and(|rest| rest.first().is_some_and(u8::is_ascii_digit))
+}
+
+/// Makes a file that has no name. What comes back is not open for writing: a program that is to be run from it must not be.
+fn make_unnamed(
+    snapshot: &Snapshot,
+    file: &OpenFile,
+    mem: &dyn PhysMem,
+    base: RawFd,
+) -> Result<File, Reason> {
+    let reason = |why: String| Reason::new("deleted-file", why);
+    let inode =
+        snapshot.inodes.get(&file.inode).ok_or_else(|| reason("its inode is not in the snapshot".into()))?;
+    let made = match file.kind {
+        FileKind::Memfd { seals } => memfd::make(&file.path, seals, inode, mem)?,
+        _ => {
+            page_cache::restore_unnamed(file.path.as_path(), inode, mem).map_err(|e| reason(e.to_string()))?
+        }
+    };
+    let path = format!("/proc/self/fd/{}", made.as_raw_fd());
+    let handle = sys::open(path.as_ref(), libc::O_RDONLY, 0).and_then(|fd| sys::lift(fd, base));
+    handle.map(File::from).map_err(|e| reason(format!("open: {e}")))
 }
 
 fn verify_device(path: &Path, major: u32, minor: u32) -> Result<(), Reason> {

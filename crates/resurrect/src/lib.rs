@@ -33,6 +33,8 @@ mod deadline;
 mod exec;
 mod file;
 mod inject;
+mod ipc;
+mod memfd;
 mod memory;
 pub mod page_cache;
 mod pipe;
@@ -342,7 +344,11 @@ impl<'a> Run<'a> {
         let mut reverse = ReverseMap::default();
         let shared =
             shared_memory::Objects::make(self.snapshot, &self.processes(&wanted), files.base, &mut reverse);
-        self.refuse_shared_memory(&mut wanted, &shared);
+        let ipc = match wanted.is_empty() {
+            true => ipc::Objects::default(),
+            false => ipc::Objects::make(self.snapshot, &mut reverse),
+        };
+        self.refuse_shared_memory(&mut wanted, &shared, &ipc);
         self.step(Step::FilesReopened);
 
         // Clock, skeletons.
@@ -369,10 +375,16 @@ impl<'a> Run<'a> {
             clocks_go_on,
         };
         let mut builds = self.map_memory(&wanted, &common);
-        self.pour(mem, reverse, &shared, &mut builds);
+        self.pour(mem, reverse, &shared, &ipc, &mut builds);
 
         // The rest.
         self.each(&mut builds, |build, common, deadline| build.finish(common, deadline), &common, true);
+        for (id, errno) in files.seal(self.snapshot) {
+            let text = format!("a memory file that it uses has not got its seals again: {errno}");
+            for build in builds.iter_mut().filter(|b| file::uses_inode(self.snapshot, b.process, id)) {
+                build.losses.push(Reason::new("memfd", text.clone()));
+            }
+        }
         for (id, errno) in files.set_owners(self.snapshot) {
             for build in &mut builds {
                 if build.process.descriptors.iter().any(|d| d.file == id) {
@@ -388,6 +400,8 @@ impl<'a> Run<'a> {
         // Ends of pipes must not seem open because we have them.
         drop(files);
         drop(shared);
+        // Segments that were to go with the last who is attached must not find us.
+        drop(ipc);
         self.release(builds, zombies);
         Ok(self.conclude())
     }
@@ -533,10 +547,17 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn refuse_shared_memory(&mut self, wanted: &mut BTreeSet<Pid>, shared: &shared_memory::Objects) {
+    fn refuse_shared_memory(
+        &mut self,
+        wanted: &mut BTreeSet<Pid>,
+        shared: &shared_memory::Objects,
+        ipc: &ipc::Objects,
+    ) {
         for p in self.processes(wanted) {
-            if let Some(why) = shared.failure(self.snapshot, p) {
+            if let Some(why) = shared.failure(self.snapshot, p).or_else(|| ipc.failure(self.snapshot, p)) {
                 self.give_up(wanted, p.pid, vec![Reason::new("shared-memory", why)]);
+            } else {
+                self.losses.entry(p.pid).or_default().extend(ipc.losses(self.snapshot, p));
             }
         }
     }
@@ -674,6 +695,7 @@ impl<'a> Run<'a> {
         mem: &dyn PhysMem,
         mut reverse: ReverseMap,
         shared: &shared_memory::Objects,
+        ipc: &ipc::Objects,
         builds: &mut Vec<Build<'a>>,
     ) {
         let start = Instant::now();
@@ -684,6 +706,7 @@ impl<'a> Run<'a> {
             match build.claim_pages(&mut reverse) {
                 Ok(mut ids) => {
                     ids.extend(shared.owners(self.snapshot, build.process));
+                    ids.extend(ipc.owners(self.snapshot, build.process));
                     owners.insert(build.process.pid, ids);
                     claimed.push(build);
                 }

@@ -197,6 +197,9 @@ impl Area {
                     VmaKind::SharedAnonymous { inode: a, offset: x },
                     VmaKind::SharedAnonymous { inode: b, offset: y },
                 ) => a == b && x + self.len() == *y,
+                (VmaKind::SysvShm { id: a, offset: x }, VmaKind::SysvShm { id: b, offset: y }) => {
+                    a == b && x + self.len() == *y
+                }
                 _ => false,
             }
     }
@@ -287,12 +290,54 @@ pub(crate) fn clear(mm: &AddressSpace, specials: &Specials, scratch: Scratch) ->
 pub(crate) struct Sources<'a> {
     pub(crate) files: &'a dyn Fn(FileId) -> Option<RawFd>,
     pub(crate) shared: &'a BTreeMap<InodeId, RawFd>,
+    /// Length of System V shared memory segments.
+    pub(crate) segments: &'a dyn Fn(i32) -> Option<u64>,
+}
+
+/// Attaches System V shared memory, and takes away what of it the process had unmapped or protected otherwise.
+fn attach(areas: &[Area], len: &dyn Fn(i32) -> Option<u64>) -> Result<Vec<Call>, String> {
+    let mut attachments: BTreeMap<(u64, i32), Vec<&Area>> = BTreeMap::new();
+    for area in areas {
+        if let VmaKind::SysvShm { id, offset } = area.kind {
+            let base =
+                area.start.checked_sub(offset).ok_or("a segment that begins before the first address")?;
+            attachments.entry((base, id)).or_default().push(area);
+        }
+    }
+    let mut calls = Vec::new();
+    for ((base, id), areas) in attachments {
+        let len = len(id).ok_or_else(|| format!("segment {id} is not there"))?;
+        let end = base.checked_add(len).ok_or("a segment that ends behind the last address")?;
+        let any = |flag| areas.iter().any(|a| a.flags.contains(flag));
+        let prot = areas.iter().fold(Prot::empty(), |all, area| all | area.prot);
+        let mut flags = if any(VmaFlags::MAYWRITE) { 0 } else { libc::SHM_RDONLY };
+        if prot.contains(Prot::EXEC) {
+            flags |= libc::SHM_EXEC;
+        }
+        calls.push(call!(format!("attach segment {id}"), libc::SYS_shmat, id, base, flags));
+        let mut at = base;
+        for (start, stop) in areas.iter().map(|a| (a.start, a.end)).chain([(end, end)]) {
+            if at < start {
+                calls.push(call!(format!("unmap {}", range(at, start)), libc::SYS_munmap, at, start - at));
+            }
+            at = stop;
+        }
+        for area in areas {
+            let what = format!("protect {}", range(area.start, area.end));
+            calls.push(call!(what, libc::SYS_mprotect, area.start, area.len(), area.prot.bits()));
+        }
+    }
+    Ok(calls)
 }
 
 /// Makes the mappings, writable where they are to be filled. `Err` names one whose file is not there.
 pub(crate) fn map(areas: &[Area], sources: &Sources<'_>) -> Result<Vec<Call>, String> {
-    let mut calls = Vec::new();
+    // A segment is attached as a whole, and may reach where something else is to be.
+    let mut calls = attach(areas, sources.segments)?;
     for area in areas {
+        if let VmaKind::SysvShm { .. } = area.kind {
+            continue;
+        }
         let what = format!("map {}", range(area.start, area.end));
         let mut flags = libc::MAP_FIXED_NOREPLACE;
         flags |= if area.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
@@ -313,7 +358,7 @@ pub(crate) fn map(areas: &[Area], sources: &Sources<'_>) -> Result<Vec<Call>, St
             VmaKind::SharedAnonymous { inode, offset } => {
                 (*sources.shared.get(inode).ok_or_else(|| format!("{what}: no object"))?, *offset)
             }
-            VmaKind::Special { .. } | VmaKind::Unsupported { .. } => {
+            VmaKind::Special { .. } | VmaKind::SysvShm { .. } | VmaKind::Unsupported { .. } => {
                 return Err(format!("{what}: unknown kind"));
             }
         };

@@ -85,12 +85,7 @@ pub enum PageCacheError {
 
 /// Inode numbers mean something across a reboot on this file system.
 fn has_lasting_inodes(inode: &Inode) -> bool {
-    !lives_in_memory(inode)
-}
-
-/// The page cache is the only place where the contents are.
-fn lives_in_memory(inode: &Inode) -> bool {
-    matches!(inode.fs_type.as_bytes(), b"tmpfs" | b"ramfs" | b"devtmpfs" | b"rootfs")
+    !inode.lives_in_memory()
 }
 
 /// Writes what is newer in the dead page cache than on the disk to the regular file at `path`.
@@ -122,11 +117,9 @@ pub fn restore(path: &Path, inode: &Inode, mem: &dyn PhysMem) -> Result<Restored
             Some(meta)
         }
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
-            let want = inode.size.div_ceil(PAGE_SIZE);
-            let have = inode.pages.iter().map(|r| pages_below(r.index, r.count.into(), want)).sum();
-            // On tmpfs a page that is not there is a hole.
-            if have < want && !lives_in_memory(inode) {
-                return Err(PageCacheError::Incomplete { path: name(), have, want });
+            let (missing, want) = inode.missing_pages();
+            if missing > 0 {
+                return Err(PageCacheError::Incomplete { path: name(), have: want - missing, want });
             }
             refuse_links(path)?;
             done.created = true;
@@ -144,7 +137,70 @@ pub fn restore(path: &Path, inode: &Inode, mem: &dyn PhysMem) -> Result<Restored
     } else {
         OpenOptions::new().write(true).open(path).map_err(io("open for writing"))?
     };
+    done.written = fill(&file, path, inode, all, mem)?;
+    Ok(done)
+}
+
+/// Makes a regular file that has lost its name again, with all it held: under the old name, which then goes as well, or, if somebody
+/// else has that name, without any. Open for reading and writing.
+pub fn restore_unnamed(path: &Path, inode: &Inode, mem: &dyn PhysMem) -> Result<File, PageCacheError> {
+    let io = |what| move |source| PageCacheError::Io { what, path: path.display().to_string(), source };
+    let (missing, want) = inode.missing_pages();
+    if missing > 0 {
+        let path = path.display().to_string();
+        return Err(PageCacheError::Incomplete { path, have: want - missing, want });
+    }
+    let mut options = OpenOptions::new();
+    options.read(true).write(true);
+    match path.symlink_metadata() {
+        Err(_) => {
+            refuse_links(path)?;
+            let file = create(path, inode).map_err(io("create"))?;
+            std::fs::remove_file(path).map_err(io("remove"))?;
+            fill(&file, path, inode, true, mem)?;
+            Ok(file)
+        }
+        // The disk had not heard yet that the name was to go.
+        Ok(meta) if has_lasting_inodes(inode) && meta.is_file() && meta.ino() == inode.ino => {
+            restore(path, inode, mem)?;
+            let file = options.open(path).map_err(io("open"))?;
+            std::fs::remove_file(path).map_err(io("remove"))?;
+            Ok(file)
+        }
+        Ok(_) => {
+            let dir = path.parent().unwrap_or(Path::new("/"));
+            if !dir.canonicalize().is_ok_and(|real| real == dir) {
+                return Err(PageCacheError::Redirected { path: path.display().to_string() });
+            }
+            let file = options.mode(0o600).custom_flags(libc::O_TMPFILE).open(dir);
+            let file = file.map_err(io("create a file without a name beside"))?;
+            set_owner_and_mode(&file, inode).map_err(io("set the owner of"))?;
+            fill(&file, path, inode, true, mem)?;
+            Ok(file)
+        }
+    }
+}
+
+/// Gives an empty file all that the page cache held of another one.
+pub(crate) fn copy_contents(file: &File, inode: &Inode, mem: &dyn PhysMem) -> Result<(), PageCacheError> {
+    let path = inode.path.as_path();
+    let io = |what| move |source| PageCacheError::Io { what, path: path.display().to_string(), source };
+    set_owner_and_mode(file, inode).map_err(io("set the owner of"))?;
+    fill(file, path, inode, true, mem).map(drop)
+}
+
+/// Writes what the page cache held, or only what of it was dirty, into a file, and gives it its size and times; returns the bytes written.
+fn fill(
+    file: &File,
+    path: &Path,
+    inode: &Inode,
+    all: bool,
+    mem: &dyn PhysMem,
+) -> Result<u64, PageCacheError> {
+    let name = || path.display().to_string();
+    let io = |what| move |source| PageCacheError::Io { what, path: path.display().to_string(), source };
     let mut buffer = vec![0; 64 << 10];
+    let mut written = 0;
     for run in inode.pages.iter().filter(|r| all || r.dirty) {
         let start = run.index.saturating_mul(PAGE_SIZE);
         let len = (u64::from(run.count) * PAGE_SIZE).min(inode.size.saturating_sub(start));
@@ -162,7 +218,7 @@ pub fn restore(path: &Path, inode: &Inode, mem: &dyn PhysMem) -> Result<Restored
             let bytes = mem.map(at, len as usize).map_err(memory)?;
             file.write_all_at(&bytes, start).map_err(io("write"))?;
         }
-        done.written += len;
+        written += len;
     }
     file.set_len(inode.size).map_err(io("set the size of"))?;
     let times =
@@ -170,7 +226,7 @@ pub fn restore(path: &Path, inode: &Inode, mem: &dyn PhysMem) -> Result<Restored
     // SAFETY: two timespecs, as futimens reads them.
     nix::errno::Errno::result(unsafe { libc::futimens(file.as_raw_fd(), times.as_ptr()) })
         .map_err(|e| io("set the times of")(e.into()))?;
-    Ok(done)
+    Ok(written)
 }
 
 fn verify(path: &Path, inode: &Inode, meta: &Metadata) -> Result<(), PageCacheError> {
@@ -209,7 +265,7 @@ fn create_directory(path: &Path, inode: &Inode) -> io::Result<()> {
 
 fn create(path: &Path, inode: &Inode) -> io::Result<File> {
     create_parents(path)?;
-    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)?;
     set_owner_and_mode(&file, inode)?;
     Ok(file)
 }
@@ -222,11 +278,6 @@ fn set_owner_and_mode(file: &File, inode: &Inode) -> io::Result<()> {
     fchown(file, Some(inode.uid), Some(inode.gid))?;
     // After the owner: chown clears set-id bits.
     file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(inode.mode & 0o7777))
-}
-
-/// How many of the pages `index..index + count` lie below page `end`.
-fn pages_below(index: u64, count: u64, end: u64) -> u64 {
-    end.saturating_sub(index).min(count)
 }
 
 #[cfg(test)]

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use snapshot::{
-    AddressSpace, Credentials, InodeId, Pid, Process, ProcessState, Reason, Resume, Snapshot, Thread,
-    ThreadState,
+    AddressSpace, Credentials, InodeId, Pid, Process, ProcessState, Reason, Resume, ShmSegment, Snapshot,
+    Thread, ThreadState,
 };
 
 use crate::check::{self, Expected};
@@ -18,7 +18,7 @@ use crate::inject::{self, Call, InjectError, Missed, Scratch, Tracee, call};
 use crate::memory::{self, Area, Sources, Specials};
 use crate::pour::{Owner, OwnerId, ReverseMap};
 use crate::syscall::{self, Continuation};
-use crate::{signal, sys, thread};
+use crate::{ipc, signal, sys, thread};
 
 /// What all rebuilt processes have in common.
 pub(crate) struct Common<'a> {
@@ -135,7 +135,8 @@ impl<'a> Build<'a> {
         let step = "map memory";
         let mut calls = memory::clear(self.mm, common.specials, common.scratch);
         let fd = |id| common.files.fd(id);
-        let sources = Sources { files: &fd, shared: common.shared };
+        let segments = |id| common.snapshot.shm_segment(id).map(ShmSegment::mapped_len);
+        let sources = Sources { files: &fd, shared: common.shared, segments: &segments };
         calls.extend(memory::map(&self.areas, &sources).map_err(failure(step))?);
         let missed = self.leader.run(&calls, deadline).map_err(failure(step))?;
         self.lose(missed);
@@ -231,6 +232,7 @@ impl<'a> Build<'a> {
                     &mut self.losses,
                 ));
                 calls.extend(self.set_dumpable());
+                calls.extend(ipc::undo(&common.snapshot.ipc, p.pid));
             }
             let tracee = self.tracee(t.tid).ok_or("a thread is missing").map_err(failure(step))?;
             let missed = tracee.run(&calls, deadline).map_err(failure(step))?;

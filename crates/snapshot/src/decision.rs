@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    AddressSpaceId, FileKind, Fpu, Pid, Process, ProcessState, Resume, Seccomp, Severity, Snapshot,
+    AddressSpaceId, FileKind, Fpu, OpenFile, Pid, Process, ProcessState, Resume, Seccomp, Severity, Snapshot,
     ThreadState, VmaKind,
 };
 
@@ -354,10 +354,8 @@ fn judge_memory(
                             "mapping",
                             format!("{at}: {what}: not brought back by this version"),
                         ));
-                    } else if f.deleted {
-                        let text =
-                            format!("{at}: {} had been deleted: not brought back by this version", f.path);
-                        reasons.push(Reason::new("deleted-file", text));
+                    } else if let Some(why) = obstacle_without_name(snapshot, f) {
+                        reasons.push(Reason::new("deleted-file", format!("{at}: {}: {why}", f.path)));
                     }
                     inodes.insert(f.inode);
                 }
@@ -365,6 +363,15 @@ fn judge_memory(
             VmaKind::SharedAnonymous { inode, .. } => {
                 inodes.insert(*inode);
             }
+            VmaKind::SysvShm { id, .. } => match snapshot.ipc.shm.iter().find(|s| s.perm.id == *id) {
+                Some(segment) => {
+                    inodes.insert(segment.inode);
+                }
+                None => {
+                    let text = format!("{at}: its shared memory segment {id} could not be read");
+                    reasons.push(Reason::new("mapping", text));
+                }
+            },
             VmaKind::Anonymous | VmaKind::Special { .. } => {}
         }
         let swapped: u64 = vma.swapped.iter().map(|r| u64::from(r.count)).sum();
@@ -384,6 +391,20 @@ fn judge_memory(
             inode.path, inode.swapped_pages
         );
         reasons.push(Reason::new("swapped", text));
+    }
+}
+
+/// Why a file without a name cannot be made again; `None` if it can, or has a name.
+fn obstacle_without_name(snapshot: &Snapshot, file: &OpenFile) -> Option<String> {
+    if !file.deleted {
+        return None;
+    }
+    match &file.kind {
+        FileKind::Regular | FileKind::Memfd { .. } => match snapshot.inodes.get(&file.inode) {
+            Some(inode) => inode.obstacle_without_name(),
+            None => Some("its inode could not be read".into()),
+        },
+        _ => Some("it had been deleted: not brought back by this version".into()),
     }
 }
 
@@ -425,10 +446,14 @@ fn judge_descriptors(snapshot: &Snapshot, process: &Process, reasons: &mut Vec<R
             }
             // A pipe has no name that could be gone, a FIFO has.
             FileKind::Pipe { .. } if !file.path.as_bytes().starts_with(b"/") => {}
-            FileKind::Regular | FileKind::Directory | FileKind::Path | FileKind::Pipe { .. } => {
-                if file.deleted {
-                    give_up("deleted-file", "it had been deleted: not brought back by this version".into());
-                } else if !file.initial_mount_namespace {
+            FileKind::Regular
+            | FileKind::Memfd { .. }
+            | FileKind::Directory
+            | FileKind::Path
+            | FileKind::Pipe { .. } => {
+                if let Some(why) = obstacle_without_name(snapshot, file) {
+                    give_up("deleted-file", why);
+                } else if !file.initial_mount_namespace && !matches!(file.kind, FileKind::Memfd { .. }) {
                     give_up("descriptor", "it belongs to another mount namespace".into());
                 }
                 let swapped = snapshot.inodes.get(&file.inode).map_or(0, |inode| inode.swapped_pages);

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Bytes, PipeEnd, PipeId, Timestamp, TtyId};
+use crate::{Bytes, PAGE_SIZE, PipeEnd, PipeId, Timestamp, TtyId};
 
 /// Address of a `struct file` in the dead kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -79,6 +79,11 @@ pub enum FileKind {
         #[allow(missing_docs)]
         tty: TtyId,
     },
+    /// A file in memory that never had a name (memfd_create(2)).
+    Memfd {
+        /// F_SEAL_*, as F_GET_SEALS gives them.
+        seals: u32,
+    },
     /// Opened with O_PATH: a place in the tree, nothing more.
     Path,
     /// Something that is not brought back; the text names it for people (`unix stream socket to …`).
@@ -123,6 +128,34 @@ pub struct Inode {
     pub pages: Vec<PageCacheRun>,
     /// Pages of shared memory or tmpfs that were swapped out: not recoverable here, by page index.
     pub swapped_pages: u64,
+}
+
+impl Inode {
+    /// Whether all there is of its contents is in memory anyway: what the page cache lacks is a hole.
+    pub fn lives_in_memory(&self) -> bool {
+        matches!(self.fs_type.as_bytes(), b"tmpfs" | b"ramfs" | b"devtmpfs" | b"rootfs")
+    }
+
+    /// How many pages of its contents the page cache lacks, and of how many.
+    pub fn missing_pages(&self) -> (u64, u64) {
+        let want = self.size.div_ceil(PAGE_SIZE);
+        let below_end = |run: &PageCacheRun| want.saturating_sub(run.index).min(run.count.into());
+        let have: u64 = self.pages.iter().map(below_end).sum();
+        (if self.lives_in_memory() { 0 } else { want.saturating_sub(have) }, want)
+    }
+
+    /// Why the contents of a file without a name cannot be given to a new one, if so.
+    pub fn obstacle_without_name(&self) -> Option<String> {
+        if self.nlink > 0 {
+            return Some("its name had been removed, and it has another one that is not known".into());
+        }
+        match self.missing_pages() {
+            (0, _) => None,
+            (missing, want) => Some(format!(
+                "it had been deleted, and {missing} of its {want} pages were on the disk only: not brought back by this version"
+            )),
+        }
+    }
 }
 
 /// Consecutive page cache pages in consecutive page frames.

@@ -19,6 +19,7 @@ mod decision;
 mod file;
 mod finding;
 mod fs;
+mod ipc;
 mod memory;
 mod panic;
 mod physmem;
@@ -36,6 +37,7 @@ pub use decision::{Decision, LiveFpu, Policy, Reason, Selector, decide};
 pub use file::{Descriptor, FileId, FileKind, Inode, InodeId, OpenFile, PageCacheRun};
 pub use finding::{Finding, Severity};
 pub use fs::{FsContext, Mount, MountFlags, Timestamp};
+pub use ipc::{Ipc, IpcPerm, Message, MsgQueue, SemArray, SemUndo, ShmSegment};
 pub use memory::{AddressSpace, AddressSpaceId, MmLayout, PageRun, Prot, SwapRun, Vma, VmaFlags, VmaKind};
 pub use panic::{Frame, Kernel, LogRecord, Panic, vdso_fingerprint};
 pub use physmem::{PAGE_SIZE, PhysMap, PhysMem, PhysMemError, PhysRange, StableBytes};
@@ -84,6 +86,9 @@ pub struct Snapshot {
     pub pipes: BTreeMap<PipeId, Pipe>,
     /// Terminals.
     pub ttys: BTreeMap<TtyId, Tty>,
+    /// System V shared memory, semaphores and message queues.
+    #[serde(default)]
+    pub ipc: Ipc,
     /// What was noticed on the way: doubts, losses, damage.
     pub findings: Vec<Finding>,
 }
@@ -92,6 +97,11 @@ impl Snapshot {
     /// The process with this PID.
     pub fn process(&self, pid: Pid) -> Option<&Process> {
         self.processes.iter().find(|p| p.pid == pid)
+    }
+
+    /// The System V shared memory segment with this identifier.
+    pub fn shm_segment(&self, id: i32) -> Option<&ShmSegment> {
+        self.ipc.shm.iter().find(|s| s.perm.id == id)
     }
 
     /// The open files that an open file keeps or refers to besides the descriptors of processes: what is on its way through a

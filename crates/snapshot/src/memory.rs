@@ -144,6 +144,13 @@ pub enum VmaKind {
         /// Offset of `start` in the object, bytes.
         offset: u64,
     },
+    /// A System V shared memory segment. Its pages are listed in the inode.
+    SysvShm {
+        /// Identifier of the segment.
+        id: i32,
+        /// Offset of `start` in the segment, bytes.
+        offset: u64,
+    },
     /// A page set that the kernel provides: `[vdso]`, `[vvar]`, `[uprobes]`.
     Special {
         #[allow(missing_docs)]

@@ -181,6 +181,9 @@ fn maps(snapshot: &Snapshot, mm: &snapshot::AddressSpace) -> String {
             }
             VmaKind::Anonymous => (0, 0, special_name(mm, vma.start, vma.end)),
             VmaKind::SharedAnonymous { offset, .. } => (*offset, 0, "/dev/zero (deleted)".into()),
+            VmaKind::SysvShm { id, offset } => {
+                (*offset, *id as u64, snapshot.shm_segment(*id).map(|s| s.file_name()).unwrap_or_default())
+            }
             VmaKind::Special { name } => (0, 0, name.to_string()),
             VmaKind::Unsupported { what } => (0, 0, format!("({what})")),
         };
@@ -220,6 +223,7 @@ fn kind_word(kind: &FileKind) -> String {
         FileKind::CharDevice { major, minor } => format!("char {major}:{minor}"),
         FileKind::Pipe { end, .. } => format!("pipe {end:?}").to_lowercase(),
         FileKind::Tty { .. } => "tty".into(),
+        FileKind::Memfd { .. } => "memfd".into(),
         FileKind::Path => "path".into(),
         FileKind::Unsupported { what } => what.clone(),
         #[allow(unreachable_patterns)]
