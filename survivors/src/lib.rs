@@ -35,6 +35,7 @@
 mod child;
 mod clock;
 mod credentials;
+mod crowd;
 mod edge;
 mod epoll;
 mod file;
@@ -59,6 +60,7 @@ mod syscall;
 mod thread;
 mod tty;
 
+pub use crowd::Crowd;
 pub use run::{Paths, run};
 pub use stage::{Options, Stage};
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
-use survivors::{Expect, Needs, Options, Paths, TABLE};
+use survivors::{Crowd, Expect, Needs, Options, Paths, TABLE};
 
 #[derive(Parser)]
 #[command(about = "Small programs that must survive a kernel panic", version)]
@@ -28,6 +28,21 @@ enum Sub {
         out: PathBuf,
         #[command(flatten)]
         how: How,
+    },
+    /// Start many processes in the background, wait until they are ready and print the PID of their parent
+    Crowd {
+        /// How many
+        #[arg(long)]
+        processes: usize,
+        /// Threads of each, beside the first
+        #[arg(long, default_value_t = 0)]
+        threads: usize,
+        /// Open files of each
+        #[arg(long, default_value_t = 0)]
+        descriptors: usize,
+        /// Memory of each, MiB
+        #[arg(long, default_value_t = 0)]
+        mib: usize,
     },
     /// Start survivors in the background and wait until they are ready
     Start {
@@ -94,6 +109,10 @@ fn command() -> Result<ExitCode> {
         Sub::Run { name, out, how } => {
             let survivor = survivors::find(&name).with_context(|| format!("no survivor is called {name}"))?;
             Ok(ExitCode::from(survivors::run(survivor, &out, how.options()?)?))
+        }
+        Sub::Crowd { processes, threads, descriptors, mib } => {
+            println!("{}", Crowd { processes, threads, descriptors, mib }.start()?);
+            Ok(ExitCode::SUCCESS)
         }
         Sub::Start { names, dir, timeout, how } => {
             let names =

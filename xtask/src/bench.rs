@@ -4,6 +4,8 @@
 //! nothing (the floor); the same programs resurrected (the times); and with much more memory (pouring, beside a plain copy in
 //! the same crash kernel).
 
+mod scaling;
+
 use std::fmt;
 use std::fs;
 use std::path::Path;
@@ -48,6 +50,12 @@ pub struct Bench {
     /// Print JSON instead of a table.
     #[arg(long)]
     json: bool,
+    /// Measures what each process, thread, descriptor and MiB costs instead: the same with 1, 10, 100 and 1000 of them.
+    #[arg(long)]
+    scaling: bool,
+    /// With --scaling: the largest number of each.
+    #[arg(long, default_value_t = 1000)]
+    most: usize,
 }
 
 /// One run's numbers. Times are milliseconds; those from the panic on by the host's clock and the console's lines.
@@ -85,6 +93,10 @@ struct Measured {
 impl Bench {
     /// Runs it.
     pub fn run(self, global: &Global) -> Result<bool> {
+        if self.scaling {
+            scaling::run(global, self.kernel, self.most, self.json)?;
+            return Ok(true);
+        }
         let lab = global.lab()?;
         let mut all = Vec::new();
         for series in crate::series_or_all(self.kernel) {

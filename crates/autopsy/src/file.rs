@@ -135,8 +135,8 @@ impl Autopsy<'_> {
         let kind = self.file_kind(addr, &file, &inode, &path)?;
         let (owner_pid, owner_signal) = self.owner(&file)?;
         let open = OpenFile {
+            deleted: path.deleted && !path.synthetic || matches!(kind, FileKind::Memfd { .. }),
             kind,
-            deleted: path.deleted && !path.synthetic,
             initial_mount_namespace: path.initial_namespace,
             flags: file.f_flags as i32,
             pos: file.f_pos,

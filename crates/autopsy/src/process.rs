@@ -122,8 +122,6 @@ pub(crate) struct Task {
     #[kernel(optional)]
     pub rseq_sig: Option<u32>,
     pub timer_slack_ns: u64,
-    #[kernel("sysvsem.undo_list", optional)]
-    pub sem_undo: Option<u64>,
     #[kernel("syscall_dispatch.selector", optional)]
     pub dispatch_selector: Option<u64>,
     #[kernel("thread.sp")]
@@ -793,13 +791,6 @@ impl Autopsy<'_> {
         self.kernfs_path(cgroup.kn)
     }
 
-    /// Whether a `sem_undo_list` (ipc/sem.c) has entries.
-    fn has_semaphore_undo(&self, list: u64) -> bool {
-        let head =
-            self.kernel.offset_of("sem_undo_list", "list_proc").map(|offset| list.wrapping_add(offset));
-        head.and_then(|head| Ok(self.kernel.read_u64(head)? != head)).unwrap_or(true)
-    }
-
     /// State that this version does not bring back, beyond what the parts have named.
     fn name_unsupported(&self, signal: &Signal, tasks: &[Member], unsupported: &mut Vec<String>) {
         let has_timers = signal.first_posix_timer != 0 && signal.first_posix_timer != signal.posix_timers;
@@ -826,10 +817,6 @@ impl Autopsy<'_> {
             }
             if task.perf_events.is_some_and(|next| Some(next) != task.perf_event_list) {
                 unsupported.push(format!("thread {tid} has performance events"));
-            }
-            // Threads share the list whether or not there is anything in it.
-            if task.sem_undo.is_some_and(|list| list != 0 && self.has_semaphore_undo(list)) {
-                unsupported.push("System V semaphores with undo".into());
             }
             if task.dispatch_selector.is_some_and(|selector| selector != 0) {
                 unsupported.push(format!("thread {tid} uses syscall user dispatch"));

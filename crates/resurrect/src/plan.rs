@@ -55,6 +55,7 @@ pub(crate) struct Plan {
     pub(crate) nodes: Vec<Node>,
     /// Made by the worker itself.
     pub(crate) roots: Vec<(NodeId, Birth)>,
+    index: BTreeMap<Pid, NodeId>,
 }
 
 /// Who makes a node.
@@ -106,12 +107,12 @@ impl Plan {
                 }
             }
         }
-        let mut plan = Self { nodes, roots: Vec::new() };
+        let mut plan = Self { nodes, roots: Vec::new(), index };
         for (id, (maker, birth)) in makers.into_iter().enumerate() {
             match maker {
                 Maker::Worker => plan.roots.push((id, birth)),
-                Maker::Node(pid) => plan.nodes[index[&pid]].makes.push((id, birth)),
-                Maker::NodeFirst(pid) => plan.nodes[index[&pid]].makes_first.push((id, birth)),
+                Maker::Node(pid) => plan.nodes[plan.index[&pid]].makes.push((id, birth)),
+                Maker::NodeFirst(pid) => plan.nodes[plan.index[&pid]].makes_first.push((id, birth)),
             }
         }
         // Whoever cannot be reached from the worker is part of a ring of parents: the tables of the dead kernel were damaged.
@@ -124,7 +125,7 @@ impl Plan {
             }
         }
         for (id, node) in plan.nodes.iter().enumerate().filter(|(id, _)| !reached.contains(id)) {
-            debug_assert_eq!(index[&node.pid], id);
+            debug_assert_eq!(plan.index[&node.pid], id);
             let text = "its ancestors form a ring";
             failures.push((node.pid, Reason::new("process-tree", text)));
         }
@@ -132,7 +133,7 @@ impl Plan {
     }
 
     pub(crate) fn node(&self, pid: Pid) -> Option<&Node> {
-        self.nodes.iter().find(|n| n.pid == pid)
+        self.nodes.get(*self.index.get(&pid)?)
     }
 
     /// How many ancestors of a process come back with it.
