@@ -77,6 +77,14 @@ pub struct Tally {
     pub failed: usize,
 }
 
+impl Tally {
+    /// Counts another one in.
+    pub fn add(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+    }
+}
+
 impl CrashRuns {
     /// A campaign by itself, as part of the tests.
     pub fn new(kernel: Series, runs: u32) -> Self {

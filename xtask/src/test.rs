@@ -27,34 +27,49 @@ pub struct Test {
 
 impl Test {
     /// Runs it; whether nothing failed.
-    pub fn run(self, global: &Global) -> Result<bool> {
+    pub fn run(&self, global: &Global) -> Result<bool> {
         if !self.vm_only {
             unit_tests()?;
         }
+        // Once, before several want it.
+        global.lab()?;
+        build::static_binaries()?;
+        let all = crate::series_or_all(self.kernel);
+        // Side by side: a crash kernel runs on one CPU only.
+        let tallies: Vec<Tally> = std::thread::scope(|scope| {
+            let started: Vec<_> =
+                all.into_iter().map(|series| scope.spawn(move || self.in_guests(global, series))).collect();
+            // A panic of ours is a failure like any other.
+            let failed = Tally { passed: 0, failed: 1 };
+            started.into_iter().map(|thread| thread.join().unwrap_or(failed)).collect()
+        });
+        let mut sum = Tally::default();
+        tallies.into_iter().for_each(|tally| sum.add(tally));
+        ui::finish();
+        println!("{} passed, {} failed", sum.passed, sum.failed);
+        Ok(sum.failed == 0 && sum.passed > 0)
+    }
+}
+
+impl Test {
+    /// Everything that runs on one kernel.
+    fn in_guests(&self, global: &Global, series: Series) -> Tally {
         let mut sum = Tally::default();
         // What breaks off has failed, and the rest is worth knowing all the same.
         let mut add = |what: &str, tally: Result<Tally>| {
             let tally = tally.unwrap_or_else(|error| {
-                ui::line(format!("{what}: {error:#}"));
+                ui::line(format!("kernel {series}, {what}: {error:#}"));
                 Tally { passed: 0, failed: 1 }
             });
-            ui::line(format!("{what}: {} passed, {} failed", tally.passed, tally.failed));
-            sum.passed += tally.passed;
-            sum.failed += tally.failed;
+            ui::line(format!("kernel {series}, {what}: {} passed, {} failed", tally.passed, tally.failed));
+            sum.add(tally);
         };
-        for series in crate::series_or_all(self.kernel) {
-            let runs = if self.quick { 1 } else { 3 };
-            add(
-                &format!("kernel {series}, programs through {runs} panics"),
-                CrashRuns::new(series, runs).campaign(global),
-            );
-            add(&format!("kernel {series}, survivors"), Survivors::new(series).count(global));
-            add(&format!("kernel {series}, unhappy paths"), Unhappy::new(series).count(global));
-            add(&format!("kernel {series}, ground truth"), GroundTruth::new(series).count(global));
-        }
-        ui::finish();
-        println!("{} passed, {} failed", sum.passed, sum.failed);
-        Ok(sum.failed == 0 && sum.passed > 0)
+        let runs = if self.quick { 1 } else { 3 };
+        add(&format!("programs through {runs} panics"), CrashRuns::new(series, runs).campaign(global));
+        add("survivors", Survivors::new(series).count(global));
+        add("unhappy paths", Unhappy::new(series).count(global));
+        add("ground truth", GroundTruth::new(series).count(global));
+        sum
     }
 }
 
