@@ -276,8 +276,8 @@ fn descriptors(e: &Expected<'_>, dir: &str) -> Vec<String> {
         } else {
             found.push(at("its state cannot be read"));
         }
-        if let FileKind::Regular | FileKind::Directory | FileKind::Path = file.kind {
-            if file.kind != FileKind::Path {
+        if let FileKind::Regular | FileKind::Directory | FileKind::Path | FileKind::Proc(_) = file.kind {
+            if file.flags & libc::O_PATH == 0 {
                 found.extend(differ(&at("position"), number("pos", 10).unwrap_or(-1), file.pos));
             }
             let link = std::fs::read_link(format!("{dir}/fd/{}", d.fd)).unwrap_or_default();

@@ -250,6 +250,10 @@ fn judge(
     judge_namespaces(process, &mut reasons);
     judge_memory(snapshot, process, mm_users, &mut reasons);
     judge_descriptors(snapshot, process, &mut reasons);
+    crate::lock::judge(snapshot, process, &mut reasons, &mut losses);
+    crate::pidfd::judge(snapshot, process, &mut reasons);
+    crate::inotify::judge(snapshot, process, &mut reasons, &mut losses);
+    crate::proc::judge(snapshot, process, &mut reasons, &mut losses);
     for thread in process.threads.iter().filter(|t| t.state != ThreadState::Dead) {
         let tid = thread.tid;
         if let Resume::Impossible { why } = &thread.resume {
@@ -354,6 +358,9 @@ fn judge_memory(
                             "mapping",
                             format!("{at}: {what}: not brought back by this version"),
                         ));
+                    } else if let FileKind::Proc(_) = f.kind {
+                        let text = format!("{at}: {}: memory of the kernel or a device", f.path);
+                        reasons.push(Reason::new("mapping", text));
                     } else if f.deleted {
                         let text =
                             format!("{at}: {} had been deleted: not brought back by this version", f.path);
@@ -437,6 +444,8 @@ fn judge_descriptors(snapshot: &Snapshot, process: &Process, reasons: &mut Vec<R
                 }
             }
             FileKind::CharDevice { .. } => {}
+            // Judged in the files of their kinds.
+            FileKind::PidFd(_) | FileKind::Inotify(_) | FileKind::Proc(_) | FileKind::Namespace(_) => {}
         }
     }
 }

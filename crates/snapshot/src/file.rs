@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Bytes, PipeEnd, PipeId, Timestamp, TtyId};
+use crate::{Bytes, Inotify, NamespaceFile, PidFd, PipeEnd, PipeId, ProcFile, Timestamp, TtyId};
 
 /// Address of a `struct file` in the dead kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -81,6 +81,14 @@ pub enum FileKind {
     },
     /// Opened with O_PATH: a place in the tree, nothing more.
     Path,
+    /// A pidfd.
+    PidFd(PidFd),
+    /// An inotify instance.
+    Inotify(Inotify),
+    /// A file or directory of /proc, /sys or the like.
+    Proc(ProcFile),
+    /// A file that stands for a namespace.
+    Namespace(NamespaceFile),
     /// Something that is not brought back; the text names it for people (`unix stream socket to …`).
     Unsupported {
         /// For people: what it is.
