@@ -173,6 +173,7 @@ table! {
     "file-directory" file::directory Survives, Nothing, "an open directory, half read";
     "file-devices" file::devices Survives, Nothing, "/dev/null, zero, full and urandom";
     "file-redirected" file::redirected Survives, Nothing, "standard input, output and error on files";
+    "file-owner-thread" file::owner_thread Survives, Nothing, "O_ASYNC with a thread as owner and a signal of its own";
     "file-deleted" file::deleted GivenUp("deleted"), Nothing, "an open file without a name";
     "lock-flock" lock::whole Survives, Nothing, "flock: held, also by a duplicate, and released by the last close";
     "lock-posix" lock::records Survives, Nothing, "record locks of two processes on one file";

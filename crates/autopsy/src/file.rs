@@ -109,7 +109,7 @@ impl Autopsy<'_> {
         let inode = self.inode_facts(file.f_inode)?;
         let path = self.path(&file.f_path)?;
         let kind = self.file_kind(addr, &file, &inode, &path)?;
-        let (owner_pid, owner_signal) = self.owner(&file)?;
+        let (owner_pid, owner_is_thread, owner_signal) = self.owner(&file)?;
         let open = OpenFile {
             kind,
             deleted: path.deleted && !path.synthetic,
@@ -118,6 +118,7 @@ impl Autopsy<'_> {
             pos: file.f_pos,
             inode: InodeId(file.f_inode),
             owner_pid,
+            owner_is_thread,
             owner_signal,
             count: file.f_count,
             path: path.path,
@@ -129,27 +130,28 @@ impl Autopsy<'_> {
         Ok(())
     }
 
-    /// F_SETOWN and F_SETSIG.
-    fn owner(&self, file: &File) -> Result<(i32, i32)> {
+    /// F_SETOWN, whether it means a thread, and F_SETSIG.
+    fn owner(&self, file: &File) -> Result<(i32, bool, i32)> {
         let embedded = self.kernel.has_member("file", "f_owner.pid");
         let at = if embedded { file.f_owner } else { self.kernel.read_u64(file.f_owner)? };
         if at == 0 {
-            return Ok((0, 0));
+            return Ok((0, false, 0));
         }
         let owner: Owner = self.kernel.read(at)?;
         if owner.pid == 0 {
-            return Ok((0, owner.signum));
+            return Ok((0, false, owner.signum));
         }
         let pid = self.pid_number(owner.pid)?;
         let is_group = u64::from(owner.pid_type) == self.enumerator("PIDTYPE_PGID", 2);
-        Ok((if is_group { -pid } else { pid }, owner.signum))
+        let is_thread = u64::from(owner.pid_type) == self.enumerator("PIDTYPE_PID", 0);
+        Ok((if is_group { -pid } else { pid }, is_thread, owner.signum))
     }
 
     fn file_kind(&self, addr: u64, file: &File, inode: &InodeFacts, path: &FullPath) -> Result<FileKind> {
         let unsupported = |what: String| Ok(FileKind::Unsupported { what });
         let file_type = inode.mode & 0o170_000;
         if proc::is_view(inode.fs_type.as_bytes()) {
-            let view = self.proc_file(file.f_inode, inode.fs_type.as_bytes())?;
+            let view = self.proc_file(file.f_inode, inode.fs_type.as_bytes(), path.path.as_bytes())?;
             // A place in the tree is one like any other, unless it is there as long as a process only.
             if file.f_mode & FMODE_PATH == 0 && matches!(file_type, S_IFREG | S_IFDIR) || view.task.is_some()
             {

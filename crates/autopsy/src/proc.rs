@@ -2,7 +2,7 @@
 //! 6.12).
 
 use ktypes::KernelType;
-use snapshot::{FileKind, NamespaceFile, ProcFile};
+use snapshot::{FileKind, NamespaceFile, Pid, ProcFile};
 
 use crate::Autopsy;
 use crate::error::Result;
@@ -39,9 +39,15 @@ pub(crate) fn is_view(fs_type: &[u8]) -> bool {
     VIEWS.contains(&fs_type)
 }
 
+/// The process below whose directory in /proc a path lies.
+fn process_in(path: &[u8]) -> Option<Pid> {
+    let name = path.strip_prefix(b"/proc/")?.split(|&byte| byte == b'/').next()?;
+    std::str::from_utf8(name).ok()?.parse().ok()
+}
+
 impl Autopsy<'_> {
     /// A file of a file system that [`is_view`].
-    pub(crate) fn proc_file(&self, inode: u64, fs_type: &[u8]) -> Result<ProcFile> {
+    pub(crate) fn proc_file(&self, inode: u64, fs_type: &[u8], path: &[u8]) -> Result<ProcFile> {
         let mut file = ProcFile { task: None, gone: false };
         if fs_type == b"proc" {
             let proc = inode.wrapping_sub(self.kernel.offset_of("proc_inode", "vfs_inode")?);
@@ -49,6 +55,9 @@ impl Autopsy<'_> {
             if pid != 0 {
                 let (number, gone) = self.pid_with_fate(pid, true)?;
                 file = ProcFile { task: Some(number), gone };
+            } else {
+                // /proc/net leads to /proc/PID/net, whose files are of no process.
+                file.task = process_in(path);
             }
         }
         Ok(file)
@@ -74,5 +83,18 @@ impl Autopsy<'_> {
         };
         let initial = addr == initial.wrapping_add(self.kernel.offset_of(kind, "ns")?);
         Ok(FileKind::Namespace(NamespaceFile { name, initial }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_below_a_process_are_told_from_others() {
+        assert_eq!(process_in(b"/proc/4711/net/dev"), Some(4711));
+        assert_eq!(process_in(b"/proc/4711"), Some(4711));
+        assert_eq!(process_in(b"/proc/meminfo"), None);
+        assert_eq!(process_in(b"/sys/4711"), None);
     }
 }

@@ -8,10 +8,11 @@ use std::path::Path;
 
 use nix::errno::Errno;
 use snapshot::{
-    FileId, FileKind, Inode, InodeId, OpenFile, PhysMem, Pid, PipeId, Process, Reason, Snapshot, TtyId,
-    VmaKind,
+    Descriptor, FileId, FileKind, Inode, InodeId, OpenFile, PhysMem, Pid, PipeId, Process, Reason, Snapshot,
+    TtyId, VmaKind,
 };
 
+use crate::inject::{Call, call};
 use crate::{FileStale, FileWritten, inotify, page_cache, pidfd, pipe, proc, sys, tty};
 
 /// Flags that only mean something to the open call itself.
@@ -352,20 +353,28 @@ impl Files {
         Ok(fd)
     }
 
-    /// Sets the receivers of SIGIO. They must exist, hence after the skeletons.
+    /// Sets the receivers of SIGIO, and who is to get it at all. They must exist, hence after the processes are complete.
     pub(crate) fn set_owners(&self, snapshot: &Snapshot) -> Vec<(FileId, Errno)> {
         let mut failed = Vec::new();
         for (id, fd) in self.open.iter().filter_map(|(id, fd)| Some((id, fd.as_ref().ok()?))) {
             let Some(file) = snapshot.files.get(id) else { continue };
-            let mut set = |cmd, arg: i32| {
-                if arg != 0
-                    && let Err(e) = sys::fcntl(fd.as_raw_fd(), cmd, arg.into())
-                {
+            let mut set = |done: Result<i32, Errno>| {
+                if let Err(e) = done {
                     failed.push((*id, e));
                 }
             };
-            set(libc::F_SETOWN, file.owner_pid);
-            set(F_SETSIG, file.owner_signal);
+            let raw = fd.as_raw_fd();
+            if file.owner_is_thread {
+                set(set_owning_thread(raw, file.owner_pid));
+            } else if file.owner_pid != 0 {
+                set(sys::fcntl(raw, libc::F_SETOWN, file.owner_pid.into()));
+            }
+            if file.flags & libc::O_ASYNC != 0 {
+                set(sys::fcntl(raw, libc::F_SETFL, (file.flags & STATUS_FLAGS).into()));
+            }
+            if file.owner_signal != 0 {
+                set(sys::fcntl(raw, F_SETSIG, file.owner_signal.into()));
+            }
         }
         failed
     }
@@ -439,12 +448,31 @@ fn verify_device(path: &Path, major: u32, minor: u32) -> Result<(), Reason> {
 }
 
 fn set_status_flags(fd: &OwnedFd, file: &OpenFile) -> Result<(), Errno> {
-    let wanted = file.flags & STATUS_FLAGS;
+    // Signals name the descriptor through which they were asked for: that is the process's to do (`ask_for_signals`).
+    let wanted = file.flags & STATUS_FLAGS & !libc::O_ASYNC;
     let now = sys::fcntl(fd.as_raw_fd(), libc::F_GETFL, 0)? & STATUS_FLAGS;
     if now != wanted {
         sys::fcntl(fd.as_raw_fd(), libc::F_SETFL, wanted.into())?;
     }
     Ok(())
+}
+
+/// The calls with which a process asks for SIGIO again.
+pub(crate) fn ask_for_signals(snapshot: &Snapshot, process: &Process) -> Vec<Call> {
+    let flags = |d: &Descriptor| snapshot.files.get(&d.file).map_or(0, |file| file.flags);
+    let asked = process.descriptors.iter().filter(|d| flags(d) & libc::O_ASYNC != 0);
+    let ask =
+        |d: &Descriptor| call!("O_ASYNC", libc::SYS_fcntl, d.fd, libc::F_SETFL, flags(d) & STATUS_FLAGS);
+    asked.map(ask).collect()
+}
+
+/// F_SETOWN_EX with F_OWNER_TID.
+fn set_owning_thread(fd: RawFd, tid: Pid) -> Result<i32, Errno> {
+    const F_SETOWN_EX: i32 = 15;
+    const F_OWNER_TID: i32 = 0;
+    let owner = [F_OWNER_TID, tid];
+    // SAFETY: the kernel reads a struct f_owner_ex, two ints.
+    Errno::result(unsafe { libc::fcntl(fd, F_SETOWN_EX, owner.as_ptr()) })
 }
 
 /// The part of the O_* flags that must be the same again.

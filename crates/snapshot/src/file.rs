@@ -45,6 +45,9 @@ pub struct OpenFile {
     pub inode: InodeId,
     /// F_SETOWN target: 0 none, positive process, negative process group.
     pub owner_pid: i32,
+    /// The target is a single thread (F_SETOWN_EX with F_OWNER_TID).
+    #[serde(default)]
+    pub owner_is_thread: bool,
     /// F_SETSIG signal, 0 for the default.
     pub owner_signal: i32,
     /// `f_count` as the dead kernel had it (for cross-checks).

@@ -471,6 +471,7 @@ impl Freezer {
             pos,
             inode,
             owner_pid: 0,
+            owner_is_thread: false,
             owner_signal: 0,
             count: 1,
         };
