@@ -65,11 +65,13 @@ pub fn mountinfo(stage: &mut Stage) -> Result<()> {
     same("a mount is told", &1, &told?)
 }
 
-/// An attribute, a directory of /sys, and a namespace.
+/// An attribute, a directory of /sys, a file of the cgroup hierarchy, and a namespace.
 pub fn sysfs(stage: &mut Stage) -> Result<()> {
     const ATTRIBUTE: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
     let mut attribute = File::open(ATTRIBUTE)?;
     let dir = File::open("/sys/kernel/mm")?;
+    // Not on every machine.
+    let mut controllers = File::open("/sys/fs/cgroup/cgroup.controllers").ok();
     let namespace = File::open("/proc/self/ns/net")?;
 
     let crash = stage.crash()?;
@@ -78,5 +80,8 @@ pub fn sysfs(stage: &mut Stage) -> Result<()> {
     }
     same("attribute", &fs::read_to_string(ATTRIBUTE)?, &text(&mut attribute)?)?;
     ensure!(dir.metadata()?.is_dir(), "the directory is none");
+    if let Some(controllers) = &mut controllers {
+        ensure!(text(controllers)?.ends_with('\n'), "no controllers can be read");
+    }
     same("the namespace", &fs::metadata("/proc/self/ns/net")?.ino(), &namespace.metadata()?.ino())
 }

@@ -172,7 +172,7 @@ impl Files {
     /// not there yet when the child was made.
     pub(crate) fn inherited(&self, id: FileId) -> Option<(RawFd, Option<RawFd>)> {
         let own = self.own_pidfd.as_ref().map(AsRawFd::as_raw_fd);
-        Some((self.fd(id)?, own.filter(|_| self.late.contains(&id))))
+        Some((self.number(id)?, own.filter(|_| self.late.contains(&id))))
     }
 
     /// The limit on descriptor numbers must hold ours above everybody's.
@@ -194,8 +194,13 @@ impl Files {
         nix::sys::termios::tcgetattr(file).is_err_and(|errno| errno == Errno::EIO)
     }
 
-    /// The descriptor under which a file is open here and in all children.
+    /// The descriptor under which a file is open here and in all children. Files about processes are not before
+    /// [`Files::open_late`].
     pub(crate) fn fd(&self, id: FileId) -> Option<RawFd> {
+        if self.late.contains(&id) { None } else { self.number(id) }
+    }
+
+    fn number(&self, id: FileId) -> Option<RawFd> {
         self.open.get(&id)?.as_ref().ok().map(AsRawFd::as_raw_fd)
     }
 

@@ -12,9 +12,10 @@
 //!    that no process uses;
 //! 3. *clock*: a time namespace in which the monotonic clocks go on;
 //! 4. *skeletons*: forks of this program with the right PIDs, which do in their own code what does not depend on the address space;
+//!    when all exist, files about processes (pidfds, /proc) are opened, which they then fetch;
 //! 5. *map*: each is taken over with ptrace and its address space replaced by the old mappings, still empty;
 //! 6. *pour*: page contents, for all processes at once in physical order;
-//! 7. *finish*: protections, threads, credentials, pending signals, interrupted system calls, registers;
+//! 7. *finish*: protections, file locks, threads, credentials, pending signals, interrupted system calls, registers;
 //! 8. *check*: `/proc` of every process against the snapshot;
 //! 9. *release*: all at once; but who waits in vfork(2) goes on after the child ([`vfork`]).
 //!
