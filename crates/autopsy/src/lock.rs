@@ -151,3 +151,113 @@ impl Autopsy<'_> {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{declare, open};
+    use ktypes::Kernel;
+    use synth::{Record, Synth, U64, named};
+
+    #[derive(KernelType)]
+    #[kernel("fasync_struct")]
+    struct Fasync {
+        #[kernel("fa_fd")]
+        _fd: i32,
+    }
+
+    /// An inode with a context without locks.
+    struct Machine {
+        synth: Synth,
+        inode: u64,
+        context: u64,
+    }
+
+    impl Machine {
+        fn new() -> Self {
+            let mut synth = Synth::new();
+            synth.structure("inode", Record::new().field("i_flctx", U64));
+            let heads = ["flc_flock", "flc_posix", "flc_lease"].map(|name| (name, named("list_head")));
+            declare::<LockContext>(&mut synth, &heads);
+            declare::<FileLock>(&mut synth, &[("fl_list", named("list_head"))]);
+            declare::<Fasync>(&mut synth, &[]);
+            let (inode, context) = (synth.alloc("inode"), synth.alloc("file_lock_context"));
+            synth.set("inode", inode, "i_flctx", context);
+            for (list, _) in &heads {
+                synth.list_init("file_lock_context", context, list);
+            }
+            Self { synth, inode, context }
+        }
+
+        fn add(&mut self, list: &str, fields: &[(&str, u64)]) -> u64 {
+            let lock = self.synth.alloc("file_lock");
+            for (name, value) in fields {
+                match *name {
+                    "fl_type" => self.synth.set("file_lock", lock, name, *value as u8),
+                    "fl_flags" | "fl_pid" => self.synth.set("file_lock", lock, name, *value as u32),
+                    _ => self.synth.set("file_lock", lock, name, *value),
+                };
+            }
+            let head = self.synth.address_of("file_lock_context", self.context, list);
+            let node = self.synth.address_of("file_lock", lock, "fl_list");
+            self.synth.list_add_tail(node, head);
+            lock
+        }
+
+        fn locks(&self) -> Result<Vec<Lock>> {
+            let kernel: Kernel = open(&self.synth);
+            let autopsy = Autopsy::new(&kernel);
+            autopsy.locks(self.inode)?;
+            Ok(autopsy.locks.take().remove(&InodeId(self.inode)).unwrap_or_default())
+        }
+    }
+
+    #[test]
+    fn each_kind_has_its_owner_and_range() {
+        let mut machine = Machine::new();
+        let end = i64::MAX as u64;
+        machine.add("flc_flock", &[("fl_file", 0x10), ("fl_owner", 0x10), ("fl_type", 1), ("fl_end", end)]);
+        machine.add(
+            "flc_posix",
+            &[("fl_file", 0x10), ("fl_owner", 0x99), ("fl_start", 5), ("fl_end", 9), ("fl_pid", 42)],
+        );
+        machine.add(
+            "flc_posix",
+            &[("fl_file", 0x20), ("fl_owner", 0x20), ("fl_flags", 1 | 1024), ("fl_end", end)],
+        );
+        let fasync = machine.synth.alloc("fasync_struct");
+        machine.synth.set("fasync_struct", fasync, "fa_fd", 7);
+        machine.add(
+            "flc_lease",
+            &[("fl_file", 0x10), ("fl_flags", 32 | 512), ("fl_fasync", fasync), ("fl_end", end)],
+        );
+        machine.add("flc_lease", &[("fl_file", 0x10), ("fl_flags", 4), ("fl_end", end)]);
+        let locks = machine.locks().unwrap();
+        let facts: Vec<_> = locks.iter().map(|l| (l.kind, l.owner, l.exclusive, l.length())).collect();
+        let file = |addr| LockOwner::File(FileId(addr));
+        assert_eq!(
+            facts,
+            [
+                (LockKind::Flock, file(0x10), true, 0),
+                (LockKind::Posix, LockOwner::Table(0x99), false, 5),
+                (LockKind::Ofd, file(0x20), false, 0),
+                (LockKind::Lease, file(0x10), false, 0),
+            ]
+        );
+        assert_eq!((locks[1].pid, locks[3].descriptor, locks[3].breaking), (42, 7, true));
+    }
+
+    #[test]
+    fn damage_is_an_error() {
+        let mut machine = Machine::new();
+        assert_eq!(machine.locks().unwrap(), []);
+        let lock = machine.add("flc_posix", &[("fl_start", 9), ("fl_end", 5)]);
+        assert!(machine.locks().is_err());
+        machine.synth.set("file_lock", lock, "fl_end", 9u64);
+        assert_eq!(machine.locks().unwrap().len(), 1);
+        // A list that leads into itself without coming back to its head.
+        let node = machine.synth.address_of("file_lock", lock, "fl_list");
+        machine.synth.write_u64(node, node);
+        assert!(machine.locks().is_err());
+    }
+}

@@ -13,7 +13,7 @@ use snapshot::{
 use crate::credentials::{parse_status, status_field};
 use crate::file::comparable_flags;
 use crate::memory::{MapsLine, parse_maps};
-use crate::sys;
+use crate::{lock, sys};
 
 /// More differences than this are not listed.
 const LIMIT: usize = 8;
@@ -41,6 +41,7 @@ pub(crate) fn differences(e: &Expected<'_>) -> Vec<String> {
     found.extend(relations(e));
     found.extend(threads(e));
     found.extend(descriptors(e, &dir));
+    found.extend(lock::differences(e.snapshot, e.process, &dir));
     found.extend(places(e, &dir));
     found.extend(limits(e.process));
     found.truncate(LIMIT);

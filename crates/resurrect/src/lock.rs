@@ -4,10 +4,11 @@
 //! descriptors that it has are its own. So it does with those of its open files, to be named in /proc/locks. What nobody has taken then
 //! (because the one who had done it before is not there any more) is taken from here.
 
+use std::collections::BTreeSet;
 use std::os::fd::RawFd;
 
 use nix::errno::Errno;
-use snapshot::{FileId, Lock, LockKind, LockOwner, Process, Snapshot};
+use snapshot::{FileId, InodeId, Lock, LockKind, LockOwner, Process, Snapshot};
 
 use crate::file::Files;
 use crate::inject::{Call, call};
@@ -99,10 +100,62 @@ fn take_here(fd: RawFd, lock: &Lock) -> Result<(), Errno> {
     }
 }
 
+/// A lock as far as it is compared: the file, the kind and type as fdinfo names them, the range.
+type Shown = (InodeId, &'static str, &'static str, i64, i64);
+
+fn shown(lock: &Lock) -> Shown {
+    let kind = match lock.kind {
+        LockKind::Flock => "FLOCK",
+        LockKind::Posix => "POSIX",
+        LockKind::Ofd => "OFDLCK",
+        LockKind::Lease => "LEASE",
+    };
+    (lock.inode, kind, if lock.exclusive { "WRITE" } else { "READ" }, lock.start, lock.end)
+}
+
+/// A line of fdinfo: `lock: 1: POSIX  ADVISORY  WRITE 4711 08:01:42 100 EOF`.
+fn shown_in(line: &str, inode: InodeId) -> Option<Shown> {
+    let mut words = line.strip_prefix("lock:")?.split_whitespace().skip(1);
+    let kind = words.next()?;
+    let kind = ["FLOCK", "POSIX", "OFDLCK", "LEASE"].into_iter().find(|known| *known == kind)?;
+    let exclusive = words.nth(1)?;
+    let exclusive = ["READ", "WRITE"].into_iter().find(|known| *known == exclusive)?;
+    let start = words.nth(2)?.parse().ok()?;
+    let end = words.next()?;
+    Some((inode, kind, exclusive, start, if end == "EOF" { i64::MAX } else { end.parse().ok()? }))
+}
+
+/// Locks that the process has and did not have, or the other way round, by what /proc says. `dir`: its directory there.
+pub(crate) fn differences(snapshot: &Snapshot, process: &Process, dir: &str) -> Vec<String> {
+    let mut then = BTreeSet::new();
+    for lock in &snapshot.locks {
+        let is_own = match lock.owner {
+            LockOwner::Table(table) => {
+                table == process.files_id && lock.descriptor_for(snapshot, process).is_some()
+            }
+            LockOwner::File(file) => process.descriptors.iter().any(|d| d.file == file),
+        };
+        if is_own {
+            then.insert(shown(lock));
+        }
+    }
+    let mut now = BTreeSet::new();
+    for d in &process.descriptors {
+        let Some(file) = snapshot.files.get(&d.file) else { continue };
+        let info = sys::read_proc(&format!("{dir}/fdinfo/{}", d.fd)).unwrap_or_default();
+        now.extend(String::from_utf8_lossy(&info).lines().filter_map(|line| shown_in(line, file.inode)));
+    }
+    let describe = |what: &str, (inode, kind, exclusive, start, end): &Shown| {
+        let path = snapshot.inodes.get(inode).map(|i| i.path.to_string()).unwrap_or_default();
+        format!("{what} lock {kind} {exclusive} {start} to {end} on {path}")
+    };
+    let missing = then.difference(&now).map(|lock| describe("lacks", lock));
+    missing.chain(now.difference(&then).map(|lock| describe("has", lock))).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use snapshot::InodeId;
     use std::os::fd::AsRawFd;
 
     fn lock(kind: LockKind, exclusive: bool, start: i64, end: i64) -> Lock {
@@ -131,5 +184,18 @@ mod tests {
         assert_eq!(take_here(other.as_raw_fd(), &range(20, 99)), Ok(()));
         assert_eq!(take_here(other.as_raw_fd(), &range(19, 20)), Err(Errno::EAGAIN));
         assert_eq!(take_here(other.as_raw_fd(), &range(1 << 40, i64::MAX)), Err(Errno::EAGAIN));
+    }
+
+    #[test]
+    fn lines_of_fdinfo_are_understood() {
+        let line = |text| shown_in(text, InodeId(1));
+        let whole = Some(shown(&lock(LockKind::Flock, true, 0, i64::MAX)));
+        assert_eq!(line("lock:\t1: FLOCK  ADVISORY  WRITE 0 08:01:42 0 EOF"), whole);
+        let range = Some(shown(&lock(LockKind::Posix, false, 100, 199)));
+        assert_eq!(line("lock:\t12: POSIX  ADVISORY  READ 4711 08:01:42 100 199"), range);
+        let lease = Some(shown(&lock(LockKind::Lease, true, 0, i64::MAX)));
+        assert_eq!(line("lock:\t1: LEASE  ACTIVE    WRITE 4711 08:01:42 0 EOF"), lease);
+        assert_eq!(line("flags:\t0100002"), None);
+        assert_eq!(line("lock:\t1: POSIX"), None);
     }
 }
