@@ -18,9 +18,13 @@ use crate::child::{Child, end};
 use crate::procfs::same;
 
 fn open(pid: Pid) -> Result<OwnedFd> {
+    Ok(open_with(pid, 0)?)
+}
+
+fn open_with(pid: Pid, flags: i32) -> Result<OwnedFd, Errno> {
     // SAFETY: numbers only; the descriptor that comes back is nobody else's.
     unsafe {
-        let fd = Errno::result(libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0))?;
+        let fd = Errno::result(libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), flags))?;
         Ok(OwnedFd::from_raw_fd(fd as i32))
     }
 }
@@ -91,11 +95,13 @@ pub fn zombie(stage: &mut Stage) -> Result<()> {
     same("a signal to who was waited for", &Err(Errno::ESRCH), &send(&pidfd, 0))
 }
 
-/// A child has a pidfd of its parent, inherited.
+/// A child has a pidfd of its parent, inherited: of the first thread, where the kernel knows such (PIDFD_THREAD).
 pub fn send_signal(stage: &mut Stage) -> Result<()> {
     let signals = [libc::SIGUSR1, libc::SIGUSR2];
     block(&signals)?;
-    let pidfd = open(getpid())?;
+    const PIDFD_THREAD: i32 = libc::O_EXCL;
+    let pidfd = open_with(getpid(), PIDFD_THREAD | libc::O_NONBLOCK)
+        .or_else(|_| open_with(getpid(), libc::O_NONBLOCK))?;
     let mut child = Child::fork(stage, "sender", |stage, ready| {
         ready.announce()?;
         let crash = stage.wait();

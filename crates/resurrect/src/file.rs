@@ -95,15 +95,14 @@ impl Files {
             files.open.insert(id, opened);
         }
         files.connect(snapshot, mem);
+        files.watch(snapshot);
         Ok(files)
     }
 
     /// What needs several files to be open: contents of sockets that hold open files, and the like.
-    fn connect(&mut self, snapshot: &Snapshot, _mem: &dyn PhysMem) {
-        self.watch(snapshot);
-    }
+    fn connect(&mut self, _snapshot: &Snapshot, _mem: &dyn PhysMem) {}
 
-    /// Lets inotify instances watch, when all is open that they could notice.
+    /// Lets inotify instances watch, when all has been made that they could notice.
     fn watch(&mut self, snapshot: &Snapshot) {
         let created = self.inodes.iter().filter(|(_, r)| r.as_ref().is_ok_and(|r| r.created));
         let created: BTreeSet<_> =
@@ -338,12 +337,6 @@ impl Files {
     ) -> Result<(), Reason> {
         let inode = snapshot.inodes.get(&file.inode);
         let inode = inode.ok_or_else(|| Reason::new("file", "its inode is not in the snapshot"))?;
-        if is_kernel_made(inode.fs_type.as_bytes()) {
-            return match process_of_proc_path(file.path.as_bytes()) {
-                true => Err(Reason::new("descriptor", "a file about a process in /proc")),
-                false => Ok(()),
-            };
-        }
         let path = file.path.as_path();
         let restored = self.inodes.entry(file.inode).or_insert_with(|| restore(snapshot, path, inode, mem));
         restored.as_ref().map(drop).map_err(|why| Reason::new("file", why.clone()))
@@ -418,27 +411,6 @@ fn is_mount_point(path: &Path) -> bool {
         None => true,
         Some(parent) => device(path).is_some_and(|here| device(parent) != Some(here)),
     }
-}
-
-/// The kernel makes up the contents of such files: there is nothing on a disk to compare with.
-fn is_kernel_made(fs_type: &[u8]) -> bool {
-    const TYPES: [&[u8]; 10] = [
-        b"proc",
-        b"sysfs",
-        b"cgroup2",
-        b"cgroup",
-        b"debugfs",
-        b"tracefs",
-        b"securityfs",
-        b"efivarfs",
-        b"configfs",
-        b"bpf",
-    ];
-    TYPES.contains(&fs_type)
-}
-
-fn process_of_proc_path(path: &[u8]) -> bool {
-    path.strip_prefix(b"/proc/").is_some_and(|rest| rest.first().is_some_and(u8::is_ascii_digit))
 }
 
 fn verify_device(path: &Path, major: u32, minor: u32) -> Result<(), Reason> {

@@ -34,8 +34,8 @@ pub struct Watch {
     pub unsupported: Option<String>,
 }
 
-/// Watch descriptors are given out by counting; more than this are not counted through.
-pub const MAX_WATCH_DESCRIPTOR: i32 = 1 << 20;
+/// Watch descriptors are given out by counting, some microseconds each; more than this are not counted through.
+pub const MAX_WATCH_DESCRIPTOR: i32 = 1 << 18;
 
 pub(crate) fn judge(
     snapshot: &Snapshot,
