@@ -13,6 +13,7 @@ use nix::sys::mman::MapFlags;
 use rustix::fs::{Mode, OFlags, RawDir};
 
 use crate::Stage;
+use crate::await_signal::{await_signal, block};
 use crate::child::Child;
 use crate::map::{Map, PAGE};
 use crate::prng;
@@ -345,4 +346,44 @@ pub fn deleted_mapped(stage: &mut Stage) -> Result<()> {
     }
     same("what is mapped", &true, &(map.bytes() == expected))?;
     same("the file of that name", &b"new"[..], &fs::read(&path)?)
+}
+
+/// SIGIO for one thread, with a signal of its own.
+pub fn owner_thread(stage: &mut Stage) -> Result<()> {
+    const F_SETSIG: i32 = 10;
+    const F_SETOWN_EX: i32 = 15;
+    const F_GETOWN_EX: i32 = 16;
+    const F_OWNER_TID: i32 = 0;
+    let signals = [nix::libc::SIGRTMIN() + 4, nix::libc::SIGRTMIN() + 5];
+    block(&signals)?;
+    let (reader, writer) = nix::unistd::pipe()?;
+    let (tid_sender, tid_receiver) = std::sync::mpsc::channel();
+    let (go_sender, go_receiver) = std::sync::mpsc::channel();
+    let thread = std::thread::spawn(move || {
+        tid_sender.send(nix::unistd::gettid().as_raw())?;
+        go_receiver.recv()?;
+        await_signal(&signals)
+    });
+    let mut owner = [F_OWNER_TID, tid_receiver.recv()?];
+    let number = reader.as_raw_fd();
+    // SAFETY: the kernel reads a struct f_owner_ex, two ints; the others take numbers.
+    unsafe {
+        nix::errno::Errno::result(nix::libc::fcntl(number, F_SETOWN_EX, owner.as_ptr()))?;
+        nix::errno::Errno::result(nix::libc::fcntl(number, F_SETSIG, signals[0]))?;
+    }
+    fcntl(&reader, FcntlArg::F_SETFL(OFlag::O_ASYNC))?;
+    let before = owner;
+
+    let crash = stage.crash()?;
+    if crash.damage {
+        // SAFETY: takes a number.
+        unsafe { nix::libc::fcntl(number, F_SETSIG, signals[1]) };
+    }
+    // SAFETY: the kernel writes a struct f_owner_ex, two ints.
+    unsafe { nix::errno::Errno::result(nix::libc::fcntl(number, F_GETOWN_EX, owner.as_mut_ptr())) }?;
+    same("owner", &before, &owner)?;
+    File::from(writer).write_all(b"x")?;
+    go_sender.send(())?;
+    let told = thread.join().map_err(|_| anyhow::anyhow!("the thread panicked"))??;
+    same("signal and descriptor", &(signals[0], number), &(told.signo, told.fd))
 }

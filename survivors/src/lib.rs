@@ -32,6 +32,7 @@
 //! `resurrect`), and one line in [`TABLE`]. It sets up, calls [`Stage::crash`], damages if told to, and
 //! checks; an error is the verdict `fail`. The test `every_survivor_passes_and_can_fail` then covers it.
 
+mod await_signal;
 mod child;
 mod clock;
 mod credentials;
@@ -41,12 +42,16 @@ mod epoll;
 mod file;
 mod fpu;
 mod fs;
+mod inotify;
 mod ipc;
+mod lock;
 mod map;
 mod memfd;
 mod memory;
+mod pidfd;
 mod pipe;
 mod prng;
+mod proc;
 mod process;
 mod procfs;
 mod pty;
@@ -183,6 +188,23 @@ table! {
     "ipc-shm-removed" ipc::shm_removed Survives, Nothing, "a removed segment, unmapped and protected in part";
     "ipc-sem" ipc::sem Survives, Nothing, "System V semaphores: values, SEM_UNDO, a process that waits";
     "ipc-msg" ipc::msg Survives, Nothing, "System V messages: order, types, a receiver that waits";
+    "file-owner-thread" file::owner_thread Survives, Nothing, "O_ASYNC with a thread as owner and a signal of its own";
+    "lock-flock" lock::whole Survives, Nothing, "flock: held, also by a duplicate, and released by the last close";
+    "lock-posix" lock::records Survives, Nothing, "record locks of two processes on one file";
+    "lock-ofd" lock::description Survives, Nothing, "record locks of an open file description";
+    "lock-waiter" lock::record_waiter Survives, Nothing, "a child blocked in F_SETLKW gets the lock when it is released";
+    "lock-flock-waiter" lock::whole_waiter Survives, Nothing, "a child blocked in flock gets the lock when it is released";
+    "lock-lease" lock::lease Survives, Nothing, "a lease, and the signal when somebody opens the file";
+    "pidfd-child" pidfd::child Survives, Nothing, "a child's exit is seen through a pidfd, and waited for";
+    "pidfd-zombie" pidfd::zombie Survives, Nothing, "pidfds of a zombie, and of a process that is gone";
+    "pidfd-send-signal" pidfd::send_signal Survives, Nothing, "a signal to the parent through an inherited pidfd";
+    "inotify-watch" inotify::watch Survives, Nothing, "events in a directory and of a file, with their watch descriptors";
+    "inotify-numbers" inotify::numbers Survives, Nothing, "watch descriptors with gaps between them, and the next one";
+    "inotify-unread" inotify::unread Survives, Nothing, "unread events are there or told to be lost";
+    "inotify-blocked" inotify::blocked Survives, Nothing, "a reader that is blocked on an inotify instance";
+    "proc-file" proc::file Survives, Nothing, "open files and a directory of /proc, about itself, a child and the machine";
+    "proc-mountinfo" proc::mountinfo Survives, Root, "changes of the mount table are told to who polls it";
+    "proc-sysfs" proc::sysfs Survives, Nothing, "an attribute and a directory of /sys, and a namespace";
     "pipe-content" pipe::content Survives, Nothing, "bytes in a pipe, half read; its capacity";
     "pipe-packet" pipe::packet Survives, Nothing, "packet mode keeps the borders";
     "pipe-reader" pipe::reader Survives, Nothing, "a reader that is blocked on an empty pipe";

@@ -1,17 +1,16 @@
 //! Open files: `files_struct`, `struct file` (include/linux/fdtable.h, fs.h; 6.1 and 6.12).
 
 use ktypes::KernelType;
-use snapshot::{Bytes, Descriptor, FileId, FileKind, InodeId, OpenFile, PipeEnd, PipeId, TtyId};
+use snapshot::{Descriptor, FileId, FileKind, InodeId, OpenFile, PipeEnd, PipeId, TtyId};
 
 use crate::Autopsy;
 use crate::error::{Result, corrupt};
 use crate::fs::{FullPath, Path, device};
 use crate::inode::{InodeFacts, S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFREG, S_IFSOCK};
+use crate::proc;
 
 /// fs.nr_open is a million by default.
 const MAX_FDS: u32 = 2 << 20;
-/// Locks that one inode may have before something is wrong.
-const MAX_LOCKS: usize = 1 << 16;
 
 // struct file's f_mode (include/linux/fs.h).
 const FMODE_READ: u32 = 0x1;
@@ -45,7 +44,7 @@ pub(crate) struct File {
     pub f_op: u64,
     #[kernel("f_count.counter")]
     f_count: i64,
-    f_flags: u32,
+    pub f_flags: u32,
     pub f_mode: u32,
     pub f_pos: i64,
     /// Embedded until 6.11, a pointer since.
@@ -62,31 +61,9 @@ struct Owner {
     signum: i32,
 }
 
-#[derive(KernelType)]
-#[kernel("file_lock_context")]
-struct LockContext {
-    #[kernel(address)]
-    flc_flock: u64,
-    #[kernel(address)]
-    flc_posix: u64,
-    #[kernel(address)]
-    flc_lease: u64,
-}
-
-#[derive(KernelType)]
-#[kernel("file_lock")]
-struct Lock {
-    #[kernel("fl_file", or = "c.flc_file")]
-    file: u64,
-    #[kernel("fl_owner", or = "c.flc_owner")]
-    owner: u64,
-    #[kernel("fl_list", or = "c.flc_list", address)]
-    list: u64,
-}
-
 impl Autopsy<'_> {
     /// The descriptors of a `files_struct`; their files go into the table.
-    pub(crate) fn descriptors(&self, files: u64, unsupported: &mut Vec<String>) -> Result<Vec<Descriptor>> {
+    pub(crate) fn descriptors(&self, files: u64) -> Result<Vec<Descriptor>> {
         let table: FilesStruct = self.kernel.read(files)?;
         let table_addr = table.fdt;
         let table: FdTable = self.kernel.read(table_addr)?;
@@ -115,7 +92,6 @@ impl Autopsy<'_> {
                 file: FileId(file),
                 cloexec: bit(&close_on_exec, fd as u32),
             });
-            self.name_locks(file, files, fd, unsupported);
         }
         Ok(descriptors)
     }
@@ -133,7 +109,7 @@ impl Autopsy<'_> {
         let inode = self.inode_facts(file.f_inode)?;
         let path = self.path(&file.f_path)?;
         let kind = self.file_kind(addr, &file, &inode, &path)?;
-        let (owner_pid, owner_signal) = self.owner(&file)?;
+        let (owner_pid, owner_is_thread, owner_signal) = self.owner(&file)?;
         let open = OpenFile {
             deleted: path.deleted && !path.synthetic || matches!(kind, FileKind::Memfd { .. }),
             kind,
@@ -142,39 +118,57 @@ impl Autopsy<'_> {
             pos: file.f_pos,
             inode: InodeId(file.f_inode),
             owner_pid,
+            owner_is_thread,
             owner_signal,
             count: file.f_count,
             path: path.path,
         };
         self.inode(file.f_inode, &inode, &open.path)?;
+        self.locks(file.f_inode)?;
         self.mount_ids.borrow_mut().insert(id, self.mount_id(file.f_path.mnt)?);
         self.files.borrow_mut().insert(id, open);
         Ok(())
     }
 
-    /// F_SETOWN and F_SETSIG.
-    fn owner(&self, file: &File) -> Result<(i32, i32)> {
+    /// F_SETOWN, whether it means a thread, and F_SETSIG.
+    fn owner(&self, file: &File) -> Result<(i32, bool, i32)> {
         let embedded = self.kernel.has_member("file", "f_owner.pid");
         let at = if embedded { file.f_owner } else { self.kernel.read_u64(file.f_owner)? };
         if at == 0 {
-            return Ok((0, 0));
+            return Ok((0, false, 0));
         }
         let owner: Owner = self.kernel.read(at)?;
         if owner.pid == 0 {
-            return Ok((0, owner.signum));
+            return Ok((0, false, owner.signum));
         }
         let pid = self.pid_number(owner.pid)?;
         let is_group = u64::from(owner.pid_type) == self.enumerator("PIDTYPE_PGID", 2);
-        Ok((if is_group { -pid } else { pid }, owner.signum))
+        let is_thread = u64::from(owner.pid_type) == self.enumerator("PIDTYPE_PID", 0);
+        Ok((if is_group { -pid } else { pid }, is_thread, owner.signum))
     }
 
     fn file_kind(&self, addr: u64, file: &File, inode: &InodeFacts, path: &FullPath) -> Result<FileKind> {
         let unsupported = |what: String| Ok(FileKind::Unsupported { what });
+        let file_type = inode.mode & 0o170_000;
+        if proc::is_view(inode.fs_type.as_bytes()) {
+            let view = self.proc_file(file.f_inode, inode.fs_type.as_bytes(), path.path.as_bytes())?;
+            // A place in the tree is one like any other, unless it is there as long as a process only.
+            if file.f_mode & FMODE_PATH == 0 && matches!(file_type, S_IFREG | S_IFDIR) || view.task.is_some()
+            {
+                return Ok(FileKind::Proc(view));
+            }
+        }
         if file.f_mode & FMODE_PATH != 0 {
             return Ok(FileKind::Path);
         }
         let operations = self.kernel.symbol_at(file.f_op).unwrap_or_default();
-        match inode.mode & 0o170_000 {
+        match operations {
+            "pidfd_fops" => return self.pidfd(file, false),
+            "pidfs_file_operations" => return self.pidfd(file, true),
+            "inotify_fops" => return Ok(FileKind::Inotify(self.inotify(file.private_data)?)),
+            _ => {}
+        }
+        match file_type {
             S_IFREG => self.regular_kind(file, inode, path, operations),
             S_IFDIR => Ok(FileKind::Directory),
             S_IFIFO if operations == "pipefifo_fops" => {
@@ -219,14 +213,12 @@ impl Autopsy<'_> {
             },
             b"hugetlbfs" => unsupported(format!("file of huge pages {}", path.path)),
             b"anon_inodefs" => unsupported(anonymous_description(operations, path)),
-            b"nsfs" => unsupported(format!("a namespace ({})", path.path)),
+            b"nsfs" => self.namespace_file(file.f_inode),
             b"secretmem" => unsupported("secret memory (memfd_secret)".into()),
-            b"pidfs" => unsupported("a process descriptor (pidfd)".into()),
             b"mqueue" => unsupported(format!("POSIX message queue {}", path.path)),
-            // Their contents are made up as they are read: what was already read, and what would come next, is unknown.
-            b"proc" | b"sysfs" | b"cgroup" | b"cgroup2" | b"debugfs" | b"tracefs" | b"securityfs"
-            | b"configfs" | b"bpf" | b"pstore" | b"efivarfs" | b"binfmt_misc" | b"fusectl" | b"selinuxfs"
-            | b"resctrl" | b"autofs" => {
+            // They stand for objects of the old kernel.
+            b"tracefs" | b"configfs" | b"bpf" | b"pstore" | b"efivarfs" | b"binfmt_misc" | b"fusectl"
+            | b"selinuxfs" | b"resctrl" | b"autofs" => {
                 unsupported(format!("file {} of the pseudo file system {}", path.path, inode.fs_type))
             }
             _ => Ok(FileKind::Regular),
@@ -274,50 +266,6 @@ impl Autopsy<'_> {
     pub(crate) fn is_sysv_shm(&self, file: &OpenFile) -> bool {
         matches!(&file.kind, FileKind::Unsupported { .. }) && file.path.as_bytes().starts_with(SYSV)
     }
-
-    /// File locks that this descriptor's process or open file holds (fs/locks.c).
-    fn name_locks(&self, file: u64, files: u64, fd: usize, unsupported: &mut Vec<String>) {
-        let locked = self.locks_of(file, files).unwrap_or_else(|error| {
-            self.find(
-                snapshot::Severity::Doubt,
-                "file",
-                format!("descriptor {fd}: its locks cannot be read: {error}"),
-            );
-            None
-        });
-        if let Some(kind) = locked {
-            let path = self.files.borrow().get(&FileId(file)).map_or(Bytes::default(), |f| f.path.clone());
-            unsupported.push(format!("{kind} on {path}"));
-        }
-    }
-
-    fn locks_of(&self, file: u64, files: u64) -> Result<Option<&'static str>> {
-        let inode = self.kernel.read_u64(file.wrapping_add(self.kernel.offset_of("file", "f_inode")?))?;
-        let context = self.kernel.read_u64(inode.wrapping_add(self.kernel.offset_of("inode", "i_flctx")?))?;
-        if context == 0 {
-            return Ok(None);
-        }
-        let context: LockContext = self.kernel.read(context)?;
-        let kinds = [
-            (context.flc_flock, "a file lock (flock)"),
-            (context.flc_posix, "a record lock (fcntl)"),
-            (context.flc_lease, "a lease"),
-        ];
-        let link = self
-            .kernel
-            .offset_of("file_lock", "fl_list")
-            .or_else(|_| self.kernel.offset_of("file_lock", "c.flc_list"))?;
-        for (list, kind) in kinds {
-            for node in self.list(list, MAX_LOCKS)? {
-                let lock: Lock = self.kernel.read(node.wrapping_sub(link))?;
-                debug_assert_eq!(lock.list, node);
-                if lock.file == file || lock.owner == files {
-                    return Ok(Some(kind));
-                }
-            }
-        }
-        Ok(None)
-    }
 }
 
 /// How the names of the files behind System V shared memory begin (`newseg`, ipc/shm.c).
@@ -333,9 +281,7 @@ fn anonymous_description(operations: &str, path: &FullPath) -> String {
         "eventfd_fops" => "an event counter (eventfd)",
         "timerfd_fops" => "a timer descriptor (timerfd)",
         "signalfd_fops" => "a signal descriptor (signalfd)",
-        "inotify_fops" => "an inotify instance",
         "fanotify_fops" => "a fanotify group",
-        "pidfd_fops" | "pidfs_file_operations" => "a process descriptor (pidfd)",
         "io_uring_fops" => "an io_uring instance",
         "userfaultfd_fops" => "a userfaultfd",
         "perf_fops" => "a performance event",

@@ -43,8 +43,8 @@ struct FsStruct {
 pub(crate) struct Dentry {
     /// NULL: not in the hash, that is, unlinked.
     #[kernel("d_hash.pprev")]
-    hashed: u64,
-    d_parent: u64,
+    pub hashed: u64,
+    pub d_parent: u64,
     #[kernel("d_name.len")]
     name_len: u32,
     #[kernel("d_name.name")]

@@ -22,11 +22,15 @@ mod fpu;
 mod fs;
 pub mod ground_truth;
 mod inode;
+mod inotify;
 mod ipc;
+mod lock;
 mod memfd;
 mod memory;
 mod panic;
+mod pidfd;
 mod pipe;
+mod proc;
 mod process;
 mod saver;
 mod signal;
@@ -47,8 +51,8 @@ use std::collections::{BTreeMap, HashMap};
 
 use ktypes::Kernel;
 use snapshot::{
-    AddressSpace, AddressSpaceId, Clocks, FileId, Finding, Inode, InodeId, OpenFile, Pid, Pipe, PipeId,
-    Severity, Snapshot, Tty, TtyId,
+    AddressSpace, AddressSpaceId, Clocks, FileId, Finding, Inode, InodeId, Lock, Mount, OpenFile, Pid, Pipe,
+    PipeId, Severity, Snapshot, Tty, TtyId,
 };
 
 /// Reads everything.
@@ -69,10 +73,12 @@ pub struct Autopsy<'k> {
     pub(crate) files: RefCell<BTreeMap<FileId, OpenFile>>,
     pub(crate) inodes: RefCell<BTreeMap<InodeId, Inode>>,
     pub(crate) pipes: RefCell<BTreeMap<PipeId, Pipe>>,
+    pub(crate) locks: RefCell<BTreeMap<InodeId, Vec<Lock>>>,
     pub(crate) ttys: RefCell<BTreeMap<TtyId, Tty>>,
     pub(crate) address_spaces: RefCell<BTreeMap<AddressSpaceId, AddressSpace>>,
     pub(crate) paths: RefCell<HashMap<(u64, u64), fs::FullPath>>,
     pub(crate) mount_ids: RefCell<BTreeMap<FileId, i32>>,
+    pub(crate) mount_table: OnceCell<Vec<Mount>>,
     pub(crate) frames: OnceCell<memory::Frames<'k>>,
     pub(crate) in_flight: OnceCell<memory::fault::InFlight>,
     pub(crate) cpus: OnceCell<thread::Cpus>,
@@ -94,10 +100,12 @@ impl<'k> Autopsy<'k> {
             files: RefCell::default(),
             inodes: RefCell::default(),
             pipes: RefCell::default(),
+            locks: RefCell::default(),
             ttys: RefCell::default(),
             address_spaces: RefCell::default(),
             paths: RefCell::default(),
             mount_ids: RefCell::default(),
+            mount_table: OnceCell::new(),
             frames: OnceCell::new(),
             in_flight: OnceCell::new(),
             cpus: OnceCell::new(),
@@ -143,6 +151,7 @@ impl<'k> Autopsy<'k> {
             inodes: self.inodes.take(),
             unwritten,
             pipes: self.pipes.take(),
+            locks: self.locks.take().into_values().flatten().collect(),
             ttys: self.ttys.take(),
             ipc,
             findings: self.findings.take(),

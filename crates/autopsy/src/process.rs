@@ -652,7 +652,7 @@ impl Autopsy<'_> {
             process.fs = self.part("fs", self.fs_context(representative.fs)).unwrap_or_default();
         }
         if representative.files != 0 {
-            let descriptors = self.descriptors(representative.files, &mut unsupported);
+            let descriptors = self.descriptors(representative.files);
             process.descriptors = self.part("file", descriptors).unwrap_or_default();
         }
         // Who executes gets an address space from the program.

@@ -13,7 +13,7 @@ use snapshot::{
 use crate::credentials::{parse_status, status_field};
 use crate::file::comparable_flags;
 use crate::memory::{MapsLine, parse_maps};
-use crate::sys;
+use crate::{lock, sys};
 
 /// More differences than this are not listed.
 const LIMIT: usize = 8;
@@ -41,6 +41,7 @@ pub(crate) fn differences(e: &Expected<'_>) -> Vec<String> {
     found.extend(relations(e));
     found.extend(threads(e));
     found.extend(descriptors(e, &dir));
+    found.extend(lock::differences(e.snapshot, e.process, &dir));
     found.extend(places(e, &dir));
     found.extend(limits(e.process));
     found.truncate(LIMIT);
@@ -297,8 +298,16 @@ fn descriptors(e: &Expected<'_>, dir: &str) -> Vec<String> {
         } else {
             found.push(at("its state cannot be read"));
         }
-        if let FileKind::Regular | FileKind::Memfd { .. } | FileKind::Directory | FileKind::Path = file.kind {
-            if file.kind != FileKind::Path {
+        let has_path = matches!(
+            file.kind,
+            FileKind::Regular
+                | FileKind::Memfd { .. }
+                | FileKind::Directory
+                | FileKind::Path
+                | FileKind::Proc(_)
+        );
+        if has_path {
+            if file.flags & libc::O_PATH == 0 {
                 found.extend(differ(&at("position"), number("pos", 10).unwrap_or(-1), file.pos));
             }
             let link = std::fs::read_link(format!("{dir}/fd/{}", d.fd)).unwrap_or_default();

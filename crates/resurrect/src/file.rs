@@ -3,16 +3,18 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use nix::errno::Errno;
 use snapshot::{
-    FileId, FileKind, Inode, InodeId, OpenFile, PhysMem, PipeId, Process, Reason, Snapshot, TtyId, VmaKind,
+    Descriptor, FileId, FileKind, Inode, InodeId, OpenFile, PhysMem, Pid, PipeId, Process, Reason, Snapshot,
+    TtyId, VmaKind,
 };
 
-use crate::{FileStale, FileWritten, memfd, page_cache, pipe, sys, tty};
+use crate::inject::{Call, call};
+use crate::{FileStale, FileWritten, inotify, memfd, page_cache, pidfd, pipe, proc, sys, tty};
 
 /// Flags that only mean something to the open call itself.
 const CREATION_FLAGS: i32 = libc::O_CREAT
@@ -31,6 +33,10 @@ pub(crate) struct Files {
     /// Lowest descriptor that is ours: above every number that a process uses.
     pub(crate) base: RawFd,
     open: BTreeMap<FileId, Result<OwnedFd, Reason>>,
+    /// Files about processes: opened when those exist ([`Files::open_late`]). Until then, something else is under their numbers.
+    late: BTreeSet<FileId>,
+    /// A pidfd of this program, through which its children get such files.
+    own_pidfd: Option<OwnedFd>,
     pipes: BTreeMap<PipeId, Result<pipe::Opened, String>>,
     ttys: BTreeMap<TtyId, Result<tty::Restored, String>>,
     inodes: BTreeMap<InodeId, Result<page_cache::Restored, String>>,
@@ -85,21 +91,96 @@ impl Files {
         let ids = with_held(snapshot, processes.iter().flat_map(|p| needed(snapshot, p)).map(|(id, _)| id));
         let mut files = Self { base: (highest + 1).max(500), ..Self::default() };
         // Beside files and pipes one for the memory of each process.
-        files.make_room(ids.len() + 2 * snapshot.pipes.len() + snapshot.inodes.len() + processes.len())?;
+        files
+            .make_room(1 + ids.len() + 2 * snapshot.pipes.len() + snapshot.inodes.len() + processes.len())?;
         files.write_back(snapshot, mem);
         for id in ids {
             let opened = match snapshot.files.get(&id) {
+                Some(file) if is_late(file) => files.reserve_late(id, file, processes),
                 Some(file) => files.open_one(snapshot, file, mem),
                 None => Err(Reason::new("descriptor", "it is not in the snapshot")),
             };
             files.open.insert(id, opened);
         }
         files.connect(snapshot, mem);
+        files.watch(snapshot);
         Ok(files)
     }
 
     /// What needs several files to be open: contents of sockets that hold open files, and the like.
     fn connect(&mut self, _snapshot: &Snapshot, _mem: &dyn PhysMem) {}
+
+    /// Lets inotify instances watch, when all has been made that they could notice.
+    fn watch(&mut self, snapshot: &Snapshot) {
+        let created = self.inodes.iter().filter(|(_, r)| r.as_ref().is_ok_and(|r| r.created));
+        let created: BTreeSet<_> =
+            created.filter_map(|(id, _)| Some(snapshot.inodes.get(id)?.path.clone())).collect();
+        for (id, opened) in &mut self.open {
+            if let Some(FileKind::Inotify(state)) = snapshot.files.get(id).map(|file| &file.kind)
+                && let Ok(fd) = opened
+                && let Err(why) = inotify::watch(fd.as_fd(), state, &|path| created.contains(path))
+            {
+                *opened = Err(Reason::new("inotify", why));
+            }
+        }
+    }
+
+    /// Keeps a number for a file about a process that is still to be made.
+    fn reserve_late(
+        &mut self,
+        id: FileId,
+        file: &OpenFile,
+        processes: &[&Process],
+    ) -> Result<OwnedFd, Reason> {
+        let io = |e: Errno| Reason::new("descriptor", format!("keep its number: {e}"));
+        if let FileKind::Proc(snapshot::ProcFile { task: Some(task), .. }) = file.kind
+            && !processes.iter().any(|p| p.pid == task)
+        {
+            let text = format!("it is about PID {task}, which does not come back");
+            return Err(Reason::new("descriptor", text));
+        }
+        if self.own_pidfd.is_none() {
+            let own = pidfd::open(nix::unistd::getpid().as_raw(), 0).map_err(io)?;
+            self.own_pidfd = Some(sys::lift(own, self.base).map_err(io)?);
+        }
+        let reserved = sys::open(Path::new("/dev/null"), libc::O_RDONLY, 0).map_err(io)?;
+        self.late.insert(id);
+        sys::lift(reserved, self.base).map_err(io)
+    }
+
+    /// Opens the files about processes, now that all processes are there. `exists`: whether a process that comes back is.
+    /// A file that cannot be opened is gone from its number: whoever fetches it fails.
+    pub(crate) fn open_late(&mut self, snapshot: &Snapshot, exists: &dyn Fn(Pid) -> bool) {
+        for id in std::mem::take(&mut self.late) {
+            let (Some(file), Some(Ok(reserved))) = (snapshot.files.get(&id), self.open.get(&id)) else {
+                continue;
+            };
+            let number = reserved.as_raw_fd();
+            let flags = file.flags & !CREATION_FLAGS;
+            let opened = match &file.kind {
+                FileKind::PidFd(pidfd) => pidfd::restore(pidfd, exists(pidfd.pid)),
+                _ => sys::open(file.path.as_path(), flags | libc::O_NOCTTY, 0),
+            };
+            let done = opened.map_err(|e| Reason::new("descriptor", format!("open: {e}"))).and_then(|fd| {
+                let fd = if file.flags & libc::O_PATH == 0 { self.seek(fd, file)? } else { fd };
+                let io = |what: &str, e: Errno| Reason::new("descriptor", format!("{what}: {e}"));
+                if file.flags & libc::O_PATH == 0 {
+                    set_status_flags(&fd, file).map_err(|e| io("F_SETFL", e))?;
+                }
+                sys::dup3(fd.as_raw_fd(), number, true).map_err(|e| io("dup", e))
+            });
+            if let Err(reason) = done {
+                self.open.insert(id, Err(reason));
+            }
+        }
+    }
+
+    /// A file of this program for the calling child: under which number it is, and through which pidfd it is to be fetched if it was
+    /// not there yet when the child was made.
+    pub(crate) fn inherited(&self, id: FileId) -> Option<(RawFd, Option<RawFd>)> {
+        let own = self.own_pidfd.as_ref().map(AsRawFd::as_raw_fd);
+        Some((self.number(id)?, own.filter(|_| self.late.contains(&id))))
+    }
 
     /// The limit on descriptor numbers must hold ours above everybody's.
     fn make_room(&self, count: usize) -> Result<(), Errno> {
@@ -120,8 +201,13 @@ impl Files {
         nix::sys::termios::tcgetattr(file).is_err_and(|errno| errno == Errno::EIO)
     }
 
-    /// The descriptor under which a file is open here and in all children.
+    /// The descriptor under which a file is open here and in all children. Files about processes are not before
+    /// [`Files::open_late`].
     pub(crate) fn fd(&self, id: FileId) -> Option<RawFd> {
+        if self.late.contains(&id) { None } else { self.number(id) }
+    }
+
+    fn number(&self, id: FileId) -> Option<RawFd> {
         self.open.get(&id)?.as_ref().ok().map(AsRawFd::as_raw_fd)
     }
 
@@ -238,10 +324,19 @@ impl Files {
                 }
                 .map_err(|e| Reason::new("terminal", format!("open: {e}")))?
             }
+            FileKind::Proc(_) => {
+                let fd = sys::open(path, flags | libc::O_NOCTTY, 0).map_err(|e| io("open", e))?;
+                if flags & libc::O_PATH == 0 { self.seek(fd, file)? } else { fd }
+            }
+            FileKind::Namespace(namespace) => {
+                proc::open_namespace(namespace, flags).map_err(|e| io("open", e))?
+            }
+            FileKind::Inotify(_) => inotify::create().map_err(|e| io("inotify_init", e))?,
+            FileKind::PidFd(_) => return Err(Reason::new("descriptor", "its process is not there yet")),
             FileKind::Unsupported { what } => return Err(Reason::new("descriptor", what.clone())),
         };
         let fd = sys::lift(fd, self.base).map_err(|e| io("dup", e))?;
-        if file.kind != FileKind::Path {
+        if file.flags & libc::O_PATH == 0 {
             set_status_flags(&fd, file).map_err(|e| io("F_SETFL", e))?;
         }
         Ok(fd)
@@ -255,12 +350,6 @@ impl Files {
     ) -> Result<(), Reason> {
         let inode = snapshot.inodes.get(&file.inode);
         let inode = inode.ok_or_else(|| Reason::new("file", "its inode is not in the snapshot"))?;
-        if is_kernel_made(inode.fs_type.as_bytes()) {
-            return match process_of_proc_path(file.path.as_bytes()) {
-                true => Err(Reason::new("descriptor", "a file about a process in /proc")),
-                false => Ok(()),
-            };
-        }
         let path = file.path.as_path();
         let restored = self.inodes.entry(file.inode).or_insert_with(|| restore(snapshot, path, inode, mem));
         restored.as_ref().map(drop).map_err(|why| Reason::new("file", why.clone()))
@@ -306,20 +395,28 @@ impl Files {
         failed
     }
 
-    /// Sets the receivers of SIGIO. They must exist, hence after the skeletons.
+    /// Sets the receivers of SIGIO, and who is to get it at all. They must exist, hence after the processes are complete.
     pub(crate) fn set_owners(&self, snapshot: &Snapshot) -> Vec<(FileId, Errno)> {
         let mut failed = Vec::new();
         for (id, fd) in self.open.iter().filter_map(|(id, fd)| Some((id, fd.as_ref().ok()?))) {
             let Some(file) = snapshot.files.get(id) else { continue };
-            let mut set = |cmd, arg: i32| {
-                if arg != 0
-                    && let Err(e) = sys::fcntl(fd.as_raw_fd(), cmd, arg.into())
-                {
+            let mut set = |done: Result<i32, Errno>| {
+                if let Err(e) = done {
                     failed.push((*id, e));
                 }
             };
-            set(libc::F_SETOWN, file.owner_pid);
-            set(F_SETSIG, file.owner_signal);
+            let raw = fd.as_raw_fd();
+            if file.owner_is_thread {
+                set(set_owning_thread(raw, file.owner_pid));
+            } else if file.owner_pid != 0 {
+                set(sys::fcntl(raw, libc::F_SETOWN, file.owner_pid.into()));
+            }
+            if file.flags & libc::O_ASYNC != 0 {
+                set(sys::fcntl(raw, libc::F_SETFL, (file.flags & STATUS_FLAGS).into()));
+            }
+            if file.owner_signal != 0 {
+                set(sys::fcntl(raw, F_SETSIG, file.owner_signal.into()));
+            }
         }
         failed
     }
@@ -327,7 +424,15 @@ impl Files {
 
 const F_SETSIG: i32 = 10;
 
-/// The kernel makes up the contents of such files: there is nothing on a disk to compare with.
+/// Whether it can be opened only when a certain process is there.
+fn is_late(file: &OpenFile) -> bool {
+    match &file.kind {
+        FileKind::PidFd(_) => true,
+        FileKind::Proc(proc) => proc.task.is_some(),
+        _ => false,
+    }
+}
+
 /// Brings one file up to date, unless its file system is not there: then the name would lead to another one.
 fn restore(
     snapshot: &Snapshot,
@@ -350,26 +455,6 @@ fn is_mount_point(path: &Path) -> bool {
         None => true,
         Some(parent) => device(path).is_some_and(|here| device(parent) != Some(here)),
     }
-}
-
-fn is_kernel_made(fs_type: &[u8]) -> bool {
-    const TYPES: [&[u8]; 10] = [
-        b"proc",
-        b"sysfs",
-        b"cgroup2",
-        b"cgroup",
-        b"debugfs",
-        b"tracefs",
-        b"securityfs",
-        b"efivarfs",
-        b"configfs",
-        b"bpf",
-    ];
-    TYPES.contains(&fs_type)
-}
-
-fn process_of_proc_path(path: &[u8]) -> bool {
-    path.strip_prefix(b"/proc/").is_some_and(|rest| rest.first().is_some_and(u8::is_ascii_digit))
 }
 
 /// Makes a file that has no name. What comes back is not open for writing: a program that is to be run from it must not be.
@@ -405,12 +490,31 @@ fn verify_device(path: &Path, major: u32, minor: u32) -> Result<(), Reason> {
 }
 
 fn set_status_flags(fd: &OwnedFd, file: &OpenFile) -> Result<(), Errno> {
-    let wanted = file.flags & STATUS_FLAGS;
+    // Signals name the descriptor through which they were asked for: that is the process's to do (`ask_for_signals`).
+    let wanted = file.flags & STATUS_FLAGS & !libc::O_ASYNC;
     let now = sys::fcntl(fd.as_raw_fd(), libc::F_GETFL, 0)? & STATUS_FLAGS;
     if now != wanted {
         sys::fcntl(fd.as_raw_fd(), libc::F_SETFL, wanted.into())?;
     }
     Ok(())
+}
+
+/// The calls with which a process asks for SIGIO again.
+pub(crate) fn ask_for_signals(snapshot: &Snapshot, process: &Process) -> Vec<Call> {
+    let flags = |d: &Descriptor| snapshot.files.get(&d.file).map_or(0, |file| file.flags);
+    let asked = process.descriptors.iter().filter(|d| flags(d) & libc::O_ASYNC != 0);
+    let ask =
+        |d: &Descriptor| call!("O_ASYNC", libc::SYS_fcntl, d.fd, libc::F_SETFL, flags(d) & STATUS_FLAGS);
+    asked.map(ask).collect()
+}
+
+/// F_SETOWN_EX with F_OWNER_TID.
+fn set_owning_thread(fd: RawFd, tid: Pid) -> Result<i32, Errno> {
+    const F_SETOWN_EX: i32 = 15;
+    const F_OWNER_TID: i32 = 0;
+    let owner = [F_OWNER_TID, tid];
+    // SAFETY: the kernel reads a struct f_owner_ex, two ints.
+    Errno::result(unsafe { libc::fcntl(fd, F_SETOWN_EX, owner.as_ptr()) })
 }
 
 /// The part of the O_* flags that must be the same again.

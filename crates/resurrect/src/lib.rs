@@ -12,9 +12,10 @@
 //!    that no process uses;
 //! 3. *clock*: a time namespace in which the monotonic clocks go on;
 //! 4. *skeletons*: forks of this program with the right PIDs, which do in their own code what does not depend on the address space;
+//!    when all exist, files about processes (pidfds, /proc) are opened, which they then fetch;
 //! 5. *map*: each is taken over with ptrace and its address space replaced by the old mappings, still empty;
 //! 6. *pour*: page contents, for all processes at once in physical order;
-//! 7. *finish*: protections, threads, credentials, pending signals, interrupted system calls, registers;
+//! 7. *finish*: protections, file locks, threads, credentials, pending signals, interrupted system calls, registers;
 //! 8. *check*: `/proc` of every process against the snapshot;
 //! 9. *release*: all at once; but who waits in vfork(2) goes on after the child ([`vfork`]).
 //!
@@ -33,13 +34,17 @@ mod deadline;
 mod exec;
 mod file;
 mod inject;
+mod inotify;
 mod ipc;
+mod lock;
 mod memfd;
 mod memory;
 pub mod page_cache;
+mod pidfd;
 mod pipe;
 mod plan;
 mod pour;
+mod proc;
 mod process;
 mod shared_memory;
 mod signal;
@@ -336,7 +341,7 @@ impl<'a> Run<'a> {
         // Files and shared memory.
         self.refuse_high_descriptors(&mut wanted);
         let processes = self.processes(&wanted);
-        let files =
+        let mut files =
             Files::open(self.snapshot, &processes, mem).map_err(system("raise the limit on descriptors"))?;
         self.refuse_files(&mut wanted, &files);
         self.report.files_written = files.written(self.snapshot);
@@ -357,10 +362,10 @@ impl<'a> Run<'a> {
         let plan = self.plan(&mut wanted)?;
         let own = Own::read().map_err(system("read our own properties"))?;
         scratch.map().map_err(system("map the scratch area"))?;
-        let states = skeleton::create(self.snapshot, &plan, &files, self.process_deadline());
+        let states = skeleton::create(self.snapshot, &plan, &mut files, self.process_deadline());
         scratch.unmap();
         let states = states.map_err(system("create processes"))?;
-        self.sort_out_skeletons(&mut wanted, &plan, &states);
+        self.sort_out_skeletons(&mut wanted, &plan, &states, &files);
         self.step(Step::Skeletons { count: wanted.len() });
 
         // Memory.
@@ -385,6 +390,7 @@ impl<'a> Run<'a> {
                 build.losses.push(Reason::new("memfd", text.clone()));
             }
         }
+        self.take_locks(&mut builds, &files);
         for (id, errno) in files.set_owners(self.snapshot) {
             for build in &mut builds {
                 if build.process.descriptors.iter().any(|d| d.file == id) {
@@ -404,6 +410,19 @@ impl<'a> Run<'a> {
         drop(ipc);
         self.release(builds, zombies);
         Ok(self.conclude())
+    }
+
+    /// Locks of open files that their processes have not taken themselves.
+    fn take_locks(&mut self, builds: &mut Vec<Build<'a>>, files: &Files) {
+        for (id, errno) in lock::take_rest(self.snapshot, files) {
+            let has_it = |build: &Build<'_>| file::needed(self.snapshot, build.process).any(|(f, _)| f == id);
+            let (losers, kept): (Vec<_>, Vec<_>) = builds.drain(..).partition(has_it);
+            *builds = kept;
+            for build in losers {
+                let reason = format!("one of its open files cannot be locked: {errno}");
+                self.abandon(build, Failure { step: "file locks", reason });
+            }
+        }
     }
 
     fn step(&mut self, step: Step<'_>) {
@@ -578,12 +597,22 @@ impl<'a> Run<'a> {
         Err(Error::Caller("the processes cannot be put in an order".into()))
     }
 
-    fn sort_out_skeletons(&mut self, wanted: &mut BTreeSet<Pid>, plan: &Plan, states: &BTreeMap<Pid, State>) {
+    fn sort_out_skeletons(
+        &mut self,
+        wanted: &mut BTreeSet<Pid>,
+        plan: &Plan,
+        states: &BTreeMap<Pid, State>,
+        files: &Files,
+    ) {
         for p in self.processes(wanted) {
             let state = states.get(&p.pid).unwrap_or(&State::Missing);
             let reason = match state {
                 State::Ready => continue,
-                State::Failed(why) => why.clone(),
+                // Files that were to be opened when it was there.
+                State::Failed(why) => match files.failures(self.snapshot, p).first() {
+                    Some(failure) => failure.text.clone(),
+                    None => why.clone(),
+                },
                 State::Born => "it did not get ready in time".into(),
                 State::Missing => {
                     let parent = plan.node(p.pid).and_then(|n| n.parent).and_then(|id| states.get(&id));
@@ -607,6 +636,7 @@ impl<'a> Run<'a> {
         let new_parent = nix::unistd::getppid().as_raw();
         for p in self.processes(wanted) {
             let mut losses = pipe::lost_peers(self.snapshot, p, wanted);
+            losses.extend(pidfd::lost_processes(self.snapshot, p, wanted));
             if !wanted.contains(&p.ppid) && p.ppid != new_parent {
                 let text = format!(
                     "its parent, PID {}, does not come back: PID {new_parent} takes its place",

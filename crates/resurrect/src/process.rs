@@ -18,7 +18,7 @@ use crate::inject::{self, Call, InjectError, Missed, Scratch, Tracee, call};
 use crate::memory::{self, Area, Sources, Specials};
 use crate::pour::{Owner, OwnerId, ReverseMap};
 use crate::syscall::{self, Continuation};
-use crate::{ipc, signal, sys, thread};
+use crate::{file, ipc, lock, signal, sys, thread};
 
 /// What all rebuilt processes have in common.
 pub(crate) struct Common<'a> {
@@ -190,6 +190,8 @@ impl<'a> Build<'a> {
             self.mm.exe.and_then(|id| common.files.fd(id)).filter(|&fd| !is_same_file(fd, common.own.exe));
         calls.push(memory::set_layout(&self.mm.layout, exe));
         calls.push(call!("close our files", libc::SYS_close_range, common.files.base, u32::MAX, 0u64));
+        calls.extend(file::ask_for_signals(common.snapshot, self.process));
+        calls.extend(lock::take(common.snapshot, self.process));
         if self.mm.thp_disabled {
             let (option, on) = (libc::PR_SET_THP_DISABLE, 1u64);
             let call = call!("PR_SET_THP_DISABLE", libc::SYS_prctl, option, on, 0u64, 0u64, 0u64);

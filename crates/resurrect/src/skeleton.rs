@@ -6,7 +6,7 @@
 //! worker closes; nobody polls, and a skeleton that dies is noticed by the pipe's end.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -15,7 +15,7 @@ use snapshot::{Pid, Process, ProcessState, SigAction, Snapshot};
 use crate::deadline::Deadline;
 use crate::file::Files;
 use crate::plan::{Birth, Node, NodeId, Plan, Role};
-use crate::{sys, tty};
+use crate::{pidfd, sys, tty};
 
 /// Which step a skeleton failed in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,7 +128,7 @@ const BLOCKED: u64 = !(1 << (libc::SIGTRAP - 1));
 pub(crate) fn create(
     snapshot: &Snapshot,
     plan: &Plan,
-    files: &Files,
+    files: &mut Files,
     deadline: Deadline,
 ) -> Result<BTreeMap<Pid, State>, Errno> {
     let base = files.base;
@@ -139,7 +139,7 @@ pub(crate) fn create(
     let context = Context {
         snapshot,
         plan,
-        files,
+        files: &*files,
         reports: [reports1_w.as_raw_fd(), reports2_w.as_raw_fd()],
         gates: [gate1.as_raw_fd(), gate2.as_raw_fd()],
         gate_holds: [gate1_w.as_raw_fd(), gate2_w.as_raw_fd()],
@@ -158,6 +158,10 @@ pub(crate) fn create(
     nix::sys::signal::sigprocmask(nix::sys::signal::SigmaskHow::SIG_SETMASK, Some(&before), None)?;
     drop((reports1_w, reports2_w));
     collect(&reports1, &mut states, deadline)?;
+    files.open_late(snapshot, &|pid| {
+        let is_placeholder = plan.node(pid).is_none_or(|node| node.role == Role::Placeholder);
+        !is_placeholder && states.get(&pid) == Some(&State::Born)
+    });
     drop(gate1_w);
     collect(&reports2, &mut states, deadline)?;
     drop(gate2_w);
@@ -388,8 +392,19 @@ impl Context<'_> {
     fn set_descriptors(&self, p: &Process) -> Result<(), Errno> {
         sys::close_range(0, self.files.base as u32 - 1)?;
         for d in &p.descriptors {
-            let fd = self.files.fd(d.file).ok_or(Errno::EBADF)?;
-            sys::dup3(fd, d.fd, d.cloexec)?;
+            let (fd, fetch) = self.files.inherited(d.file).ok_or(Errno::EBADF)?;
+            let Some(own_pidfd) = fetch else {
+                sys::dup3(fd, d.fd, d.cloexec)?;
+                continue;
+            };
+            // It comes under the lowest free number.
+            let fetched = pidfd::get(own_pidfd, fd)?;
+            if fetched.as_raw_fd() == d.fd {
+                let flag = if d.cloexec { libc::FD_CLOEXEC } else { 0 };
+                sys::fcntl(fetched.into_raw_fd(), libc::F_SETFD, flag.into())?;
+            } else {
+                sys::dup3(fetched.as_raw_fd(), d.fd, d.cloexec)?;
+            }
         }
         Ok(())
     }

@@ -250,6 +250,10 @@ fn judge(
     judge_namespaces(process, &mut reasons);
     judge_memory(snapshot, process, mm_users, &mut reasons);
     judge_descriptors(snapshot, process, &mut reasons);
+    crate::lock::judge(snapshot, process, &mut reasons, &mut losses);
+    crate::pidfd::judge(snapshot, process, &mut reasons);
+    crate::inotify::judge(snapshot, process, &mut reasons, &mut losses);
+    crate::proc::judge(snapshot, process, &mut reasons, &mut losses);
     for thread in process.threads.iter().filter(|t| t.state != ThreadState::Dead) {
         let tid = thread.tid;
         if let Resume::Impossible { why } = &thread.resume {
@@ -354,6 +358,9 @@ fn judge_memory(
                             "mapping",
                             format!("{at}: {what}: not brought back by this version"),
                         ));
+                    } else if let FileKind::Proc(_) = f.kind {
+                        let text = format!("{at}: {}: memory of the kernel or a device", f.path);
+                        reasons.push(Reason::new("mapping", text));
                     } else if let Some(why) = obstacle_without_name(snapshot, f) {
                         reasons.push(Reason::new("deleted-file", format!("{at}: {}: {why}", f.path)));
                     }
@@ -462,6 +469,8 @@ fn judge_descriptors(snapshot: &Snapshot, process: &Process, reasons: &mut Vec<R
                 }
             }
             FileKind::CharDevice { .. } => {}
+            // Judged in the files of their kinds.
+            FileKind::PidFd(_) | FileKind::Inotify(_) | FileKind::Proc(_) | FileKind::Namespace(_) => {}
         }
     }
 }
@@ -547,6 +556,7 @@ mod tests {
             pos: 0,
             inode: InodeId(1),
             owner_pid: 0,
+            owner_is_thread: false,
             owner_signal: 0,
             count: 1,
         }
@@ -713,6 +723,107 @@ mod tests {
             |severity| Finding { severity, pid: Some(500), object: "memory".into(), text: "x".into() };
         assert_eq!(reasons(|s| s.findings.push(doubt(Severity::Doubt))), ["memory"]);
         assert!(reasons(|s| s.findings.push(doubt(Severity::Note))).is_empty());
+    }
+
+    /// What becomes of a process with one more descriptor: codes of losses, or of reasons.
+    fn with_descriptor(
+        kind: FileKind,
+        change: impl FnOnce(&mut Snapshot, &mut OpenFile),
+    ) -> Result<Vec<String>, Vec<String>> {
+        let mut s = machine(vec![process(500, 1, 1000)]);
+        let mut file = open_file(kind, "/x");
+        change(&mut s, &mut file);
+        s.files.insert(FileId(7), file);
+        s.processes[0].descriptors.push(Descriptor { fd: 3, file: FileId(7), cloexec: false });
+        decide(&mut s, &all());
+        let codes = |list: &[Reason]| list.iter().map(|r| r.code.clone()).collect();
+        match decision(&s, 500) {
+            Decision::Continue { losses } => Ok(codes(losses)),
+            Decision::GiveUp { reasons } => Err(codes(reasons)),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn views_of_the_kernel_are_opened_again_where_they_show_the_same() {
+        let view = |task| FileKind::Proc(ProcFile { task, gone: false });
+        let codes = |code: &str| vec![code.to_owned()];
+        assert_eq!(with_descriptor(view(None), |_, _| {}), Ok(vec![]));
+        assert_eq!(with_descriptor(view(Some(500)), |_, _| {}), Ok(vec![]));
+        assert_eq!(with_descriptor(view(None), |_, f| f.pos = 5), Ok(codes("proc-file")));
+        assert_eq!(with_descriptor(view(None), |_, f| (f.pos, f.flags) = (5, 1)), Ok(vec![]));
+        assert_eq!(with_descriptor(view(Some(501)), |_, _| {}), Err(codes("descriptor")));
+        let gone = FileKind::Proc(ProcFile { task: Some(500), gone: true });
+        assert_eq!(with_descriptor(gone, |_, _| {}), Err(codes("descriptor")));
+        assert_eq!(
+            with_descriptor(view(Some(500)), |s, _| s.processes[0].fs.root = "/srv".into()),
+            Err(codes("descriptor"))
+        );
+        let namespace =
+            |name: &str, initial| FileKind::Namespace(NamespaceFile { name: name.into(), initial });
+        assert_eq!(with_descriptor(namespace("net", true), |_, _| {}), Ok(vec![]));
+        assert_eq!(with_descriptor(namespace("net", false), |_, _| {}), Err(codes("descriptor")));
+        assert_eq!(with_descriptor(namespace("time", true), |_, _| {}), Err(codes("descriptor")));
+    }
+
+    #[test]
+    fn pidfds_and_watches_come_back_or_are_named() {
+        let codes = |code: &str| vec![code.to_owned()];
+        let pidfd = |pid, thread| FileKind::PidFd(PidFd { pid, thread, gone: false });
+        assert_eq!(with_descriptor(pidfd(7, false), |_, _| {}), Ok(vec![]));
+        assert_eq!(with_descriptor(pidfd(500, true), |_, _| {}), Ok(vec![]));
+        let inner = with_descriptor(pidfd(501, true), |s, _| {
+            let thread = Thread { tid: 501, ..s.processes[0].threads[0].clone() };
+            s.processes[0].threads.push(thread);
+        });
+        assert_eq!(inner, Err(codes("descriptor")));
+        let watch = |wd, unsupported: Option<String>| Watch {
+            wd,
+            path: "/x".into(),
+            mask: 1,
+            ino: 1,
+            file_type: 0,
+            volatile: false,
+            unsupported,
+        };
+        let inotify = |watch, unread| FileKind::Inotify(Inotify { watches: vec![watch], next: 9, unread });
+        assert_eq!(with_descriptor(inotify(watch(1, None), 0), |_, _| {}), Ok(vec![]));
+        assert_eq!(with_descriptor(inotify(watch(1, None), 2), |_, _| {}), Ok(codes("inotify")));
+        assert_eq!(
+            with_descriptor(inotify(watch(1, Some("gone".into())), 0), |_, _| {}),
+            Err(codes("inotify"))
+        );
+        assert_eq!(with_descriptor(inotify(watch(i32::MAX, None), 0), |_, _| {}), Err(codes("inotify")));
+    }
+
+    #[test]
+    fn locks_need_a_descriptor_and_a_local_file_system() {
+        let locked = |owner, fs_type: &str, flags| {
+            let lock = Lock {
+                kind: LockKind::Posix,
+                inode: InodeId(1),
+                owner,
+                exclusive: true,
+                start: 0,
+                end: i64::MAX,
+                pid: 500,
+                descriptor: -1,
+                breaking: false,
+            };
+            with_descriptor(FileKind::Regular, |s, f| {
+                f.flags = flags;
+                s.locks.push(lock);
+                let inode = Inode { fs_type: fs_type.into(), ..inode_with_swapped_pages(0) };
+                s.inodes.insert(InodeId(1), inode);
+            })
+        };
+        let codes = |code: &str| vec![code.to_owned()];
+        assert_eq!(locked(LockOwner::Table(500), "ext4", 2), Ok(vec![]));
+        assert_eq!(locked(LockOwner::Table(500), "nfs4", 2), Err(codes("file-lock")));
+        assert_eq!(locked(LockOwner::Table(500), "fuse.sshfs", 2), Err(codes("file-lock")));
+        assert_eq!(locked(LockOwner::Table(500), "ext4", 0), Ok(codes("file-lock")));
+        assert_eq!(locked(LockOwner::Table(501), "nfs4", 0), Ok(vec![]));
+        assert_eq!(locked(LockOwner::File(FileId(7)), "nfs4", 2), Err(codes("file-lock")));
     }
 
     #[test]

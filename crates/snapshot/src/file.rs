@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Bytes, PAGE_SIZE, PipeEnd, PipeId, Timestamp, TtyId};
+use crate::{Bytes, Inotify, NamespaceFile, PAGE_SIZE, PidFd, PipeEnd, PipeId, ProcFile, Timestamp, TtyId};
 
 /// Address of a `struct file` in the dead kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -45,6 +45,9 @@ pub struct OpenFile {
     pub inode: InodeId,
     /// F_SETOWN target: 0 none, positive process, negative process group.
     pub owner_pid: i32,
+    /// The target is a single thread (F_SETOWN_EX with F_OWNER_TID).
+    #[serde(default)]
+    pub owner_is_thread: bool,
     /// F_SETSIG signal, 0 for the default.
     pub owner_signal: i32,
     /// `f_count` as the dead kernel had it (for cross-checks).
@@ -86,6 +89,14 @@ pub enum FileKind {
     },
     /// Opened with O_PATH: a place in the tree, nothing more.
     Path,
+    /// A pidfd.
+    PidFd(PidFd),
+    /// An inotify instance.
+    Inotify(Inotify),
+    /// A file or directory of /proc, /sys or the like.
+    Proc(ProcFile),
+    /// A file that stands for a namespace.
+    Namespace(NamespaceFile),
     /// Something that is not brought back; the text names it for people (`unix stream socket to …`).
     Unsupported {
         /// For people: what it is.

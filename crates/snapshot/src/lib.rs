@@ -19,11 +19,15 @@ mod decision;
 mod file;
 mod finding;
 mod fs;
+mod inotify;
 mod ipc;
+mod lock;
 mod memory;
 mod panic;
 mod physmem;
+mod pidfd;
 mod pipe;
+mod proc;
 mod process;
 mod signal;
 mod syscall;
@@ -37,11 +41,15 @@ pub use decision::{Decision, LiveFpu, Policy, Reason, Selector, decide};
 pub use file::{Descriptor, FileId, FileKind, Inode, InodeId, OpenFile, PageCacheRun};
 pub use finding::{Finding, Severity};
 pub use fs::{FsContext, Mount, MountFlags, Timestamp};
+pub use inotify::{Inotify, MAX_WATCH_DESCRIPTOR, Watch};
 pub use ipc::{Ipc, IpcPerm, Message, MsgQueue, SemArray, SemUndo, ShmSegment};
+pub use lock::{Lock, LockKind, LockOwner};
 pub use memory::{AddressSpace, AddressSpaceId, MmLayout, PageRun, Prot, SwapRun, Vma, VmaFlags, VmaKind};
 pub use panic::{Frame, Kernel, LogRecord, Panic, vdso_fingerprint};
 pub use physmem::{PAGE_SIZE, PhysMap, PhysMem, PhysMemError, PhysRange, StableBytes};
+pub use pidfd::PidFd;
 pub use pipe::{Pipe, PipeBuffer, PipeEnd, PipeId};
+pub use proc::{NamespaceFile, ProcFile};
 pub use process::{Namespaces, Process, ProcessState, Rlimit};
 pub use signal::{AltStack, PendingSignal, SigAction, SignalState};
 pub use syscall::{Exec, Resume, SyscallInFlight};
@@ -84,6 +92,9 @@ pub struct Snapshot {
     pub unwritten: Vec<InodeId>,
     /// Pipes and FIFOs.
     pub pipes: BTreeMap<PipeId, Pipe>,
+    /// File locks and leases, those of processes and open files that do not come back among them.
+    #[serde(default)]
+    pub locks: Vec<Lock>,
     /// Terminals.
     pub ttys: BTreeMap<TtyId, Tty>,
     /// System V shared memory, semaphores and message queues.

@@ -225,6 +225,10 @@ fn kind_word(kind: &FileKind) -> String {
         FileKind::Tty { .. } => "tty".into(),
         FileKind::Memfd { .. } => "memfd".into(),
         FileKind::Path => "path".into(),
+        FileKind::PidFd(pidfd) => format!("pidfd {}", pidfd.pid),
+        FileKind::Inotify(inotify) => format!("inotify {}", inotify.watches.len()),
+        FileKind::Proc(_) => "proc".into(),
+        FileKind::Namespace(namespace) => format!("ns {}", namespace.name),
         FileKind::Unsupported { what } => what.clone(),
         #[allow(unreachable_patterns)]
         _ => "?".into(),

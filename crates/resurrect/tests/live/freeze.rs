@@ -471,6 +471,7 @@ impl Freezer {
             pos,
             inode,
             owner_pid: 0,
+            owner_is_thread: false,
             owner_signal: 0,
             count: 1,
         };
@@ -496,8 +497,36 @@ impl Freezer {
             };
             let known = self.descriptors.iter().find(|d| same(d)).map(|d| d.2);
             let file = known.unwrap_or_else(|| self.open_file(&dir, fd, flags & !libc::O_CLOEXEC, &info));
+            self.locks(process, file, &info);
             self.descriptors.push((pid, fd, file));
             process.descriptors.push(Descriptor { fd, file, cloexec });
+        }
+    }
+
+    /// The locks that a descriptor's fdinfo lists: those of its process and of its open file.
+    fn locks(&mut self, process: &Process, file: FileId, info: &str) {
+        for line in info.lines().filter(|line| line.starts_with("lock:")) {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let (kind, owner) = match words[2] {
+                "FLOCK" => (LockKind::Flock, LockOwner::File(file)),
+                "OFDLCK" => (LockKind::Ofd, LockOwner::File(file)),
+                "POSIX" => (LockKind::Posix, LockOwner::Table(process.files_id)),
+                other => panic!("a lock of type {other}"),
+            };
+            let lock = Lock {
+                kind,
+                inode: self.snapshot.files[&file].inode,
+                owner,
+                exclusive: words[4] == "WRITE",
+                start: words[7].parse().unwrap(),
+                end: words[8].parse().unwrap_or(i64::MAX),
+                pid: process.pid,
+                descriptor: -1,
+                breaking: false,
+            };
+            if !self.snapshot.locks.contains(&lock) {
+                self.snapshot.locks.push(lock);
+            }
         }
     }
 
@@ -519,6 +548,12 @@ impl Freezer {
                 self.snapshot.pipes.insert(pipe, object);
             }
             FileKind::Pipe { pipe, end }
+        } else if path == b"anon_inode:[pidfd]" {
+            let pid: Pid = field(info, "Pid").parse().unwrap();
+            FileKind::PidFd(PidFd { pid, thread: false, gone: pid < 0 })
+        } else if let Some(below) = path.strip_prefix(b"/proc/") {
+            let name = String::from_utf8_lossy(below.split(|&b| b == b'/').next().unwrap()).into_owned();
+            FileKind::Proc(ProcFile { task: name.parse().ok(), gone: false })
         } else if flags & libc::O_PATH != 0 {
             FileKind::Path
         } else if meta.is_dir() {

@@ -38,6 +38,7 @@ const TESTS: &[(&str, fn())] = &[
     ("poll_with_the_time_that_was_left", || timed("poll")),
     ("pipe_and_shared_position", || survives("pipes")),
     ("files", || survives("files")),
+    ("locks_pidfds_and_proc_files", locks),
     ("pending_signals", || survives("signals")),
     ("credentials", || survives("credentials")),
     ("vector_registers", || survives("vectors")),
@@ -356,6 +357,24 @@ fn survives_with(program: &str, code: i32) {
     }
     say_go(&running, frozen.snapshot.processes.len());
     assert_ends_with(&running, code);
+}
+
+fn locks() {
+    become_subreaper();
+    let running = start("locks");
+    settle(running.pid);
+    let frozen = freeze_family(&running);
+    assert_eq!(frozen.snapshot.locks.len(), 3);
+    let report = resurrect(&frozen);
+    match fate(&report, running.pid) {
+        Fate::Resumed { losses } => {
+            let codes: Vec<&str> = losses.iter().map(|loss| loss.code.as_str()).collect();
+            assert_eq!(codes, ["pidfd"]);
+        }
+        other => panic!("{other:?}"),
+    }
+    say_go(&running, 1);
+    assert_ends_with(&running, 0);
 }
 
 fn become_subreaper() {

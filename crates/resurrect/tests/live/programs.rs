@@ -23,6 +23,7 @@ const PROGRAMS: &[(&str, fn())] = &[
     ("poll", poll),
     ("pipes", pipes),
     ("files", files),
+    ("locks", locks),
     ("signals", signals),
     ("credentials", credentials),
     ("vectors", vectors),
@@ -270,6 +271,61 @@ fn files() {
     assert_ne!(flags(&fifo_nonblock, libc::F_GETFL) & libc::O_NONBLOCK, 0);
     assert!(null.metadata().is_ok() && dir.metadata().unwrap().is_dir());
     assert_eq!(unsafe { libc::umask(0) }, 0o27);
+}
+
+/// Locks, pidfds and files about itself.
+fn locks() {
+    const OFD_SETLK: i32 = 37;
+    let open = || File::options().create(true).truncate(false).read(true).write(true).open("file").unwrap();
+    let set = |file: &File, command: i32, kind: i32, start: i64, len: i64| unsafe {
+        let (l_type, l_whence) = (kind as i16, libc::SEEK_SET as i16);
+        let lock = libc::flock { l_type, l_whence, l_start: start, l_len: len, l_pid: 0 };
+        libc::fcntl(file.as_raw_fd(), command, &lock)
+    };
+    let pidfd_open = |pid: i32| unsafe {
+        let fd = libc::syscall(libc::SYS_pidfd_open, pid, 0) as i32;
+        assert!(fd >= 0);
+        File::from_raw_fd(fd)
+    };
+    let has_exited = |pidfd: &File| unsafe {
+        let mut fd = libc::pollfd { fd: pidfd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        libc::poll(&mut fd, 1, 0) == 1
+    };
+    let file = open();
+    assert_eq!(set(&file, libc::F_SETLK, libc::F_WRLCK, 10, 20), 0);
+    assert_eq!(set(&file, OFD_SETLK, libc::F_WRLCK, 100, 0), 0);
+    assert_eq!(unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) }, 0);
+    let me = pidfd_open(std::process::id() as i32);
+    let init = pidfd_open(1);
+    // Its number is the last one, and there is a gap below it.
+    let gap = File::open("/dev/null").unwrap();
+    let mut status = File::open("/proc/self/status").unwrap();
+    assert_eq!(unsafe { libc::dup3(me.as_raw_fd(), 300, libc::O_CLOEXEC) }, 300);
+    drop(gap);
+    let go = go_fifo();
+    ready();
+    await_go(&go);
+    assert!(!has_exited(&me), "it has exited itself");
+    assert!(has_exited(&init), "who does not come back seems to live");
+    let send = |pidfd: i32| unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd, 0, 0, 0) };
+    assert_eq!((send(me.as_raw_fd()), send(300), send(init.as_raw_fd())), (0, 0, -1));
+    let mut text = String::new();
+    status.read_to_string(&mut text).unwrap();
+    assert!(text.contains(&format!("\nPid:\t{}\n", std::process::id())));
+    // What somebody else can lock.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        let other = open();
+        let taken = [(9, 1), (10, 1), (29, 1), (30, 1)]
+            .map(|(at, len)| set(&other, libc::F_SETLK, libc::F_WRLCK, at, len));
+        let open_end = set(&other, OFD_SETLK, libc::F_WRLCK, 1 << 40, 1);
+        let whole = unsafe { libc::flock(other.as_raw_fd(), libc::LOCK_SH | libc::LOCK_NB) };
+        let right = (taken, open_end, whole) == ([0, -1, -1, 0], -1, -1);
+        unsafe { libc::_exit(i32::from(!right)) };
+    }
+    let mut status = 0;
+    assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+    assert_eq!(status, 0, "the locks are not as they were");
 }
 
 static COUNT: AtomicI32 = AtomicI32::new(0);
