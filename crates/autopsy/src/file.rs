@@ -165,6 +165,10 @@ impl Autopsy<'_> {
         match operations {
             "pidfd_fops" => return self.pidfd(file, false),
             "pidfs_file_operations" => return self.pidfd(file, true),
+            "eventpoll_fops" => return Ok(FileKind::Epoll(self.epoll(file.private_data)?)),
+            "eventfd_fops" => return Ok(FileKind::EventFd(self.eventfd(file.private_data)?)),
+            "timerfd_fops" => return Ok(FileKind::TimerFd(self.timerfd(file.private_data)?)),
+            "signalfd_fops" => return Ok(FileKind::SignalFd(self.signalfd(file.private_data)?)),
             "inotify_fops" => return Ok(FileKind::Inotify(self.inotify(file.private_data)?)),
             _ => {}
         }
@@ -277,10 +281,6 @@ const SHARED_ANONYMOUS: &[u8] = b"/dev/zero";
 /// What an anonymous inode is, by its operations.
 fn anonymous_description(operations: &str, path: &FullPath) -> String {
     let known = match operations {
-        "eventpoll_fops" => "an epoll instance",
-        "eventfd_fops" => "an event counter (eventfd)",
-        "timerfd_fops" => "a timer descriptor (timerfd)",
-        "signalfd_fops" => "a signal descriptor (signalfd)",
         "fanotify_fops" => "a fanotify group",
         "io_uring_fops" => "an io_uring instance",
         "userfaultfd_fops" => "a userfaultfd",

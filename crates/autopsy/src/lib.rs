@@ -16,7 +16,9 @@
 
 mod clock;
 mod credentials;
+mod epoll;
 mod error;
+mod eventfd;
 mod file;
 mod fpu;
 mod fs;
@@ -34,11 +36,13 @@ mod proc;
 mod process;
 mod saver;
 mod signal;
+mod signalfd;
 mod socket;
 pub mod syscall;
 #[cfg(test)]
 mod testing;
 mod thread;
+mod timerfd;
 mod tty;
 mod writeback;
 
@@ -79,6 +83,8 @@ pub struct Autopsy<'k> {
     pub(crate) paths: RefCell<HashMap<(u64, u64), fs::FullPath>>,
     pub(crate) mount_ids: RefCell<BTreeMap<FileId, i32>>,
     pub(crate) mount_table: OnceCell<Vec<Mount>>,
+    /// How many epoll instances are being read, one within the other.
+    pub(crate) epoll_depth: Cell<u32>,
     pub(crate) frames: OnceCell<memory::Frames<'k>>,
     pub(crate) in_flight: OnceCell<memory::fault::InFlight>,
     pub(crate) cpus: OnceCell<thread::Cpus>,
@@ -106,6 +112,7 @@ impl<'k> Autopsy<'k> {
             paths: RefCell::default(),
             mount_ids: RefCell::default(),
             mount_table: OnceCell::new(),
+            epoll_depth: Cell::new(0),
             frames: OnceCell::new(),
             in_flight: OnceCell::new(),
             cpus: OnceCell::new(),

@@ -9,12 +9,15 @@ use std::path::Path;
 
 use nix::errno::Errno;
 use snapshot::{
-    Descriptor, FileId, FileKind, Inode, InodeId, OpenFile, PhysMem, Pid, PipeId, Process, Reason, Snapshot,
-    TtyId, VmaKind,
+    Descriptor, FileId, FileKind, Inode, InodeId, MAX_DESCRIPTOR, OpenFile, PhysMem, Pid, PipeId, Process,
+    Reason, Snapshot, TtyId, VmaKind,
 };
 
 use crate::inject::{Call, call};
-use crate::{FileStale, FileWritten, inotify, memfd, page_cache, pidfd, pipe, proc, sys, tty};
+use crate::{
+    FileStale, FileWritten, epoll, eventfd, inotify, memfd, page_cache, pidfd, pipe, proc, signalfd, sys,
+    timerfd, tty,
+};
 
 /// Flags that only mean something to the open call itself.
 const CREATION_FLAGS: i32 = libc::O_CREAT
@@ -44,10 +47,6 @@ pub(crate) struct Files {
     unnamed: BTreeMap<InodeId, Result<File, Reason>>,
 }
 
-/// No descriptor of a process may be as high as this: our own lie above, within fs.nr_open, and each process is made with a table
-/// for all of them.
-pub(crate) const MAX_DESCRIPTOR: RawFd = 1 << 16;
-
 /// What a process needs open: its descriptors, mappings and executable.
 pub(crate) fn needed<'a>(
     snapshot: &'a Snapshot,
@@ -75,6 +74,13 @@ fn with_held(snapshot: &Snapshot, files: impl Iterator<Item = FileId>) -> BTreeS
     all
 }
 
+/// Descriptor numbers that are part of what epoll instances watch.
+fn watched_numbers(snapshot: &Snapshot, ids: &BTreeSet<FileId>) -> impl Iterator<Item = RawFd> {
+    let kinds = ids.iter().filter_map(|id| Some(&snapshot.files.get(id)?.kind));
+    let epolls = kinds.filter_map(|kind| if let FileKind::Epoll(epoll) = kind { Some(epoll) } else { None });
+    epolls.flat_map(|epoll| &epoll.items).map(|item| item.fd).filter(|fd| (0..MAX_DESCRIPTOR).contains(fd))
+}
+
 /// Whether a process has a file open or mapped.
 pub(crate) fn uses_inode(snapshot: &Snapshot, process: &Process, inode: InodeId) -> bool {
     needed(snapshot, process).any(|(id, _)| snapshot.files.get(&id).is_some_and(|f| f.inode == inode))
@@ -87,8 +93,10 @@ impl Files {
         processes: &[&Process],
         mem: &dyn PhysMem,
     ) -> Result<Self, Errno> {
-        let highest = processes.iter().flat_map(|p| &p.descriptors).map(|d| d.fd).max().unwrap_or(0);
         let ids = with_held(snapshot, processes.iter().flat_map(|p| needed(snapshot, p)).map(|(id, _)| id));
+        // Our own numbers lie above everybody's, within fs.nr_open; each process is made with a table for all of them.
+        let used = processes.iter().flat_map(|p| &p.descriptors).map(|d| d.fd);
+        let highest = used.chain(watched_numbers(snapshot, &ids)).max().unwrap_or(0);
         let mut files = Self { base: (highest + 1).max(500), ..Self::default() };
         // Beside files and pipes one for the memory of each process.
         files
@@ -205,6 +213,23 @@ impl Files {
     /// [`Files::open_late`].
     pub(crate) fn fd(&self, id: FileId) -> Option<RawFd> {
         if self.late.contains(&id) { None } else { self.number(id) }
+    }
+
+    /// What is open here.
+    pub(crate) fn opened(&self) -> impl Iterator<Item = (FileId, RawFd)> + '_ {
+        self.open.keys().filter_map(|id| Some((*id, self.fd(*id)?)))
+    }
+
+    /// Lets the timers run, now that the clocks do.
+    pub(crate) fn start_timers(&mut self, snapshot: &Snapshot) {
+        for (id, opened) in &mut self.open {
+            if let Some(FileKind::TimerFd(state)) = snapshot.files.get(id).map(|file| &file.kind)
+                && let Ok(fd) = opened
+                && let Err(e) = timerfd::start(fd.as_fd(), state)
+            {
+                *opened = Err(Reason::new("timerfd", format!("start it: {e}")));
+            }
+        }
     }
 
     fn number(&self, id: FileId) -> Option<RawFd> {
@@ -324,6 +349,10 @@ impl Files {
                 }
                 .map_err(|e| Reason::new("terminal", format!("open: {e}")))?
             }
+            FileKind::Epoll(_) => epoll::restore().map_err(|e| io("epoll_create", e))?,
+            FileKind::EventFd(state) => eventfd::restore(state).map_err(|e| io("eventfd", e))?,
+            FileKind::TimerFd(state) => timerfd::restore(state).map_err(|e| io("timerfd_create", e))?,
+            FileKind::SignalFd(state) => signalfd::restore(state).map_err(|e| io("signalfd", e))?,
             FileKind::Proc(_) => {
                 let fd = sys::open(path, flags | libc::O_NOCTTY, 0).map_err(|e| io("open", e))?;
                 if flags & libc::O_PATH == 0 { self.seek(fd, file)? } else { fd }

@@ -31,6 +31,8 @@ mod check;
 mod clock;
 mod credentials;
 mod deadline;
+mod epoll;
+mod eventfd;
 mod exec;
 mod file;
 mod inject;
@@ -48,10 +50,12 @@ mod proc;
 mod process;
 mod shared_memory;
 mod signal;
+mod signalfd;
 mod skeleton;
 mod sys;
 mod syscall;
 mod thread;
+mod timerfd;
 mod tty;
 mod vfork;
 
@@ -59,7 +63,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use snapshot::{Bytes, Decision, PhysMem, Pid, Process, ProcessState, Reason, Snapshot};
+use snapshot::{Bytes, Decision, MAX_DESCRIPTOR, PhysMem, Pid, Process, ProcessState, Reason, Snapshot};
 
 use crate::deadline::{Alarm, Deadline};
 use crate::file::Files;
@@ -359,6 +363,9 @@ impl<'a> Run<'a> {
         // Clock, skeletons.
         clock::enter_time_namespace(&self.snapshot.clocks).map_err(system("enter a time namespace"))?;
         let clocks_go_on = Instant::now();
+        files.start_timers(self.snapshot);
+        self.refuse_files(&mut wanted, &files);
+        self.note_file_losses(&wanted, &files);
         let plan = self.plan(&mut wanted)?;
         let own = Own::read().map_err(system("read our own properties"))?;
         scratch.map().map_err(system("map the scratch area"))?;
@@ -366,6 +373,7 @@ impl<'a> Run<'a> {
         scratch.unmap();
         let states = states.map_err(system("create processes"))?;
         self.sort_out_skeletons(&mut wanted, &plan, &states, &files);
+        self.watch(&wanted, &files);
         self.step(Step::Skeletons { count: wanted.len() });
 
         // Memory.
@@ -548,8 +556,8 @@ impl<'a> Run<'a> {
     /// Descriptors of our own lie above everybody's: one process with a very high one would cost each a large table, or all their lives.
     fn refuse_high_descriptors(&mut self, wanted: &mut BTreeSet<Pid>) {
         for p in self.processes(wanted) {
-            if let Some(d) = p.descriptors.iter().find(|d| d.fd >= file::MAX_DESCRIPTOR) {
-                let text = format!("its descriptor {} is higher than {}", d.fd, file::MAX_DESCRIPTOR);
+            if let Some(d) = p.descriptors.iter().find(|d| d.fd >= MAX_DESCRIPTOR) {
+                let text = format!("its descriptor {} is higher than {}", d.fd, MAX_DESCRIPTOR);
                 self.give_up(wanted, p.pid, vec![Reason::new("descriptor", text)]);
             }
         }
@@ -558,10 +566,27 @@ impl<'a> Run<'a> {
     fn refuse_files(&mut self, wanted: &mut BTreeSet<Pid>, files: &Files) {
         for p in self.processes(wanted) {
             let failures = files.failures(self.snapshot, p);
-            if failures.is_empty() {
-                self.losses.entry(p.pid).or_default().extend(files.losses(self.snapshot, p));
-            } else {
+            if !failures.is_empty() {
                 self.give_up(wanted, p.pid, failures);
+            }
+        }
+    }
+
+    fn note_file_losses(&mut self, wanted: &BTreeSet<Pid>, files: &Files) {
+        for p in self.processes(wanted) {
+            self.losses.entry(p.pid).or_default().extend(files.losses(self.snapshot, p));
+        }
+    }
+
+    /// Lets epoll instances watch again.
+    fn watch(&mut self, wanted: &BTreeSet<Pid>, files: &Files) {
+        let failed = epoll::watch(self.snapshot, files, self.process_deadline());
+        for p in self.processes(wanted).into_iter().filter(|_| !failed.is_empty()) {
+            for d in &p.descriptors {
+                for what in failed.get(&d.file).into_iter().flatten() {
+                    let text = format!("its epoll instance (descriptor {}) no longer watches: {what}", d.fd);
+                    self.losses.entry(p.pid).or_default().push(Reason::new("epoll", text));
+                }
             }
         }
     }

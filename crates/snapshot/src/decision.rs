@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    AddressSpaceId, FileKind, Fpu, OpenFile, Pid, Process, ProcessState, Resume, Seccomp, Severity, Snapshot,
-    ThreadState, VmaKind,
+    AddressSpaceId, EventFd, FileKind, Fpu, OpenFile, Pid, Process, ProcessState, Resume, Seccomp, Severity,
+    Snapshot, ThreadState, VmaKind,
 };
 
 /// The kernel's return value of an interrupted call (-EINTR).
@@ -249,7 +249,7 @@ fn judge(
     }
     judge_namespaces(process, &mut reasons);
     judge_memory(snapshot, process, mm_users, &mut reasons);
-    judge_descriptors(snapshot, process, &mut reasons);
+    judge_descriptors(snapshot, process, &mut reasons, &mut losses);
     crate::lock::judge(snapshot, process, &mut reasons, &mut losses);
     crate::pidfd::judge(snapshot, process, &mut reasons);
     crate::inotify::judge(snapshot, process, &mut reasons, &mut losses);
@@ -421,7 +421,12 @@ fn share_by_vfork(snapshot: &Snapshot, users: &[Pid]) -> bool {
     processes.filter(|p| !(p.vfork && p.ppid != p.pid && users.contains(&p.ppid))).count() == 1
 }
 
-fn judge_descriptors(snapshot: &Snapshot, process: &Process, reasons: &mut Vec<Reason>) {
+fn judge_descriptors(
+    snapshot: &Snapshot,
+    process: &Process,
+    reasons: &mut Vec<Reason>,
+    losses: &mut Vec<Reason>,
+) {
     let shares_table =
         |p: &&Process| p.pid != process.pid && p.files_id == process.files_id && p.files_id != 0;
     if let Some(other) = snapshot.processes.iter().find(shares_table) {
@@ -468,7 +473,14 @@ fn judge_descriptors(snapshot: &Snapshot, process: &Process, reasons: &mut Vec<R
                     give_up("swapped", format!("{swapped} pages were swapped out: not read by this version"));
                 }
             }
-            FileKind::CharDevice { .. } => {}
+            FileKind::EventFd(EventFd { count: EventFd::OVERFLOW, .. }) => {
+                give_up("eventfd", "its counter has overflowed".into());
+            }
+            FileKind::Epoll(epoll) => losses.extend(epoll.losses(snapshot, d.fd)),
+            FileKind::CharDevice { .. }
+            | FileKind::EventFd(_)
+            | FileKind::TimerFd(_)
+            | FileKind::SignalFd(_) => {}
             // Judged in the files of their kinds.
             FileKind::PidFd(_) | FileKind::Inotify(_) | FileKind::Proc(_) | FileKind::Namespace(_) => {}
         }

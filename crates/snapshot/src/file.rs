@@ -2,12 +2,18 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Bytes, Inotify, NamespaceFile, PAGE_SIZE, PidFd, PipeEnd, PipeId, ProcFile, Timestamp, TtyId};
+use crate::{
+    Bytes, Epoll, EventFd, Inotify, NamespaceFile, PAGE_SIZE, PidFd, PipeEnd, PipeId, ProcFile, SignalFd,
+    TimerFd, Timestamp, TtyId,
+};
 
 /// Address of a `struct file` in the dead kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct FileId(pub u64);
+
+/// Descriptors of processes that come back are below this number.
+pub const MAX_DESCRIPTOR: i32 = 1 << 16;
 
 /// Address of a `struct inode` in the dead kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -89,6 +95,14 @@ pub enum FileKind {
     },
     /// Opened with O_PATH: a place in the tree, nothing more.
     Path,
+    /// An epoll instance.
+    Epoll(Epoll),
+    /// An event counter.
+    EventFd(EventFd),
+    /// A timer.
+    TimerFd(TimerFd),
+    /// A signal descriptor.
+    SignalFd(SignalFd),
     /// A pidfd.
     PidFd(PidFd),
     /// An inotify instance.

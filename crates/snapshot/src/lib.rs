@@ -16,6 +16,8 @@ mod bytes;
 mod clock;
 mod credentials;
 mod decision;
+mod epoll;
+mod eventfd;
 mod file;
 mod finding;
 mod fs;
@@ -30,15 +32,19 @@ mod pipe;
 mod proc;
 mod process;
 mod signal;
+mod signalfd;
 mod syscall;
 mod thread;
+mod timerfd;
 mod tty;
 
 pub use bytes::Bytes;
 pub use clock::Clocks;
 pub use credentials::{Capabilities, Credentials};
 pub use decision::{Decision, LiveFpu, Policy, Reason, Selector, decide};
-pub use file::{Descriptor, FileId, FileKind, Inode, InodeId, OpenFile, PageCacheRun};
+pub use epoll::{Epoll, EpollItem};
+pub use eventfd::EventFd;
+pub use file::{Descriptor, FileId, FileKind, Inode, InodeId, MAX_DESCRIPTOR, OpenFile, PageCacheRun};
 pub use finding::{Finding, Severity};
 pub use fs::{FsContext, Mount, MountFlags, Timestamp};
 pub use inotify::{Inotify, MAX_WATCH_DESCRIPTOR, Watch};
@@ -52,8 +58,10 @@ pub use pipe::{Pipe, PipeBuffer, PipeEnd, PipeId};
 pub use proc::{NamespaceFile, ProcFile};
 pub use process::{Namespaces, Process, ProcessState, Rlimit};
 pub use signal::{AltStack, PendingSignal, SigAction, SignalState};
+pub use signalfd::SignalFd;
 pub use syscall::{Exec, Resume, SyscallInFlight};
 pub use thread::{Fpu, FpuSource, Registers, Rseq, Scheduling, Seccomp, Thread, ThreadState};
+pub use timerfd::{TimerFd, TimerFdExpiry};
 pub use tty::{Termios, Tty, TtyId, WindowSize};
 
 use std::collections::BTreeMap;
@@ -119,6 +127,7 @@ impl Snapshot {
     /// socket, what an epoll instance watches.
     pub fn held_by(&self, file: FileId) -> Vec<FileId> {
         match self.files.get(&file).map(|f| &f.kind) {
+            Some(FileKind::Epoll(epoll)) => epoll.items.iter().map(|item| item.file).collect(),
             Some(_) | None => Vec::new(),
         }
     }
