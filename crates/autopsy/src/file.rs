@@ -117,6 +117,7 @@ impl Autopsy<'_> {
             });
             self.name_locks(file, files, fd, unsupported);
         }
+        self.read_held();
         Ok(descriptors)
     }
 
@@ -190,7 +191,7 @@ impl Autopsy<'_> {
             S_IFIFO => unsupported("a FIFO that is being opened".into()),
             S_IFCHR => self.character_device_kind(file, inode, path, operations),
             S_IFBLK => unsupported(format!("block device {}", path.path)),
-            S_IFSOCK => unsupported(self.socket_description(file.private_data)?),
+            S_IFSOCK => self.socket_kind(file.private_data),
             S_IFLNK => unsupported("a symbolic link".into()),
             0 => unsupported(anonymous_description(operations, path)),
             other => Err(corrupt("file", addr, format!("has an inode of type {other:o}"))),

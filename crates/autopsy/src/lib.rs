@@ -34,6 +34,7 @@ pub mod syscall;
 mod testing;
 mod thread;
 mod tty;
+mod unix;
 mod writeback;
 
 pub use error::{Error, Result};
@@ -46,7 +47,7 @@ use std::collections::{BTreeMap, HashMap};
 use ktypes::Kernel;
 use snapshot::{
     AddressSpace, AddressSpaceId, Clocks, FileId, Finding, Inode, InodeId, OpenFile, Pid, Pipe, PipeId,
-    Severity, Snapshot, Tty, TtyId,
+    Severity, Snapshot, Tty, TtyId, UnixId, UnixSocket,
 };
 
 /// Reads everything.
@@ -68,6 +69,9 @@ pub struct Autopsy<'k> {
     pub(crate) inodes: RefCell<BTreeMap<InodeId, Inode>>,
     pub(crate) pipes: RefCell<BTreeMap<PipeId, Pipe>>,
     pub(crate) ttys: RefCell<BTreeMap<TtyId, Tty>>,
+    pub(crate) unix_sockets: RefCell<BTreeMap<UnixId, UnixSocket>>,
+    /// Open files that other open files hold, still to be read.
+    pub(crate) held: RefCell<Vec<u64>>,
     pub(crate) address_spaces: RefCell<BTreeMap<AddressSpaceId, AddressSpace>>,
     pub(crate) paths: RefCell<HashMap<(u64, u64), fs::FullPath>>,
     pub(crate) mount_ids: RefCell<BTreeMap<FileId, i32>>,
@@ -93,6 +97,8 @@ impl<'k> Autopsy<'k> {
             inodes: RefCell::default(),
             pipes: RefCell::default(),
             ttys: RefCell::default(),
+            unix_sockets: RefCell::default(),
+            held: RefCell::default(),
             address_spaces: RefCell::default(),
             paths: RefCell::default(),
             mount_ids: RefCell::default(),
@@ -141,6 +147,7 @@ impl<'k> Autopsy<'k> {
             unwritten,
             pipes: self.pipes.take(),
             ttys: self.ttys.take(),
+            unix_sockets: self.unix_sockets.take(),
             findings: self.findings.take(),
         })
     }

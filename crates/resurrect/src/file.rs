@@ -11,7 +11,7 @@ use snapshot::{
     FileId, FileKind, Inode, InodeId, OpenFile, PhysMem, PipeId, Process, Reason, Snapshot, TtyId, VmaKind,
 };
 
-use crate::{FileStale, FileWritten, page_cache, pipe, sys, tty};
+use crate::{FileStale, FileWritten, page_cache, pipe, sys, tty, unix};
 
 /// Flags that only mean something to the open call itself.
 const CREATION_FLAGS: i32 = libc::O_CREAT
@@ -33,6 +33,8 @@ pub(crate) struct Files {
     pipes: BTreeMap<PipeId, Result<pipe::Opened, String>>,
     ttys: BTreeMap<TtyId, Result<tty::Restored, String>>,
     inodes: BTreeMap<InodeId, Result<page_cache::Restored, String>>,
+    /// What is different for whoever has a file.
+    losses: BTreeMap<FileId, Vec<Reason>>,
 }
 
 /// No descriptor of a process may be as high as this: our own lie above, within fs.nr_open, and each process is made with a table
@@ -77,7 +79,7 @@ impl Files {
         let ids = with_held(snapshot, processes.iter().flat_map(|p| needed(snapshot, p)).map(|(id, _)| id));
         let mut files = Self { base: (highest + 1).max(500), ..Self::default() };
         // Beside files and pipes one for the memory of each process.
-        files.make_room(ids.len() + 2 * snapshot.pipes.len() + snapshot.inodes.len() + processes.len())?;
+        files.make_room(ids.len() + 2 * snapshot.pipes.len() + snapshot.unix_sockets.len() + snapshot.inodes.len() + processes.len())?;
         files.write_back(snapshot, mem);
         for id in ids {
             let opened = match snapshot.files.get(&id) {
@@ -91,7 +93,21 @@ impl Files {
     }
 
     /// What needs several files to be open: contents of sockets that hold open files, and the like.
-    fn connect(&mut self, _snapshot: &Snapshot, _mem: &dyn PhysMem) {}
+    fn connect(&mut self, snapshot: &Snapshot, mem: &dyn PhysMem) {
+        let numbers = self.open.iter().filter_map(|(id, fd)| Some((*id, fd.as_ref().ok()?.as_raw_fd())));
+        let made = unix::make_all(snapshot, mem, self.base, &numbers.collect());
+        self.losses.extend(made.losses);
+        for (id, why) in made.failed {
+            self.open.insert(id, Err(Reason::new("socket", why)));
+        }
+        for (id, fd) in &mut self.open {
+            let is_unix = |file: &&OpenFile| matches!(file.kind, FileKind::Unix { .. });
+            let (Some(file), Ok(socket)) = (snapshot.files.get(id).filter(is_unix), &fd) else { continue };
+            if let Err(e) = set_status_flags(socket, file) {
+                *fd = Err(Reason::new("descriptor", format!("F_SETFL: {e}")));
+            }
+        }
+    }
 
     /// The limit on descriptor numbers must hold ours above everybody's.
     fn make_room(&self, count: usize) -> Result<(), Errno> {
@@ -171,10 +187,13 @@ impl Files {
                 _ => None,
             })
             .collect();
-        ttys.iter()
+        let of_ttys = ttys
+            .iter()
             .filter_map(|id| self.ttys.get(id)?.as_ref().ok())
-            .flat_map(|tty| tty.losses.clone())
-            .collect()
+            .flat_map(|tty| tty.losses.clone());
+        let own: BTreeSet<FileId> = process.descriptors.iter().map(|d| d.file).collect();
+        let of_files = own.iter().filter_map(|id| self.losses.get(id)).flatten().cloned();
+        of_ttys.chain(of_files).collect()
     }
 
     fn open_one(
@@ -224,6 +243,10 @@ impl Files {
                     tty::open(tty, flags)
                 }
                 .map_err(|e| Reason::new("terminal", format!("open: {e}")))?
+            }
+            // Sockets are made when all files are there.
+            FileKind::Unix { .. } => {
+                return unix::placeholder(self.base).map_err(|e| io("placeholder", e));
             }
             FileKind::Unsupported { what } => return Err(Reason::new("descriptor", what.clone())),
         };

@@ -46,6 +46,7 @@ mod sys;
 mod syscall;
 mod thread;
 mod tty;
+mod unix;
 mod vfork;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -586,6 +587,7 @@ impl<'a> Run<'a> {
         let new_parent = nix::unistd::getppid().as_raw();
         for p in self.processes(wanted) {
             let mut losses = pipe::lost_peers(self.snapshot, p, wanted);
+            losses.extend(unix::lost_peers(self.snapshot, p, wanted));
             if !wanted.contains(&p.ppid) && p.ppid != new_parent {
                 let text = format!(
                     "its parent, PID {}, does not come back: PID {new_parent} takes its place",

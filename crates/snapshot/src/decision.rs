@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     AddressSpaceId, FileKind, Fpu, Pid, Process, ProcessState, Resume, Seccomp, Severity, Snapshot,
-    ThreadState, VmaKind,
+    ThreadState, UnixSocket, VmaKind,
 };
 
 /// The kernel's return value of an interrupted call (-EINTR).
@@ -423,6 +423,14 @@ fn judge_descriptors(snapshot: &Snapshot, process: &Process, reasons: &mut Vec<R
             FileKind::Pipe { pipe, .. } if !snapshot.pipes.contains_key(pipe) => {
                 give_up("pipe", "its pipe could not be read".into());
             }
+            FileKind::Unix { socket } => match snapshot.unix_sockets.get(socket) {
+                Some(socket) => {
+                    if let Some(why) = unix_obstacle(snapshot, socket) {
+                        give_up("socket", why);
+                    }
+                }
+                None => give_up("socket", "its socket could not be read".into()),
+            },
             // A pipe has no name that could be gone, a FIFO has.
             FileKind::Pipe { .. } if !file.path.as_bytes().starts_with(b"/") => {}
             FileKind::Regular | FileKind::Directory | FileKind::Path | FileKind::Pipe { .. } => {
@@ -439,6 +447,36 @@ fn judge_descriptors(snapshot: &Snapshot, process: &Process, reasons: &mut Vec<R
             FileKind::CharDevice { .. } => {}
         }
     }
+}
+
+/// Why a unix socket cannot be brought back.
+fn unix_obstacle(snapshot: &Snapshot, socket: &UnixSocket) -> Option<String> {
+    let waiting = socket.waiting.iter();
+    if let Some(why) = waiting.clone().find_map(|id| snapshot.unix_sockets.get(id)?.unsupported.as_ref()) {
+        return Some(format!("of a connection that waits to be accepted: {why}"));
+    }
+    if waiting.clone().any(|id| !snapshot.unix_sockets.contains_key(id)) {
+        return Some("a connection that waits to be accepted could not be read".into());
+    }
+    if socket.peer.is_some_and(|id| !snapshot.unix_sockets.contains_key(&id)) {
+        return Some("the socket that it is connected to could not be read".into());
+    }
+    if socket.owns_address && socket.place.as_ref().is_some_and(|place| !place.initial_mount_namespace) {
+        return Some("its name belongs to another mount namespace".into());
+    }
+    // What is on its way through it must be there, too: nobody else would miss it.
+    let messages = waiting.filter_map(|id| snapshot.unix_sockets.get(id)).chain([socket]);
+    let files = messages.flat_map(|socket| &socket.queue).flat_map(|message| &message.files);
+    for id in files {
+        match snapshot.files.get(id).map(|file| &file.kind) {
+            None => return Some("an open file on its way through it could not be read".into()),
+            Some(FileKind::Unsupported { what }) => {
+                return Some(format!("an open file is on its way through it: {what}"));
+            }
+            Some(_) => {}
+        }
+    }
+    socket.unsupported.clone()
 }
 
 #[cfg(test)]

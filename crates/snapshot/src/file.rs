@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Bytes, PipeEnd, PipeId, Timestamp, TtyId};
+use crate::{Bytes, PipeEnd, PipeId, Timestamp, TtyId, UnixId};
 
 /// Address of a `struct file` in the dead kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -78,6 +78,11 @@ pub enum FileKind {
     Tty {
         #[allow(missing_docs)]
         tty: TtyId,
+    },
+    /// A unix socket.
+    Unix {
+        #[allow(missing_docs)]
+        socket: UnixId,
     },
     /// Opened with O_PATH: a place in the tree, nothing more.
     Path,

@@ -28,6 +28,7 @@ mod signal;
 mod syscall;
 mod thread;
 mod tty;
+mod unix;
 
 pub use bytes::Bytes;
 pub use clock::Clocks;
@@ -45,6 +46,9 @@ pub use signal::{AltStack, PendingSignal, SigAction, SignalState};
 pub use syscall::{Exec, Resume, SyscallInFlight};
 pub use thread::{Fpu, FpuSource, Registers, Rseq, Scheduling, Seccomp, Thread, ThreadState};
 pub use tty::{Termios, Tty, TtyId, WindowSize};
+pub use unix::{
+    UnixCredentials, UnixData, UnixId, UnixKind, UnixMessage, UnixOptions, UnixPlace, UnixSocket, unix_name,
+};
 
 use std::collections::BTreeMap;
 
@@ -84,6 +88,9 @@ pub struct Snapshot {
     pub pipes: BTreeMap<PipeId, Pipe>,
     /// Terminals.
     pub ttys: BTreeMap<TtyId, Tty>,
+    /// Unix sockets.
+    #[serde(default)]
+    pub unix_sockets: BTreeMap<UnixId, UnixSocket>,
     /// What was noticed on the way: doubts, losses, damage.
     pub findings: Vec<Finding>,
 }
@@ -98,7 +105,16 @@ impl Snapshot {
     /// socket, what an epoll instance watches.
     pub fn held_by(&self, file: FileId) -> Vec<FileId> {
         match self.files.get(&file).map(|f| &f.kind) {
+            Some(FileKind::Unix { socket }) => self.held_by_unix(*socket),
             Some(_) | None => Vec::new(),
         }
+    }
+
+    /// What is on its way to a socket, and through connections to it that nobody has accepted yet.
+    fn held_by_unix(&self, socket: UnixId) -> Vec<FileId> {
+        let Some(own) = self.unix_sockets.get(&socket) else { return Vec::new() };
+        let waiting = own.waiting.iter().filter_map(|id| self.unix_sockets.get(id));
+        let messages = waiting.chain([own]).flat_map(|socket| &socket.queue);
+        messages.flat_map(|message| message.files.iter().copied()).collect()
     }
 }

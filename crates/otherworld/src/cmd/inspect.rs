@@ -220,6 +220,7 @@ fn kind_word(kind: &FileKind) -> String {
         FileKind::CharDevice { major, minor } => format!("char {major}:{minor}"),
         FileKind::Pipe { end, .. } => format!("pipe {end:?}").to_lowercase(),
         FileKind::Tty { .. } => "tty".into(),
+        FileKind::Unix { .. } => "unix".into(),
         FileKind::Path => "path".into(),
         FileKind::Unsupported { what } => what.clone(),
         #[allow(unreachable_patterns)]
