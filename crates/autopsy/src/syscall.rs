@@ -1366,14 +1366,8 @@ mod tests {
 
     #[test]
     fn data_between_files_is_moved_again_only_where_positions_tell() {
-        let file = |kind, append| File {
-            addr: 1,
-            kind,
-            append,
-            size: 0,
-            is_pipe: false,
-            is_message_socket: false,
-        };
+        let file =
+            |kind, append| File { addr: 1, kind, append, size: 0, is_pipe: false, is_message_socket: false };
         let ends =
             |input, output| Fake { files: HashMap::from([(3, input), (4, output)]), ..Fake::default() };
         let (regular, stream) = (file(Kind::Positioned, false), file(Kind::Stream, false));

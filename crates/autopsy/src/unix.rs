@@ -287,7 +287,8 @@ impl Autopsy<'_> {
         if sock.sk_filter != 0 {
             return Some("it has a filter (SO_ATTACH_FILTER): not brought back by this version".into());
         }
-        if !matches!(self.kernel.symbol_at(sock.prot), Some("unix_stream_proto" | "unix_dgram_proto") | None) {
+        if !matches!(self.kernel.symbol_at(sock.prot), Some("unix_stream_proto" | "unix_dgram_proto") | None)
+        {
             return Some("a BPF program redirects it (sockmap): not brought back by this version".into());
         }
         // include/net/sock.h, enum sock_flags.
@@ -303,7 +304,9 @@ impl Autopsy<'_> {
             ("SOCK_RCVMARK", 27),
         ];
         let set = unusual.iter().find(|(name, documented)| self.has_flag(sock, name, *documented));
-        set.map(|(name, _)| format!("an unusual option is set on it ({name}): not brought back by this version"))
+        set.map(|(name, _)| {
+            format!("an unusual option is set on it ({name}): not brought back by this version")
+        })
     }
 
     fn unix_options(&self, addr: u64, sock: &Sock, flags: u64) -> Result<UnixOptions> {
@@ -315,7 +318,9 @@ impl Autopsy<'_> {
         let flag = |name, documented| self.has_flag(sock, name, documented);
         let pass = |bit: u32| flags >> bit & 1 != 0;
         let linger = match flag("SOCK_LINGER", 4) {
-            true => Some((sock.sk_lingertime.saturating_mul(self.tick_us()?) / 1_000_000).min(i32::MAX as u64)),
+            true => {
+                Some((sock.sk_lingertime.saturating_mul(self.tick_us()?) / 1_000_000).min(i32::MAX as u64))
+            }
             false => None,
         };
         let timestamps = (flag("SOCK_RCVTSTAMP", 11), flag("SOCK_RCVTSTAMPNS", 12));
@@ -459,7 +464,11 @@ impl Autopsy<'_> {
                 (frag.bv_page, frag.bv_offset, frag.bv_len)
             };
             if u64::from(offset) + u64::from(len) > 512 * PAGE_SIZE || page & 1 != 0 {
-                return Err(corrupt("skb_shared_info", shared_at, format!("a piece of {offset}+{len} bytes")));
+                return Err(corrupt(
+                    "skb_shared_info",
+                    shared_at,
+                    format!("a piece of {offset}+{len} bytes"),
+                ));
             }
             let len = len.min(left);
             let frame = self.kernel.page_to_pfn(page)? << PAGE_SHIFT;

@@ -79,7 +79,13 @@ impl Files {
         let ids = with_held(snapshot, processes.iter().flat_map(|p| needed(snapshot, p)).map(|(id, _)| id));
         let mut files = Self { base: (highest + 1).max(500), ..Self::default() };
         // Beside files and pipes one for the memory of each process.
-        files.make_room(ids.len() + 2 * snapshot.pipes.len() + snapshot.unix_sockets.len() + snapshot.inodes.len() + processes.len())?;
+        files.make_room(
+            ids.len()
+                + 2 * snapshot.pipes.len()
+                + snapshot.unix_sockets.len()
+                + snapshot.inodes.len()
+                + processes.len(),
+        )?;
         files.write_back(snapshot, mem);
         for id in ids {
             let opened = match snapshot.files.get(&id) {
@@ -187,10 +193,8 @@ impl Files {
                 _ => None,
             })
             .collect();
-        let of_ttys = ttys
-            .iter()
-            .filter_map(|id| self.ttys.get(id)?.as_ref().ok())
-            .flat_map(|tty| tty.losses.clone());
+        let of_ttys =
+            ttys.iter().filter_map(|id| self.ttys.get(id)?.as_ref().ok()).flat_map(|tty| tty.losses.clone());
         let own: BTreeSet<FileId> = process.descriptors.iter().map(|d| d.file).collect();
         let of_files = own.iter().filter_map(|id| self.losses.get(id)).flatten().cloned();
         of_ttys.chain(of_files).collect()

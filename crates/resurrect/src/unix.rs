@@ -51,8 +51,18 @@ pub(crate) fn make_all(
         Some((*id, Own { file, fd: *fd }))
     };
     let own: BTreeMap<UnixId, Own> = snapshot.unix_sockets.iter().filter_map(own).collect();
-    let mut maker =
-        Maker { snapshot, mem, base, own, files, hall: None, halls: 0, reach: BTreeMap::new(), to_close: Vec::new(), outcome: Outcome::default() };
+    let mut maker = Maker {
+        snapshot,
+        mem,
+        base,
+        own,
+        files,
+        hall: None,
+        halls: 0,
+        reach: BTreeMap::new(),
+        to_close: Vec::new(),
+        outcome: Outcome::default(),
+    };
     if !maker.own.is_empty() {
         maker.all();
     }
@@ -261,11 +271,18 @@ impl Maker<'_> {
             Errno::result(unsafe { libc::listen(listener.as_raw_fd(), 1) }).map(drop)
         })
         .map_err(say("listen"))?;
-        self.act(server.0, &wanted(server.1), &from, || call_with_address(libc::SYS_connect, client_fd, &address))
-            .map_err(say("connect"))?;
+        self.act(server.0, &wanted(server.1), &from, || {
+            call_with_address(libc::SYS_connect, client_fd, &address)
+        })
+        .map_err(say("connect"))?;
         // SAFETY: no address is asked for.
         let fd = unsafe {
-            libc::accept4(listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut(), libc::SOCK_CLOEXEC)
+            libc::accept4(
+                listener.as_raw_fd(),
+                std::ptr::null_mut(),
+                std::ptr::null_mut(),
+                libc::SOCK_CLOEXEC,
+            )
         };
         let fd = Errno::result(fd).map_err(say("accept"))?;
         // SAFETY: the kernel has just made it for us.
@@ -394,7 +411,8 @@ impl Maker<'_> {
     /// Whoever waits to be accepted shares the fate of the socket that is to accept it.
     fn was_connected(&mut self, id: UnixId) -> Done {
         let Some(peer) = self.socket(id)?.peer else { return Ok(()) };
-        let listener = |other: &&UnixId| self.socket(**other).is_ok_and(|other| other.waiting.contains(&peer));
+        let listener =
+            |other: &&UnixId| self.socket(**other).is_ok_and(|other| other.waiting.contains(&peer));
         match self.own.keys().find(listener).and_then(|listener| self.own.get(listener)) {
             Some(listener) if self.outcome.failed.contains_key(&listener.file) => {
                 Err("the listening socket that it waits for could not be made".into())
@@ -420,7 +438,8 @@ impl Maker<'_> {
             return Ok(());
         }
         if socket.kind != UnixKind::Datagram {
-            let from = socket.peer.and_then(|peer| self.fd(peer)).ok_or("whoever sent what it holds is gone")?;
+            let from =
+                socket.peer.and_then(|peer| self.fd(peer)).ok_or("whoever sent what it holds is gone")?;
             return self.send(id, &socket, from, None);
         }
         // One by one: each may come from another socket.
@@ -824,8 +843,7 @@ fn set_option(fd: RawFd, option: i32, value: i32) -> Result<(), Errno> {
 fn get_option(fd: RawFd, option: i32) -> Result<i32, Errno> {
     let (mut value, mut len) = (0i32, size_of::<i32>() as u32);
     // SAFETY: the kernel writes an int.
-    let r =
-        unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, option, (&raw mut value).cast(), &raw mut len) };
+    let r = unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, option, (&raw mut value).cast(), &raw mut len) };
     Errno::result(r).map(|_| value)
 }
 
@@ -909,7 +927,8 @@ pub(crate) fn lost_peers(snapshot: &Snapshot, process: &Process, comes_back: &BT
     let mut told = BTreeSet::new();
     let find = |id: &UnixId| snapshot.unix_sockets.get(id);
     for descriptor in &process.descriptors {
-        let Some(FileKind::Unix { socket: id }) = snapshot.files.get(&descriptor.file).map(|f| &f.kind) else {
+        let Some(FileKind::Unix { socket: id }) = snapshot.files.get(&descriptor.file).map(|f| &f.kind)
+        else {
             continue;
         };
         let Some(socket) = find(id).filter(|_| told.insert(*id)) else { continue };
