@@ -958,3 +958,6 @@ pub(crate) fn lost_peers(snapshot: &Snapshot, process: &Process, comes_back: &BT
     }
     losses
 }
+
+#[cfg(test)]
+mod tests;

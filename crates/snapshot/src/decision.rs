@@ -565,6 +565,27 @@ mod tests {
         }
     }
 
+    fn unix_socket() -> UnixSocket {
+        UnixSocket {
+            kind: UnixKind::Stream,
+            file: Some(FileId(7)),
+            closed: false,
+            address: None,
+            owns_address: false,
+            place: None,
+            peer: None,
+            listening: None,
+            waiting: Vec::new(),
+            queue: Vec::new(),
+            shutdown: 0,
+            error: 0,
+            peer_credentials: None,
+            max_queue: 10,
+            options: UnixOptions::default(),
+            unsupported: None,
+        }
+    }
+
     fn inode_with_swapped_pages(swapped_pages: u64) -> Inode {
         Inode {
             ino: 1,
@@ -714,6 +735,28 @@ mod tests {
         assert_eq!(pipe("/tmp/fifo", true), ["deleted-file"]);
         assert!(pipe("/tmp/fifo", false).is_empty());
         assert!(pipe("pipe:[7]", true).is_empty());
+        let unix = |change: fn(&mut Snapshot, &mut UnixSocket)| {
+            let file = open_file(FileKind::Unix { socket: UnixId(1) }, "socket:[7]");
+            reasons(|s| {
+                let mut socket = unix_socket();
+                change(s, &mut socket);
+                s.unix_sockets.insert(UnixId(1), socket);
+                with_fd(s, file);
+            })
+        };
+        assert!(unix(|_, _| {}).is_empty());
+        assert_eq!(unix(|_, socket| socket.unsupported = Some("a filter".into())), ["socket"]);
+        assert_eq!(unix(|_, socket| socket.peer = Some(UnixId(2))), ["socket"], "the other end was not read");
+        assert_eq!(unix(|_, socket| socket.waiting = vec![UnixId(2)]), ["socket"]);
+        let holds: fn(&mut Snapshot, &mut UnixSocket) = |s, socket| {
+            s.files.insert(FileId(8), open_file(FileKind::Unsupported { what: "epoll".into() }, "anon"));
+            socket.queue.push(UnixMessage { files: vec![FileId(8)], ..UnixMessage::default() });
+        };
+        assert_eq!(unix(holds), ["socket"], "what is on its way through it does not come back");
+        assert_eq!(
+            reasons(|s| with_fd(s, open_file(FileKind::Unix { socket: UnixId(1) }, "socket:[7]"))),
+            ["socket"]
+        );
         let in_memory = open_file(FileKind::Regular, "/run/x");
         assert_eq!(
             reasons(|s| {
