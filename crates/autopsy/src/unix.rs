@@ -3,8 +3,8 @@
 
 use ktypes::KernelType;
 use snapshot::{
-    Bytes, FileId, Severity, UnixCredentials, UnixData, UnixId, UnixKind, UnixMessage, UnixOptions,
-    UnixPlace, UnixSocket,
+    Bytes, FileId, Severity, UnixCredentials, UnixData, UnixDirectory, UnixId, UnixKind, UnixMessage,
+    UnixOptions, UnixPlace, UnixSocket,
 };
 use vmcore::{PAGE_SHIFT, PAGE_SIZE};
 
@@ -18,6 +18,8 @@ const MAX_MESSAGES: usize = 1 << 16;
 const MAX_MESSAGE: u32 = 1 << 28;
 /// Sockets of a machine.
 const MAX_SOCKETS: usize = 1 << 20;
+/// Directories above a file; a path has 4,096 bytes at most.
+const MAX_DIRECTORIES: usize = 2048;
 /// SCM_MAX_FD.
 const MAX_FILES: i16 = 253;
 /// sizeof(struct sockaddr_un), and one for the NUL of a longest path.
@@ -365,8 +367,28 @@ impl Autopsy<'_> {
             return Ok(None);
         }
         let full = self.path(path)?;
-        let inode = path.dentry.wrapping_add(self.kernel.offset_of("dentry", "d_inode")?);
-        let inode: Inode = self.kernel.read(self.kernel.read_u64(inode)?)?;
+        let inode = self.inode_of(path.dentry)?;
+        let mut directories = Vec::new();
+        let mut below = path.dentry;
+        loop {
+            let above = below.wrapping_add(self.kernel.offset_of("dentry", "d_parent")?);
+            let above = self.kernel.read_u64(above)?;
+            if above == below {
+                break;
+            }
+            if directories.len() >= MAX_DIRECTORIES {
+                return Err(corrupt("dentry", path.dentry, "has an endless path"));
+            }
+            let inode = self.inode_of(above)?;
+            directories.push(UnixDirectory {
+                path: self.path(&Path { mnt: path.mnt, dentry: above })?.path,
+                mode: u32::from(inode.i_mode) & 0o7777,
+                uid: inode.i_uid,
+                gid: inode.i_gid,
+            });
+            below = above;
+        }
+        directories.reverse();
         Ok(Some(UnixPlace {
             path: full.path,
             deleted: full.deleted,
@@ -374,7 +396,13 @@ impl Autopsy<'_> {
             mode: u32::from(inode.i_mode) & 0o7777,
             uid: inode.i_uid,
             gid: inode.i_gid,
+            directories,
         }))
+    }
+
+    fn inode_of(&self, dentry: u64) -> Result<Inode> {
+        let inode = dentry.wrapping_add(self.kernel.offset_of("dentry", "d_inode")?);
+        Ok(self.kernel.read(self.kernel.read_u64(inode)?)?)
     }
 
     /// The buffers of a `sk_buff_head`, oldest first.
@@ -509,6 +537,120 @@ fn skip(data: &mut Vec<UnixData>, mut count: u32) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{declare, open};
+    use synth::{Synth, U8, U64, array, named};
+
+    /// A queue of buffers with linear data, page data, or both.
+    struct Queue {
+        synth: Synth,
+        head: u64,
+        last: u64,
+    }
+
+    impl Queue {
+        fn new() -> Self {
+            let mut synth = Synth::new();
+            declare::<BioVec>(&mut synth, &[]);
+            declare::<SharedInfo>(&mut synth, &[("frags", array(named("bio_vec"), 17))]);
+            declare::<Parameters>(&mut synth, &[]);
+            declare::<FileList>(&mut synth, &[("fp", array(U64, 253))]);
+            declare::<SkBuff>(&mut synth, &[("cb", array(U8, 48))]);
+            declare::<SkBuffHead>(&mut synth, &[]);
+            let head = synth.alloc("sk_buff_head");
+            synth.set("sk_buff_head", head, "next", head);
+            Queue { synth, head, last: 0 }
+        }
+
+        /// Adds a buffer with so many bytes each way; returns it.
+        fn add(&mut self, linear: u32, in_page: u32) -> u64 {
+            let s = &mut self.synth;
+            let skb = s.alloc("sk_buff");
+            let area = s.alloc_bytes(4096, 4096);
+            s.set("sk_buff", skb, "len", linear + in_page).set("sk_buff", skb, "data_len", in_page);
+            s.set("sk_buff", skb, "head", area)
+                .set("sk_buff", skb, "data", area)
+                .set("sk_buff", skb, "end", 2048);
+            if in_page != 0 {
+                let info = area + 2048;
+                let frag = s.alloc_phys(4096, 4096);
+                let page = s.page_of(frag);
+                s.set("skb_shared_info", info, "nr_frags", 1);
+                let first = s.address_of("skb_shared_info", info, "frags");
+                s.set("bio_vec", first, "bv_page", page);
+                s.set("bio_vec", first, "bv_len", in_page).set("bio_vec", first, "bv_offset", 16);
+            }
+            match self.last {
+                0 => s.set("sk_buff_head", self.head, "next", skb),
+                last => s.set("sk_buff", last, "next", skb),
+            };
+            s.set("sk_buff", skb, "next", self.head);
+            self.last = skb;
+            skb
+        }
+
+        fn set(&mut self, skb: u64, member: &str, value: u64) {
+            let cb = self.synth.address_of("sk_buff", skb, "cb");
+            self.synth.set("unix_skb_parms", cb, member, value);
+        }
+
+        fn read(&self) -> Result<(Vec<UnixMessage>, Vec<u64>)> {
+            let kernel = open(&self.synth);
+            let autopsy = Autopsy::new(&kernel);
+            let mut messages = Vec::new();
+            for skb in autopsy.skb_queue(self.head)? {
+                messages.extend(autopsy.unix_message(skb, &mut None)?);
+            }
+            Ok((messages, autopsy.held.take()))
+        }
+    }
+
+    #[test]
+    fn queues_are_read_with_what_is_left_of_each_buffer() {
+        let mut queue = Queue::new();
+        assert!(queue.read().unwrap().0.is_empty());
+        let first = queue.add(100, 50);
+        queue.set(first, "consumed", 110);
+        let all_read = queue.add(10, 0);
+        queue.set(all_read, "consumed", 10);
+        queue.add(0, 0);
+        let last = queue.add(7, 0);
+        let files = queue.synth.alloc("scm_fp_list");
+        queue.synth.set("scm_fp_list", files, "count", 2);
+        let at = queue.synth.address_of("scm_fp_list", files, "fp");
+        queue.synth.write_u64(at, 0x1111).write_u64(at + 8, 0x2222);
+        queue.set(last, "fp", files);
+        let (messages, held) = queue.read().unwrap();
+        let sizes: Vec<u64> = messages.iter().map(UnixMessage::size).collect();
+        assert_eq!(sizes, [40, 0, 7]);
+        assert_eq!(messages[0].data.len(), 1, "the first part has been read");
+        assert_eq!(messages[0].data[0].addr % 4096, 16 + 10);
+        assert_eq!(messages[2].files, [FileId(0x1111), FileId(0x2222)]);
+        assert_eq!(held, [0x1111, 0x2222]);
+    }
+
+    #[test]
+    fn broken_queues_are_errors() {
+        let endless = {
+            let mut queue = Queue::new();
+            let only = queue.add(1, 0);
+            queue.synth.set("sk_buff", only, "next", only);
+            queue
+        };
+        assert!(endless.read().is_err());
+        let with = |change: fn(&mut Queue, u64)| {
+            let mut queue = Queue::new();
+            let skb = queue.add(100, 50);
+            change(&mut queue, skb);
+            queue.read()
+        };
+        assert!(with(|_, _| {}).is_ok());
+        assert!(with(|queue, skb| queue.set(skb, "consumed", 151)).is_err());
+        assert!(with(|queue, skb| drop(queue.synth.set("sk_buff", skb, "data_len", 151))).is_err());
+        assert!(with(|queue, skb| drop(queue.synth.set("sk_buff", skb, "len", u32::MAX))).is_err());
+        assert!(with(|queue, skb| drop(queue.synth.set("sk_buff", skb, "data", 8))).is_err());
+        assert!(with(|queue, skb| drop(queue.synth.set("sk_buff", skb, "end", u32::MAX))).is_err());
+        assert!(with(|queue, skb| queue.set(skb, "fp", 8)).is_err());
+    }
 
     fn stretch(addr: u64, len: u32) -> UnixData {
         UnixData { addr, len }

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use snapshot::{
     Bytes, FileId, FileKind, PhysMem, Pid, Process, Reason, Snapshot, UnixCredentials, UnixId, UnixKind,
-    UnixMessage, UnixOptions, UnixSocket,
+    UnixMessage, UnixOptions, UnixPlace, UnixSocket,
 };
 
 use crate::sys;
@@ -364,7 +364,7 @@ impl Maker<'_> {
         let from = self.reach(id, &socket)?;
         let place = socket.place.as_ref().filter(|place| !place.deleted);
         if let Some(place) = place {
-            make_way(place.path.as_path())?;
+            make_way(place)?;
         }
         self.as_helper(None, &from, || bind(fd, address, &from)).map_err(say("bind"))?;
         let Some(place) = place else { return Ok(()) };
@@ -775,13 +775,23 @@ fn unreachable_name(name: &Path, place: &Path) -> String {
 }
 
 /// Removes the old socket's file, and makes the directories above it, whose file system may be a new one.
-fn make_way(path: &Path) -> Done {
+fn make_way(place: &UnixPlace) -> Done {
+    let path = place.path.as_path();
     let parent = path.parent().ok_or("its name is no file's")?;
-    if !parent.exists() {
-        std::fs::create_dir_all(parent).map_err(|e| format!("make {}: {e}", parent.display()))?;
+    for directory in &place.directories {
+        let (path, (uid, gid)) = (directory.path.as_path(), (Some(directory.uid), Some(directory.gid)));
+        let say = |e: std::io::Error| format!("make {}: {e}", path.display());
+        match std::fs::create_dir(path) {
+            Ok(()) => {}
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => continue,
+            Err(e) => return Err(say(e)),
+        }
+        std::os::unix::fs::lchown(path, uid, gid).map_err(say)?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(directory.mode & 0o7777))
+            .map_err(say)?;
     }
     if std::fs::canonicalize(parent).ok().as_deref() != Some(parent) {
-        return Err(format!("{} leads through symbolic links now", parent.display()));
+        return Err(format!("{} leads elsewhere now, or nowhere", parent.display()));
     }
     match std::fs::symlink_metadata(path) {
         Ok(meta) if meta.file_type().is_socket() => {

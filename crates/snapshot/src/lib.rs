@@ -47,7 +47,8 @@ pub use syscall::{Exec, Resume, SyscallInFlight};
 pub use thread::{Fpu, FpuSource, Registers, Rseq, Scheduling, Seccomp, Thread, ThreadState};
 pub use tty::{Termios, Tty, TtyId, WindowSize};
 pub use unix::{
-    UnixCredentials, UnixData, UnixId, UnixKind, UnixMessage, UnixOptions, UnixPlace, UnixSocket, unix_name,
+    UnixCredentials, UnixData, UnixDirectory, UnixId, UnixKind, UnixMessage, UnixOptions, UnixPlace,
+    UnixSocket, unix_name,
 };
 
 use std::collections::BTreeMap;

@@ -76,6 +76,21 @@ pub struct UnixPlace {
     pub uid: u32,
     #[allow(missing_docs)]
     pub gid: u32,
+    /// The directories above it within its file system, the top one first: they may have to be made again.
+    pub directories: Vec<UnixDirectory>,
+}
+
+/// A directory above a socket's file.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct UnixDirectory {
+    #[allow(missing_docs)]
+    pub path: Bytes,
+    /// Permission bits.
+    pub mode: u32,
+    #[allow(missing_docs)]
+    pub uid: u32,
+    #[allow(missing_docs)]
+    pub gid: u32,
 }
 
 /// Who somebody is, as sockets tell it.

@@ -1,7 +1,8 @@
+use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use super::*;
-use snapshot::{OpenFile, PhysMap, PhysMemError, PhysRange, UnixData, UnixPlace};
+use snapshot::{OpenFile, PhysMap, PhysMemError, PhysRange, UnixData, UnixDirectory};
 
 struct Mem(Vec<u8>);
 impl PhysMem for Mem {
@@ -102,6 +103,10 @@ impl Machine {
         assert_eq!(outcome.losses, BTreeMap::new());
         fds
     }
+}
+
+fn directory(path: &Path) -> UnixDirectory {
+    UnixDirectory { path: Bytes(path.as_os_str().as_bytes().to_vec()), mode: 0o2750, uid: 21, gid: 22 }
 }
 
 fn path(text: &str) -> Bytes {
@@ -208,6 +213,7 @@ fn sockets_are_bound_where_their_names_lead() {
         mode: 0o640,
         uid: 12,
         gid: 13,
+        directories: vec![directory(&dir), directory(&dir.join("in"))],
     };
     let mut machine = Machine::new();
     // Bound to a relative name, and below another root.
@@ -227,8 +233,10 @@ fn sockets_are_bound_where_their_names_lead() {
         assert_eq!(name_of(&fds[&number], false), path(name).as_bytes());
         assert_eq!(receive(&fds[&number]).unwrap(), "hello");
     }
+    let meta = std::fs::symlink_metadata(dir.join("in")).unwrap();
+    assert_eq!((meta.mode() & 0o7777, meta.uid(), meta.gid()), (0o2750, 21, 22), "it was not there");
+    assert_ne!(std::fs::symlink_metadata(&dir).unwrap().uid(), 21, "it was there");
     let meta = std::fs::symlink_metadata(dir.join("in/root")).unwrap();
-    use std::os::unix::fs::MetadataExt;
     assert_eq!((meta.mode() & 0o7777, meta.uid(), meta.gid()), (0o640, 12, 13));
     assert!(!dir.join("gone").exists());
     // Another file has the name.
