@@ -213,6 +213,8 @@ table! {
     "unix-sender" unix::sender Survives, Nothing, "a sender that is blocked on a full queue of datagrams";
     "unix-shutdown" unix::shutdown Survives, Nothing, "closed, half closed and reset connections";
     "unix-server" unix::server Survives, Nothing, "a server and its client, requests and answers on their way";
+    "unix-connect" unix::connect Survives, Nothing, "a client blocked on a full queue of connections, and a server blocked in accept";
+    "unix-lost-peer" unix::lost_peer Survives, Nothing, "the other end of a connection does not come back: end of file, EPIPE, ECONNREFUSED";
     "unix-options" unix::options Survives, Nothing, "socket options and file flags of Unix sockets";
     "unix-out-of-band" unix::out_of_band GivenUp("out-of-band"), Nothing, "an out-of-band byte";
     "epoll-pipe" epoll::pipe GivenUp("epoll"), Nothing, "an epoll that watches a pipe";

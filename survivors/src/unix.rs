@@ -467,6 +467,75 @@ pub fn server(stage: &mut Stage) -> Result<()> {
     child.join()
 }
 
+/// A child blocked in connect(2), as the queue of the listening socket is full, and one blocked in accept(2).
+pub fn connect(stage: &mut Stage) -> Result<()> {
+    let (full, idle) = (stage.path("full"), stage.path("idle"));
+    let listener = UnixListener::bind(&full)?;
+    // SAFETY: numbers only. One connection may wait.
+    Errno::result(unsafe { libc::listen(listener.as_raw_fd(), 0) })?;
+    let first = UnixStream::connect(&full)?;
+    let mut caller = Child::fork(stage, "caller", |_, ready| {
+        ready.announce()?;
+        let mut socket = UnixStream::connect(&full)?;
+        socket.write_all(b"hello")?;
+        Ok(())
+    })?;
+    let other = UnixListener::bind(&idle)?;
+    let mut callee = Child::fork(stage, "callee", |_, ready| {
+        ready.announce()?;
+        let (mut socket, _) = other.accept()?;
+        let mut word = [0; 5];
+        socket.read_exact(&mut word)?;
+        same("what arrived", b"hello", &word)
+    })?;
+    drop(other);
+
+    let crash = stage.crash()?;
+    UnixStream::connect(&idle)?.write_all(if crash.damage { b"noise" } else { b"hello" })?;
+    callee.join()?;
+    greet(&listener, first, b"hello")?;
+    let (mut socket, _) = listener.accept()?;
+    let mut word = [0; 5];
+    socket.read_exact(&mut word)?;
+    same("what arrived", b"hello", &word)?;
+    caller.join()
+}
+
+/// The other ends belong to a child that ends, or is given up for what it has: as if it had closed them.
+pub fn lost_peer(stage: &mut Stage) -> Result<()> {
+    let (path, log) = (stage.path("socket"), stage.path("log"));
+    let mut child = Child::fork(stage, "server", |stage, ready| {
+        let listener = UnixListener::bind(&path)?;
+        let _log = UnixDatagram::bind(&log)?;
+        let (near, _far) = UnixStream::pair()?;
+        send(near.as_raw_fd(), b"!", MsgFlags::MSG_OOB)?;
+        ready.announce()?;
+        let (mut socket, _) = listener.accept()?;
+        socket.write_all(b"last words")?;
+        stage.wait();
+        crate::child::end(0)
+    })?;
+    let mut socket = UnixStream::connect(&path)?;
+    socket.read_exact(&mut [0; 5])?;
+    let logger = UnixDatagram::unbound()?;
+    logger.connect(&log)?;
+
+    let crash = stage.crash()?;
+    child.forget();
+    if crash.damage {
+        socket.read_exact(&mut [0; 1])?;
+    }
+    let mut words = String::new();
+    socket.read_to_string(&mut words)?;
+    same("what it had sent", &"words".to_owned(), &words)?;
+    let errno = |error: std::io::Error| error.raw_os_error();
+    let broken = Err(Some(Errno::EPIPE as i32));
+    same("write to it", &broken, &socket.write(b"x").map_err(errno))?;
+    let refused = Err(Some(Errno::ECONNREFUSED as i32));
+    same("datagram to it", &refused, &logger.send(b"x").map_err(errno))?;
+    same("name of the other end", &Some(path.as_path()), &socket.peer_addr()?.as_pathname())
+}
+
 /// Socket options and file flags.
 pub fn options(stage: &mut Stage) -> Result<()> {
     let (socket, other) = UnixStream::pair()?;

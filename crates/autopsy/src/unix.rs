@@ -645,10 +645,30 @@ mod tests {
         };
         assert!(with(|_, _| {}).is_ok());
         assert!(with(|queue, skb| queue.set(skb, "consumed", 151)).is_err());
-        assert!(with(|queue, skb| drop(queue.synth.set("sk_buff", skb, "data_len", 151))).is_err());
-        assert!(with(|queue, skb| drop(queue.synth.set("sk_buff", skb, "len", u32::MAX))).is_err());
-        assert!(with(|queue, skb| drop(queue.synth.set("sk_buff", skb, "data", 8))).is_err());
-        assert!(with(|queue, skb| drop(queue.synth.set("sk_buff", skb, "end", u32::MAX))).is_err());
+        assert!(
+            with(|queue, skb| {
+                queue.synth.set("sk_buff", skb, "data_len", 151);
+            })
+            .is_err()
+        );
+        assert!(
+            with(|queue, skb| {
+                queue.synth.set("sk_buff", skb, "len", u32::MAX);
+            })
+            .is_err()
+        );
+        assert!(
+            with(|queue, skb| {
+                queue.synth.set("sk_buff", skb, "data", 8);
+            })
+            .is_err()
+        );
+        assert!(
+            with(|queue, skb| {
+                queue.synth.set("sk_buff", skb, "end", u32::MAX);
+            })
+            .is_err()
+        );
         assert!(with(|queue, skb| queue.set(skb, "fp", 8)).is_err());
     }
 

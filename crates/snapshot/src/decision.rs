@@ -423,10 +423,10 @@ fn judge_descriptors(snapshot: &Snapshot, process: &Process, reasons: &mut Vec<R
             FileKind::Pipe { pipe, .. } if !snapshot.pipes.contains_key(pipe) => {
                 give_up("pipe", "its pipe could not be read".into());
             }
-            FileKind::Unix { socket } => match snapshot.unix_sockets.get(socket) {
+            FileKind::Unix { socket: id } => match snapshot.unix_sockets.get(id) {
                 Some(socket) => {
                     if let Some(why) = unix_obstacle(snapshot, socket) {
-                        give_up("socket", why);
+                        give_up("socket", format!("{}: {why}", snapshot.unix_description(*id)));
                     }
                 }
                 None => give_up("socket", "its socket could not be read".into()),
@@ -752,6 +752,12 @@ mod tests {
             s.files.insert(FileId(8), open_file(FileKind::Unsupported { what: "epoll".into() }, "anon"));
             socket.queue.push(UnixMessage { files: vec![FileId(8)], ..UnixMessage::default() });
         };
+        let mut s = Snapshot::default();
+        let named = UnixSocket { address: Some(Bytes(b"\0name".to_vec())), ..unix_socket() };
+        let peer = UnixSocket { peer: Some(UnixId(1)), closed: true, ..unix_socket() };
+        s.unix_sockets.extend([(UnixId(1), named), (UnixId(2), peer)]);
+        assert_eq!(s.unix_description(UnixId(1)), "unix stream socket at @name");
+        assert_eq!(s.unix_description(UnixId(2)), "unix stream socket connected to @name");
         assert_eq!(unix(holds), ["socket"], "what is on its way through it does not come back");
         assert_eq!(
             reasons(|s| with_fd(s, open_file(FileKind::Unix { socket: UnixId(1) }, "socket:[7]"))),

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Bytes, FileId};
+use crate::{Bytes, FileId, Snapshot};
 
 /// Address of a `struct unix_sock` in the dead kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -182,12 +182,40 @@ pub struct UnixOptions {
 impl UnixSocket {
     /// For people: its name; abstract ones begin with `@`.
     pub fn name(&self) -> Option<String> {
-        self.address.as_ref().map(|address| unix_name(address))
+        self.address.as_ref().map(unix_name)
     }
 
     /// Messages arrive whole or not at all.
     pub fn has_messages(&self) -> bool {
         self.kind != UnixKind::Stream
+    }
+}
+
+impl Snapshot {
+    /// For people: what a unix socket is and whom it talks to.
+    pub fn unix_description(&self, id: UnixId) -> String {
+        let Some(socket) = self.unix_sockets.get(&id) else { return "unix socket".into() };
+        let kind = match socket.kind {
+            UnixKind::Stream => "stream",
+            UnixKind::Datagram => "datagram",
+            UnixKind::Seqpacket => "seqpacket",
+        };
+        let mut text = format!("unix {kind} socket");
+        if socket.listening.is_some() {
+            text.push_str(", listening");
+        }
+        if let Some(name) = socket.name() {
+            text.push_str(&format!(" at {name}"));
+        }
+        match socket.peer.map(|peer| self.unix_sockets.get(&peer)) {
+            Some(Some(peer)) if peer.closed => text.push_str(", its other end closed"),
+            Some(peer) => match peer.and_then(UnixSocket::name) {
+                Some(name) => text.push_str(&format!(" connected to {name}")),
+                None => text.push_str(", connected"),
+            },
+            None => {}
+        }
+        text
     }
 }
 

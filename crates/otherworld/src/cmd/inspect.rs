@@ -236,13 +236,17 @@ fn files(snapshot: &Snapshot, process: &Process) -> String {
             continue;
         };
         let cloexec = if d.cloexec { libc::O_CLOEXEC } else { 0 };
+        let name = match &file.kind {
+            FileKind::Unix { socket } => snapshot.unix_description(*socket),
+            _ => file.path.to_string(),
+        };
         out.push_str(&format!(
             "{:>5} {:>#10o} {:>12}  {:<14} {}{}\n",
             d.fd,
             file.flags | cloexec,
             file.pos,
             kind_word(&file.kind),
-            file.path,
+            name,
             if file.deleted { " (deleted)" } else { "" }
         ));
     }
