@@ -507,6 +507,10 @@ fn transfer(thread: &Thread, facts: &dyn Facts, transfer: Transfer) -> Resume {
         // The position moves when the call is done, not before: the same bytes go to, or come from, the same place.
         return Resume::Restart;
     }
+    // A message goes out whole or not at all. It is copied first; then its sender may wait for room in the receiver's queue.
+    if transfer.write && file.is_message_socket && !thread.on_cpu {
+        return Resume::Restart;
+    }
     if !facts.has_stack() {
         return impossible(
             "a transfer on a CPU whose registers were not saved: how far it had come cannot be told",
@@ -527,11 +531,9 @@ fn transfer(thread: &Thread, facts: &dyn Facts, transfer: Transfer) -> Resume {
             impossible("the kernel stack has several accounts of how far the transfer had come")
         }
         Search::Found(Progress { done: 0, .. }) => Resume::Restart,
-        // A message is copied first; then its sender may wait for room in the receiver's queue.
-        Search::Found(_) if transfer.write && file.is_message_socket => match thread.on_cpu {
-            false => Resume::Restart,
-            true => impossible("a message was being sent on a CPU: whether it has been cannot be told"),
-        },
+        Search::Found(_) if transfer.write && file.is_message_socket => {
+            impossible("a message was being sent on a CPU: whether it has been cannot be told")
+        }
         Search::Found(_) if thread.on_cpu && !facts.is_moving(&file, transfer.write) => {
             impossible("a transfer on a CPU, before its beginning or after its end")
         }
@@ -1300,6 +1302,8 @@ mod tests {
         let send = || thread("sendto", &[1, 0x1000, 100]);
         assert_eq!(go(&send(), &datagram), Resume::Restart, "copied, and waits for room");
         assert!(is_impossible(&go(&on_cpu(send()), &datagram)));
+        let doubtful = Fake { search: Some(Search::Contradiction), ..datagram };
+        assert_eq!(go(&send(), &doubtful), Resume::Restart, "whatever the stack says");
         let stream = Fake::with_file(Kind::Socket, false, 0).found(60, 100, 0);
         assert_eq!(returns(&go(&send(), &stream)), Some(60));
     }
