@@ -145,13 +145,25 @@ impl Maker<'_> {
         }
     }
 
+    /// Nobody must take a placeholder for a socket.
+    fn verify(&self, id: UnixId) -> Done {
+        let fd = self.fd(id).ok_or("it was not made")?;
+        get_option(fd, libc::SO_TYPE).map(drop).map_err(say("it was not made"))
+    }
+
     fn step(&mut self, id: UnixId, step: impl FnOnce(&mut Self) -> Done) {
         let Some(own) = self.own.get(&id).copied() else { return };
         if self.outcome.failed.contains_key(&own.file) {
             return;
         }
         if let Err(why) = step(self) {
-            self.outcome.failed.insert(own.file, why);
+            self.fail(id, &why);
+        }
+    }
+
+    fn fail(&mut self, id: UnixId, why: &str) {
+        if let Some(own) = self.own.get(&id) {
+            self.outcome.failed.insert(own.file, why.to_owned());
         }
     }
 
@@ -200,7 +212,8 @@ impl Maker<'_> {
                 // Whoever listens makes the connection, if it comes back.
             } else if mutual && is_pair {
                 connected.extend([id, peer_id]);
-                return self.connect_pair((id, &socket), (peer_id, &peer));
+                let done = self.connect_pair((id, &socket), (peer_id, &peer));
+                return done.inspect_err(|why| self.fail(peer_id, why));
             } else if is_pair {
                 return Err("the socket that it is connected to is connected to another one".into());
             }
@@ -210,7 +223,7 @@ impl Maker<'_> {
         place_socket(socket.kind, fd)?;
         if waiting_client && !self.listener_comes_back(socket.peer) {
             // Nobody will ever accept it: as if the listening socket had been closed.
-            let (near, _far) = self.pair(socket.kind, &UnixCredentials::default())?;
+            let (near, _far) = self.pair_for(&[], socket.kind, &UnixCredentials::default())?;
             return sys::dup3(near.as_raw_fd(), fd, true).map_err(say("dup3"));
         }
         Ok(())
@@ -229,20 +242,17 @@ impl Maker<'_> {
     fn connect_pair(&mut self, a: (UnixId, &UnixSocket), b: (UnixId, &UnixSocket)) -> Done {
         let accepted = |s: &UnixSocket| s.address.is_some() && !s.owns_address;
         let fds = (self.end_of(a.0)?, self.end_of(b.0)?);
-        // A closed one does not own its name any more; only its peer's credentials tell then that it was accepted, which nobody asks for.
+        // Of a closed one it cannot be told whether its name was its own.
         match (accepted(a.1), accepted(b.1)) {
-            (true, true) => {
-                // Both have inherited their names only if one of them is closed.
-                match (a.1.closed, b.1.closed) {
-                    (_, true) => self.connect_through(b, fds.1, a, fds.0),
-                    _ => self.connect_through(a, fds.0, b, fds.1),
-                }
-            }
+            (true, true) => match (a.1.closed, b.1.closed) {
+                (_, true) => self.connect_through(b, fds.1, a, fds.0),
+                _ => self.connect_through(a, fds.0, b, fds.1),
+            },
             (true, false) => self.connect_through(b, fds.1, a, fds.0),
             (false, true) => self.connect_through(a, fds.0, b, fds.1),
             (false, false) => {
-                let creds = a.1.peer_credentials.clone().or_else(|| b.1.peer_credentials.clone());
-                let (near, far) = self.pair_for(a.0, a.1.kind, &creds.unwrap_or_default())?;
+                let who = a.1.peer_credentials.clone().or_else(|| b.1.peer_credentials.clone());
+                let (near, far) = self.pair_for(&[a.0, b.0], a.1.kind, &who.unwrap_or_default())?;
                 sys::dup3(near.as_raw_fd(), fds.0, true).map_err(say("dup3"))?;
                 sys::dup3(far.as_raw_fd(), fds.1, true).map_err(say("dup3"))?;
                 self.name_stranger(a.0, a.1, fds.0)?;
@@ -265,13 +275,13 @@ impl Maker<'_> {
         place_socket(client.1.kind, client_fd)?;
         self.name_stranger(client.0, client.1, client_fd)?;
         let wanted = |socket: &UnixSocket| socket.peer_credentials.clone().unwrap_or_default();
-        self.act(client.0, &wanted(client.1), &from, || {
+        self.act(&[client.0], &wanted(client.1), &from, || {
             bind(listener.as_raw_fd(), &address, &from)?;
             // SAFETY: numbers only.
             Errno::result(unsafe { libc::listen(listener.as_raw_fd(), 1) }).map(drop)
         })
         .map_err(say("listen"))?;
-        self.act(server.0, &wanted(server.1), &from, || {
+        self.act(&[server.0], &wanted(server.1), &from, || {
             call_with_address(libc::SYS_connect, client_fd, &address)
         })
         .map_err(say("connect"))?;
@@ -290,21 +300,17 @@ impl Maker<'_> {
         sys::dup3(fd.as_raw_fd(), server_fd, true).map_err(say("dup3"))
     }
 
-    fn pair(&mut self, kind: UnixKind, who: &UnixCredentials) -> Result<(OwnedFd, OwnedFd), String> {
-        self.pair_for(UnixId(0), kind, who)
-    }
-
-    /// socketpair(2), by `who`; for the one that is named losses are noted.
+    /// socketpair(2), by `who`.
     fn pair_for(
         &mut self,
-        id: UnixId,
+        ids: &[UnixId],
         kind: UnixKind,
         who: &UnixCredentials,
     ) -> Result<(OwnedFd, OwnedFd), String> {
         let near = placeholder(self.base).map_err(say("placeholder"))?;
         let far = placeholder(self.base).map_err(say("placeholder"))?;
         let numbers = (near.as_raw_fd(), far.as_raw_fd());
-        self.act(id, who, &Where::Here, || {
+        self.act(ids, who, &Where::Here, || {
             let mut made = [0; 2];
             let kind = type_of(kind) | libc::SOCK_CLOEXEC;
             // SAFETY: the kernel writes two descriptors.
@@ -382,7 +388,7 @@ impl Maker<'_> {
         let fd = self.fd(id).ok_or("it was not made")?;
         let address = socket.address.clone().ok_or("it listens without a name")?;
         let who = socket.peer_credentials.clone().unwrap_or_default();
-        self.act(id, &who, &Where::Here, || {
+        self.act(&[id], &who, &Where::Here, || {
             // SAFETY: numbers only.
             Errno::result(unsafe { libc::listen(fd, backlog as i32) }).map(drop)
         })
@@ -401,7 +407,7 @@ impl Maker<'_> {
             // A connect that would wait is an error here: the queue had room for it.
             sys::fcntl(client_fd, libc::F_SETFL, libc::O_NONBLOCK.into()).map_err(say("F_SETFL"))?;
             let who = waiting.peer_credentials.clone().unwrap_or_default();
-            self.act(id, &who, &from, || call_with_address(libc::SYS_connect, client_fd, &address))
+            self.act(&[id], &who, &from, || call_with_address(libc::SYS_connect, client_fd, &address))
                 .map_err(say("connect"))?;
             self.send(id, &waiting, client_fd, None)?;
         }
@@ -511,7 +517,7 @@ impl Maker<'_> {
                         }
                         Err(e) => return Err(say("send")(e)),
                     }
-                    if sent_needs_note(who) {
+                    if who.pid <= 0 {
                         let text = "a message in its queue had a sender without a number".to_owned();
                         self.lose(id, "sender", text);
                     }
@@ -569,6 +575,7 @@ impl Maker<'_> {
     /// What is set when all else is done: shutdown, options.
     fn set_state(&mut self, id: UnixId) -> Done {
         let socket = self.socket(id)?.clone();
+        self.verify(id)?;
         let fd = self.fd(id).ok_or("it was not made")?;
         let how = match socket.shutdown {
             1 => Some(libc::SHUT_RD),
@@ -590,10 +597,10 @@ impl Maker<'_> {
         set_options(fd, &socket.options)
     }
 
-    /// Does something that the kernel notes its doer for. Who it was must be noted right, or a loss be named.
+    /// Does something that the kernel notes its doer for. Who it was is noted right, or a loss is named for the sockets `ids`.
     fn act(
         &mut self,
-        id: UnixId,
+        ids: &[UnixId],
         who: &UnixCredentials,
         from: &Where,
         work: impl Fn() -> Result<(), Errno>,
@@ -613,7 +620,9 @@ impl Maker<'_> {
                 "PID {} is in use by this kernel's own: SO_PEERCRED of a socket shows another one, the user is right",
                 who.pid
             );
-            self.lose(id, "peer-credentials", text);
+            for &id in ids {
+                self.lose(id, "peer-credentials", text.clone());
+            }
         }
         attempt(self, None)
     }
@@ -643,11 +652,6 @@ impl Maker<'_> {
             _ => Err(Errno::EIO),
         }
     }
-}
-
-/// Whether the sender has no number: it cannot be named in a message.
-fn sent_needs_note(who: &UnixCredentials) -> bool {
-    who.pid <= 0
 }
 
 fn enter(from: &Where, hall: Option<RawFd>) -> Result<(), Errno> {
