@@ -143,6 +143,25 @@ impl Maker<'_> {
         for &id in &ids {
             self.step(id, |maker| maker.set_state(id));
         }
+        // One that holds a failed one fails, and so on; each round finds one at least.
+        for _ in 0..ids.len() {
+            let before = self.outcome.failed.len();
+            for &id in &ids {
+                self.step(id, |maker| maker.holds_good_ones(id));
+            }
+            if self.outcome.failed.len() == before {
+                break;
+            }
+        }
+    }
+
+    fn holds_good_ones(&self, id: UnixId) -> Done {
+        let own = self.own.get(&id).ok_or("it was not made")?;
+        let held = self.snapshot.held_by(own.file);
+        match held.iter().find_map(|file| self.outcome.failed.get(file)) {
+            Some(why) => Err(format!("a socket that is on its way through it: {why}")),
+            None => Ok(()),
+        }
     }
 
     /// Nobody must take a placeholder for a socket.

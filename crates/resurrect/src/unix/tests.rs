@@ -320,6 +320,32 @@ fn files_are_on_their_way_again() {
 }
 
 #[test]
+fn a_socket_on_its_way_that_cannot_be_made_costs_its_receiver() {
+    if !can_choose_pids() {
+        return;
+    }
+    let mut machine = Machine::new();
+    machine.pair(1, 2, UnixKind::Stream);
+    machine.queue(1, "take it").files = vec![FileId(3)];
+    machine.pair(5, 6, UnixKind::Stream);
+    machine.queue(5, "take that").files = vec![FileId(1)];
+    let bad = machine.socket(3, UnixKind::Datagram);
+    (bad.address, bad.owns_address) = (Some(path("/nowhere/../name")), true);
+    bad.place = Some(UnixPlace {
+        path: "/dev/null".into(),
+        deleted: false,
+        initial_mount_namespace: true,
+        mode: 0,
+        uid: 0,
+        gid: 0,
+        directories: Vec::new(),
+    });
+    let (_, outcome) = machine.make(&[1, 2, 3, 5, 6]);
+    let failed: Vec<u64> = outcome.failed.keys().map(|file| file.0).collect();
+    assert_eq!(failed, [1, 3, 5]);
+}
+
+#[test]
 fn a_datagram_socket_whose_server_is_gone_learns_it_when_it_sends() {
     if !can_choose_pids() {
         return;
