@@ -428,7 +428,7 @@ impl Maker<'_> {
             let who = waiting.peer_credentials.clone().unwrap_or_default();
             self.act(&[id], &who, &from, || call_with_address(libc::SYS_connect, client_fd, &address))
                 .map_err(say("connect"))?;
-            self.send(id, &waiting, client_fd, None)?;
+            self.send(id, &waiting.queue, client_fd, None)?;
         }
         Ok(())
     }
@@ -465,23 +465,24 @@ impl Maker<'_> {
         if socket.kind != UnixKind::Datagram {
             let from =
                 socket.peer.and_then(|peer| self.fd(peer)).ok_or("whoever sent what it holds is gone")?;
-            return self.send(id, &socket, from, None);
+            return self.send(id, &socket.queue, from, None);
         }
-        // One by one: each may come from another socket.
         let peer = socket.peer.filter(|_| socket.peer_credentials.is_some());
         let pair = peer.and_then(|peer| self.fd(peer));
-        for message in &socket.queue {
-            let single = UnixSocket { queue: vec![message.clone()], ..socket.clone() };
+        let of_one =
+            |a: &UnixMessage, b: &UnixMessage| (a.sender, &a.sender_address) == (b.sender, &b.sender_address);
+        for messages in socket.queue.chunk_by(of_one) {
             match pair {
-                Some(sender) => self.send(id, &single, sender, None)?,
-                None => self.send_datagram(id, &single, message)?,
+                Some(sender) => self.send(id, messages, sender, None)?,
+                None => self.send_datagrams(id, &socket, messages)?,
             }
         }
         Ok(())
     }
 
-    /// A message to a socket that has a name, from one that has the name of its sender.
-    fn send_datagram(&mut self, id: UnixId, socket: &UnixSocket, message: &UnixMessage) -> Done {
+    /// Messages of one sender to a socket that has a name, from one that has the sender's.
+    fn send_datagrams(&mut self, id: UnixId, socket: &UnixSocket, messages: &[UnixMessage]) -> Done {
+        let Some(message) = messages.first() else { return Ok(()) };
         let address = socket.address.clone().ok_or("it has no name that a message could be sent to")?;
         let from = self.reach(id, socket)?;
         let temporary;
@@ -499,22 +500,18 @@ impl Maker<'_> {
                 temporary.as_raw_fd()
             }
         };
-        self.send(id, socket, fd, Some((&address, &from)))
+        self.send(id, messages, fd, Some((&address, &from)))
     }
 
-    /// Sends the queue of `socket` to it, from `fd`.
-    fn send(&mut self, id: UnixId, socket: &UnixSocket, fd: RawFd, to: Option<(&Bytes, &Where)>) -> Done {
-        if socket.queue.is_empty() {
+    /// Sends what the socket `id` is to hold, from `fd`.
+    fn send(&mut self, id: UnixId, queue: &[UnixMessage], fd: RawFd, to: Option<(&Bytes, &Where)>) -> Done {
+        if queue.is_empty() {
             return Ok(());
         }
         let before = get_option(fd, libc::SO_SNDBUF).map_err(say("SO_SNDBUF"))?;
         set_option(fd, libc::SO_SNDBUFFORCE, FILLING_BUFFER as i32).map_err(say("SO_SNDBUFFORCE"))?;
-        let mut rest = socket.queue.as_slice();
-        while let Some(first) = rest.first() {
-            // Of the same sender in one go.
-            let same = |message: &&UnixMessage| message.credentials == first.credentials;
-            let (now, later) = rest.split_at(rest.iter().take_while(same).count());
-            rest = later;
+        for now in queue.chunk_by(|a, b| a.credentials == b.credentials) {
+            let Some(first) = now.first() else { continue };
             let mut contents = Vec::new();
             for message in now {
                 contents.push((self.bytes(message)?, self.descriptors(message)?));
@@ -525,6 +522,7 @@ impl Maker<'_> {
                 contents.iter().try_for_each(|(bytes, files)| send_one(fd, bytes, files, who, address))
             };
             match &first.credentials {
+                None if *from == Where::Here => work(None).map_err(say("send"))?,
                 None => self.as_helper(None, from, || work(None)).map_err(say("send"))?,
                 Some(who) => {
                     let sent = self.as_helper(Some(who.pid), from, || work(Some(who)));
