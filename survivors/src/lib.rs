@@ -67,6 +67,7 @@ mod syscall;
 mod thread;
 mod timerfd;
 mod tty;
+mod unix;
 
 pub use crowd::Crowd;
 pub use run::{Paths, run};
@@ -237,7 +238,6 @@ table! {
     "syscall-futex" syscall::futex Survives, Nothing, "futex wait times out right";
     "syscall-sigtimedwait" syscall::sigtimedwait Survives, Nothing, "sigtimedwait times out right";
     "socket-tcp" socket::tcp GivenUp("socket"), Nothing, "a listening TCP socket";
-    "socket-unix" socket::unix_pair GivenUp("socket"), Nothing, "a pair of Unix sockets with bytes in it";
     "epoll-pipe" epoll::pipe Survives, Nothing, "an epoll that watches a pipe";
     "epoll-edge" epoll::edge Survives, Nothing, "edges that were reported, and such that were not";
     "epoll-oneshot" epoll::oneshot Survives, Nothing, "one-shot items that have fired, and such that have not";
@@ -254,6 +254,24 @@ table! {
     "timerfd-stopped" timerfd::stopped Survives, Nothing, "timerfds that do not run";
     "signalfd-mask" signalfd::mask Survives, Nothing, "signalfds and a pending signal";
     "signalfd-waiter" signalfd::waiter Survives, Nothing, "a process that polls a signalfd";
+    "unix-pair" unix::pair Survives, Nothing, "a pair of Unix sockets with bytes in it";
+    "unix-queue" unix::queue Survives, Nothing, "many bytes both ways between Unix sockets, half read";
+    "unix-datagrams" unix::datagrams Survives, Nothing, "datagrams of several senders: their borders and the senders' names";
+    "unix-seqpacket" unix::seqpacket Survives, Nothing, "records keep their borders";
+    "unix-abstract" unix::abstract_name Survives, Nothing, "listening under an abstract name: somebody can connect";
+    "unix-path" unix::path Survives, Nothing, "listening under a path: its mode, and somebody can connect";
+    "unix-backlog" unix::backlog Survives, Nothing, "connections not accepted yet, with bytes in them";
+    "unix-files" unix::files Survives, Nothing, "open files on their way through sockets";
+    "unix-credentials" unix::credentials Survives, Root, "who is at the other end, and who sent a message (SO_PEERCRED, SCM_CREDENTIALS)";
+    "unix-reader" unix::reader Survives, Nothing, "a reader that is blocked on a Unix socket";
+    "unix-writer" unix::writer Survives, Nothing, "a writer that is blocked in the middle of 1 MiB";
+    "unix-sender" unix::sender Survives, Nothing, "a sender that is blocked on a full queue of datagrams";
+    "unix-shutdown" unix::shutdown Survives, Nothing, "closed, half closed and reset connections";
+    "unix-server" unix::server Survives, Nothing, "a server and its client, requests and answers on their way";
+    "unix-connect" unix::connect Survives, Nothing, "a client blocked on a full queue of connections, and a server blocked in accept";
+    "unix-lost-peer" unix::lost_peer Survives, Nothing, "the other end of a connection does not come back: end of file, EPIPE, ECONNREFUSED";
+    "unix-options" unix::options Survives, Nothing, "socket options and file flags of Unix sockets";
+    "unix-out-of-band" unix::out_of_band GivenUp("out-of-band"), Nothing, "an out-of-band byte";
     "pty-pair" pty::pair GivenUp("terminal"), Nothing, "a pseudo-terminal, both ends";
     "seccomp-filter" seccomp::filter GivenUp("seccomp"), Nothing, "a seccomp filter";
 }

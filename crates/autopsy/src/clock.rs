@@ -34,6 +34,14 @@ struct Timekeeper {
 }
 
 #[derive(KernelType)]
+#[kernel("timekeeper")]
+struct Tick {
+    #[kernel("tkr_mono.shift")]
+    shift: u32,
+    xtime_interval: u64,
+}
+
+#[derive(KernelType)]
 #[kernel("clocksource")]
 struct ClockSource {
     name: u64,
@@ -74,6 +82,21 @@ impl Autopsy<'_> {
             self.set_subject(subject);
             clocks
         })
+    }
+
+    /// Microseconds of a tick (jiffy): what the timekeeper adds at each, rounded to one of the values that the kernel can be
+    /// configured with (CONFIG_HZ).
+    ///
+    /// # Errors
+    /// When the timekeeper cannot be read, or cannot be one.
+    pub(crate) fn tick_us(&self) -> Result<u64> {
+        const HZ: [u64; 4] = [100, 250, 300, 1000];
+        let addr = self.timekeeper()?;
+        let tick: Tick = self.kernel.read(addr)?;
+        let ns = tick.xtime_interval.checked_shr(tick.shift).unwrap_or(0);
+        let near = |hz: &&u64| (1_000_000_000 / **hz).abs_diff(ns) < 100_000;
+        let hz = HZ.iter().find(near);
+        hz.map(|hz| 1_000_000 / hz).ok_or_else(|| corrupt("timekeeper", addr, format!("a tick of {ns} ns")))
     }
 
     /// The address of the timekeeper in `tk_core`: a structure without a name that holds a sequence counter and, aligned

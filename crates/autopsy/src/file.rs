@@ -93,6 +93,7 @@ impl Autopsy<'_> {
                 cloexec: bit(&close_on_exec, fd as u32),
             });
         }
+        self.read_held();
         Ok(descriptors)
     }
 
@@ -188,7 +189,7 @@ impl Autopsy<'_> {
             S_IFIFO => unsupported("a FIFO that is being opened".into()),
             S_IFCHR => self.character_device_kind(file, inode, path, operations),
             S_IFBLK => unsupported(format!("block device {}", path.path)),
-            S_IFSOCK => unsupported(self.socket_description(file.private_data)?),
+            S_IFSOCK => self.socket_kind(file.private_data),
             S_IFLNK => unsupported("a symbolic link".into()),
             0 => unsupported(anonymous_description(operations, path)),
             other => Err(corrupt("file", addr, format!("has an inode of type {other:o}"))),

@@ -44,6 +44,7 @@ mod testing;
 mod thread;
 mod timerfd;
 mod tty;
+mod unix;
 mod writeback;
 
 pub use error::{Error, Result};
@@ -56,7 +57,7 @@ use std::collections::{BTreeMap, HashMap};
 use ktypes::Kernel;
 use snapshot::{
     AddressSpace, AddressSpaceId, Clocks, FileId, Finding, Inode, InodeId, Lock, Mount, OpenFile, Pid, Pipe,
-    PipeId, Severity, Snapshot, Tty, TtyId,
+    PipeId, Severity, Snapshot, Tty, TtyId, UnixId, UnixSocket,
 };
 
 /// Reads everything.
@@ -79,6 +80,9 @@ pub struct Autopsy<'k> {
     pub(crate) pipes: RefCell<BTreeMap<PipeId, Pipe>>,
     pub(crate) locks: RefCell<BTreeMap<InodeId, Vec<Lock>>>,
     pub(crate) ttys: RefCell<BTreeMap<TtyId, Tty>>,
+    pub(crate) unix_sockets: RefCell<BTreeMap<UnixId, UnixSocket>>,
+    /// Open files that other open files hold, still to be read.
+    pub(crate) held: RefCell<Vec<u64>>,
     pub(crate) address_spaces: RefCell<BTreeMap<AddressSpaceId, AddressSpace>>,
     pub(crate) paths: RefCell<HashMap<(u64, u64), fs::FullPath>>,
     pub(crate) mount_ids: RefCell<BTreeMap<FileId, i32>>,
@@ -108,6 +112,8 @@ impl<'k> Autopsy<'k> {
             pipes: RefCell::default(),
             locks: RefCell::default(),
             ttys: RefCell::default(),
+            unix_sockets: RefCell::default(),
+            held: RefCell::default(),
             address_spaces: RefCell::default(),
             paths: RefCell::default(),
             mount_ids: RefCell::default(),
@@ -161,6 +167,7 @@ impl<'k> Autopsy<'k> {
             locks: self.locks.take().into_values().flatten().collect(),
             ttys: self.ttys.take(),
             ipc,
+            unix_sockets: self.unix_sockets.take(),
             findings: self.findings.take(),
         })
     }

@@ -1,10 +1,10 @@
-//! Sockets, as far as they are named: none is brought back by this version (include/linux/net.h, include/net/sock.h,
-//! af_unix.h; 6.1 and 6.12).
+//! Sockets: which kind one is, and names for those that are not brought back (include/linux/net.h, include/net/sock.h; 6.1 and
+//! 6.12).
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use ktypes::KernelType;
-use snapshot::Bytes;
+use snapshot::FileKind;
 
 use crate::Autopsy;
 use crate::error::Result;
@@ -15,10 +15,8 @@ const AF_INET6: u16 = 10;
 const AF_NETLINK: u16 = 16;
 const AF_PACKET: u16 = 17;
 const AF_VSOCK: u16 = 40;
-/// TCP_LISTEN (include/net/tcp_states.h), also used by unix sockets.
+/// TCP_LISTEN (include/net/tcp_states.h).
 const LISTEN: u8 = 10;
-/// sizeof(struct sockaddr_un).
-const MAX_UNIX_ADDRESS: i32 = 110;
 
 #[derive(KernelType)]
 #[kernel("socket")]
@@ -50,24 +48,18 @@ struct Sock {
     sk_protocol: u16,
 }
 
-#[derive(KernelType)]
-#[kernel("unix_sock")]
-struct UnixSock {
-    addr: u64,
-    peer: u64,
-}
-
-#[derive(KernelType)]
-#[kernel("unix_address")]
-struct UnixAddress {
-    len: i32,
-    #[kernel(address)]
-    name: u64,
-}
-
 impl Autopsy<'_> {
+    /// The kind of the open file that a socket has; its state goes into the table.
+    pub(crate) fn socket_kind(&self, addr: u64) -> Result<FileKind> {
+        let socket: Socket = self.kernel.read(addr)?;
+        if socket.sk != 0 && self.kernel.read::<Sock>(socket.sk)?.family == AF_UNIX {
+            return Ok(FileKind::Unix { socket: self.unix(socket.sk)? });
+        }
+        Ok(FileKind::Unsupported { what: self.socket_description(addr)? })
+    }
+
     /// What a socket is and whom it talks to, for people.
-    pub(crate) fn socket_description(&self, addr: u64) -> Result<String> {
+    fn socket_description(&self, addr: u64) -> Result<String> {
         let socket: Socket = self.kernel.read(addr)?;
         let kind = match socket.kind {
             1 => "stream",
@@ -81,55 +73,12 @@ impl Autopsy<'_> {
         }
         let sock: Sock = self.kernel.read(socket.sk)?;
         Ok(match sock.family {
-            AF_UNIX => self.unix_description(socket.sk, &sock, kind)?,
             AF_INET | AF_INET6 => inet_description(&sock, kind),
             AF_NETLINK => format!("netlink socket (protocol {})", sock.sk_protocol),
             AF_PACKET => "packet socket".into(),
             AF_VSOCK => "vsock socket".into(),
             other => format!("{kind} socket of address family {other}"),
         })
-    }
-
-    fn unix_description(&self, addr: u64, sock: &Sock, kind: &str) -> Result<String> {
-        let unix: UnixSock = self.kernel.read(addr)?;
-        let own = self.unix_name(unix.addr)?;
-        let peer = if unix.peer == 0 {
-            None
-        } else {
-            self.unix_name(self.kernel.read::<UnixSock>(unix.peer)?.addr)?
-        };
-        let mut text = format!("unix {kind} socket");
-        if sock.state == LISTEN {
-            text.push_str(", listening");
-        }
-        if let Some(name) = own {
-            text.push_str(&format!(" at {name}"));
-        }
-        match peer {
-            Some(name) => text.push_str(&format!(" connected to {name}")),
-            None if unix.peer != 0 => text.push_str(", connected"),
-            None => {}
-        }
-        Ok(text)
-    }
-
-    /// The name that a unix socket is bound to; abstract ones begin with `@`.
-    fn unix_name(&self, addr: u64) -> Result<Option<Bytes>> {
-        if addr == 0 {
-            return Ok(None);
-        }
-        let address: UnixAddress = self.kernel.read(addr)?;
-        // The address family comes first.
-        let len = address.len.clamp(2, MAX_UNIX_ADDRESS) as usize - 2;
-        let mut name = self.kernel.read_bytes(address.name.wrapping_add(2), len)?;
-        match name.first_mut() {
-            Some(first @ 0) => *first = b'@',
-            _ => {
-                let end = name.iter().position(|b| *b == 0).unwrap_or(name.len());
-                name.truncate(end);
-            }
-        }
-        Ok(Some(Bytes(name)))
     }
 }
 

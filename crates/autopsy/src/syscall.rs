@@ -209,6 +209,8 @@ struct File {
     size: i64,
     /// A pipe or FIFO.
     is_pipe: bool,
+    /// A socket whose messages go out whole or not at all (SOCK_DGRAM, SOCK_RAW, SOCK_SEQPACKET).
+    is_message_socket: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -505,6 +507,10 @@ fn transfer(thread: &Thread, facts: &dyn Facts, transfer: Transfer) -> Resume {
         // The position moves when the call is done, not before: the same bytes go to, or come from, the same place.
         return Resume::Restart;
     }
+    // A message goes out whole or not at all. It is copied first; then its sender may wait for room in the receiver's queue.
+    if transfer.write && file.is_message_socket && !thread.on_cpu {
+        return Resume::Restart;
+    }
     if !facts.has_stack() {
         return impossible(
             "a transfer on a CPU whose registers were not saved: how far it had come cannot be told",
@@ -525,6 +531,9 @@ fn transfer(thread: &Thread, facts: &dyn Facts, transfer: Transfer) -> Resume {
             impossible("the kernel stack has several accounts of how far the transfer had come")
         }
         Search::Found(Progress { done: 0, .. }) => Resume::Restart,
+        Search::Found(_) if transfer.write && file.is_message_socket => {
+            impossible("a message was being sent on a CPU: whether it has been cannot be told")
+        }
         Search::Found(_) if thread.on_cpu && !facts.is_moving(&file, transfer.write) => {
             impossible("a transfer on a CPU, before its beginning or after its end")
         }
@@ -629,6 +638,7 @@ struct FileStruct {
     f_op: u64,
     f_flags: u32,
     f_inode: u64,
+    private_data: u64,
 }
 
 #[derive(KernelType)]
@@ -699,7 +709,12 @@ impl<'a> Dead<'a> {
         let inode: Inode = self.kernel.read(file.f_inode).ok()?;
         let kind = kind_of(inode.i_mode, inode.i_rdev, self.kernel.symbol_at(file.f_op));
         let is_pipe = u32::from(inode.i_mode) & S_IFMT == S_IFIFO;
-        Some(File { addr, kind, append: file.f_flags & O_APPEND != 0, size: inode.i_size, is_pipe })
+        let is_message_socket = kind == Kind::Socket && {
+            let of_type = self.kernel.offset_of("socket", "type").ok()?;
+            matches!(self.kernel.read_u16(file.private_data.wrapping_add(of_type)).ok()?, 2 | 3 | 5)
+        };
+        let append = file.f_flags & O_APPEND != 0;
+        Some(File { addr, kind, append, size: inode.i_size, is_pipe, is_message_socket })
     }
 
     fn try_tty_sent(&self, file: u64, done: u64) -> Option<u64> {
@@ -1061,7 +1076,8 @@ mod tests {
 
     impl Fake {
         fn with_file(kind: Kind, append: bool, size: i64) -> Fake {
-            let file = File { addr: 0xffff_8880_0000_1000, kind, append, size, is_pipe: false };
+            let addr = 0xffff_8880_0000_1000;
+            let file = File { addr, kind, append, size, is_pipe: false, is_message_socket: false };
             Fake { files: HashMap::from([(0, file), (1, file)]), ..Fake::default() }
         }
 
@@ -1280,6 +1296,19 @@ mod tests {
     }
 
     #[test]
+    fn messages_go_out_whole_or_not_at_all() {
+        let mut datagram = Fake::with_file(Kind::Socket, false, 0).found(100, 100, 0);
+        datagram.files.values_mut().for_each(|file| file.is_message_socket = true);
+        let send = || thread("sendto", &[1, 0x1000, 100]);
+        assert_eq!(go(&send(), &datagram), Resume::Restart, "copied, and waits for room");
+        assert!(is_impossible(&go(&on_cpu(send()), &datagram)));
+        let doubtful = Fake { search: Some(Search::Contradiction), ..datagram };
+        assert_eq!(go(&send(), &doubtful), Resume::Restart, "whatever the stack says");
+        let stream = Fake::with_file(Kind::Socket, false, 0).found(60, 100, 0);
+        assert_eq!(returns(&go(&send(), &stream)), Some(60));
+    }
+
+    #[test]
     fn appends_are_finished_as_far_as_the_file_has_grown() {
         let call = || thread("write", &[1, 0x1000, 9000]);
         let log = |size, done| Fake::with_file(Kind::Positioned, true, size).found(done, 9000, 100);
@@ -1341,7 +1370,8 @@ mod tests {
 
     #[test]
     fn data_between_files_is_moved_again_only_where_positions_tell() {
-        let file = |kind, append| File { addr: 1, kind, append, size: 0, is_pipe: false };
+        let file =
+            |kind, append| File { addr: 1, kind, append, size: 0, is_pipe: false, is_message_socket: false };
         let ends =
             |input, output| Fake { files: HashMap::from([(3, input), (4, output)]), ..Fake::default() };
         let (regular, stream) = (file(Kind::Positioned, false), file(Kind::Stream, false));

@@ -16,7 +16,7 @@ use snapshot::{
 use crate::inject::{Call, call};
 use crate::{
     FileStale, FileWritten, epoll, eventfd, inotify, memfd, page_cache, pidfd, pipe, proc, signalfd, sys,
-    timerfd, tty,
+    timerfd, tty, unix,
 };
 
 /// Flags that only mean something to the open call itself.
@@ -45,6 +45,8 @@ pub(crate) struct Files {
     inodes: BTreeMap<InodeId, Result<page_cache::Restored, String>>,
     /// Files without a name, each made once.
     unnamed: BTreeMap<InodeId, Result<File, Reason>>,
+    /// What is different for whoever has a file.
+    losses: BTreeMap<FileId, Vec<Reason>>,
 }
 
 /// What a process needs open: its descriptors, mappings and executable.
@@ -99,8 +101,13 @@ impl Files {
         let highest = used.chain(watched_numbers(snapshot, &ids)).max().unwrap_or(0);
         let mut files = Self { base: (highest + 1).max(500), ..Self::default() };
         // Beside files and pipes one for the memory of each process.
-        files
-            .make_room(1 + ids.len() + 2 * snapshot.pipes.len() + snapshot.inodes.len() + processes.len())?;
+        files.make_room(
+            1 + ids.len()
+                + 2 * snapshot.pipes.len()
+                + snapshot.unix_sockets.len()
+                + snapshot.inodes.len()
+                + processes.len(),
+        )?;
         files.write_back(snapshot, mem);
         for id in ids {
             let opened = match snapshot.files.get(&id) {
@@ -116,7 +123,21 @@ impl Files {
     }
 
     /// What needs several files to be open: contents of sockets that hold open files, and the like.
-    fn connect(&mut self, _snapshot: &Snapshot, _mem: &dyn PhysMem) {}
+    fn connect(&mut self, snapshot: &Snapshot, mem: &dyn PhysMem) {
+        let numbers = self.open.iter().filter_map(|(id, fd)| Some((*id, fd.as_ref().ok()?.as_raw_fd())));
+        let made = unix::make_all(snapshot, mem, self.base, &numbers.collect());
+        self.losses.extend(made.losses);
+        for (id, why) in made.failed {
+            self.open.insert(id, Err(Reason::new("socket", why)));
+        }
+        for (id, fd) in &mut self.open {
+            let is_unix = |file: &&OpenFile| matches!(file.kind, FileKind::Unix { .. });
+            let (Some(file), Ok(socket)) = (snapshot.files.get(id).filter(is_unix), &fd) else { continue };
+            if let Err(e) = set_status_flags(socket, file) {
+                *fd = Err(Reason::new("descriptor", format!("F_SETFL: {e}")));
+            }
+        }
+    }
 
     /// Lets inotify instances watch, when all has been made that they could notice.
     fn watch(&mut self, snapshot: &Snapshot) {
@@ -290,10 +311,11 @@ impl Files {
                 _ => None,
             })
             .collect();
-        ttys.iter()
-            .filter_map(|id| self.ttys.get(id)?.as_ref().ok())
-            .flat_map(|tty| tty.losses.clone())
-            .collect()
+        let of_ttys =
+            ttys.iter().filter_map(|id| self.ttys.get(id)?.as_ref().ok()).flat_map(|tty| tty.losses.clone());
+        let own: BTreeSet<FileId> = process.descriptors.iter().map(|d| d.file).collect();
+        let of_files = own.iter().filter_map(|id| self.losses.get(id)).flatten().cloned();
+        of_ttys.chain(of_files).collect()
     }
 
     fn open_one(
@@ -362,6 +384,10 @@ impl Files {
             }
             FileKind::Inotify(_) => inotify::create().map_err(|e| io("inotify_init", e))?,
             FileKind::PidFd(_) => return Err(Reason::new("descriptor", "its process is not there yet")),
+            // Sockets are made when all files are there.
+            FileKind::Unix { .. } => {
+                return unix::placeholder(self.base).map_err(|e| io("placeholder", e));
+            }
             FileKind::Unsupported { what } => return Err(Reason::new("descriptor", what.clone())),
         };
         let fd = sys::lift(fd, self.base).map_err(|e| io("dup", e))?;

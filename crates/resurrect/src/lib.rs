@@ -57,6 +57,7 @@ mod syscall;
 mod thread;
 mod timerfd;
 mod tty;
+mod unix;
 mod vfork;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -662,6 +663,7 @@ impl<'a> Run<'a> {
         for p in self.processes(wanted) {
             let mut losses = pipe::lost_peers(self.snapshot, p, wanted);
             losses.extend(pidfd::lost_processes(self.snapshot, p, wanted));
+            losses.extend(unix::lost_peers(self.snapshot, p, wanted));
             if !wanted.contains(&p.ppid) && p.ppid != new_parent {
                 let text = format!(
                     "its parent, PID {}, does not come back: PID {new_parent} takes its place",

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     AddressSpaceId, EventFd, FileKind, Fpu, OpenFile, Pid, Process, ProcessState, Resume, Seccomp, Severity,
-    Snapshot, ThreadState, VmaKind,
+    Snapshot, ThreadState, UnixSocket, VmaKind,
 };
 
 /// The kernel's return value of an interrupted call (-EINTR).
@@ -456,6 +456,14 @@ fn judge_descriptors(
             FileKind::Pipe { pipe, .. } if !snapshot.pipes.contains_key(pipe) => {
                 give_up("pipe", "its pipe could not be read".into());
             }
+            FileKind::Unix { socket: id } => match snapshot.unix_sockets.get(id) {
+                Some(socket) => {
+                    if let Some(why) = unix_obstacle(snapshot, socket) {
+                        give_up("socket", format!("{}: {why}", snapshot.unix_description(*id)));
+                    }
+                }
+                None => give_up("socket", "its socket could not be read".into()),
+            },
             // A pipe has no name that could be gone, a FIFO has.
             FileKind::Pipe { .. } if !file.path.as_bytes().starts_with(b"/") => {}
             FileKind::Regular
@@ -485,6 +493,36 @@ fn judge_descriptors(
             FileKind::PidFd(_) | FileKind::Inotify(_) | FileKind::Proc(_) | FileKind::Namespace(_) => {}
         }
     }
+}
+
+/// Why a unix socket cannot be brought back.
+fn unix_obstacle(snapshot: &Snapshot, socket: &UnixSocket) -> Option<String> {
+    let waiting = socket.waiting.iter();
+    if let Some(why) = waiting.clone().find_map(|id| snapshot.unix_sockets.get(id)?.unsupported.as_ref()) {
+        return Some(format!("of a connection that waits to be accepted: {why}"));
+    }
+    if waiting.clone().any(|id| !snapshot.unix_sockets.contains_key(id)) {
+        return Some("a connection that waits to be accepted could not be read".into());
+    }
+    if socket.peer.is_some_and(|id| !snapshot.unix_sockets.contains_key(&id)) {
+        return Some("the socket that it is connected to could not be read".into());
+    }
+    if socket.owns_address && socket.place.as_ref().is_some_and(|place| !place.initial_mount_namespace) {
+        return Some("its name belongs to another mount namespace".into());
+    }
+    // What is on its way through it must be there, too: nobody else would miss it.
+    let messages = waiting.filter_map(|id| snapshot.unix_sockets.get(id)).chain([socket]);
+    let files = messages.flat_map(|socket| &socket.queue).flat_map(|message| &message.files);
+    for id in files {
+        match snapshot.files.get(id).map(|file| &file.kind) {
+            None => return Some("an open file on its way through it could not be read".into()),
+            Some(FileKind::Unsupported { what }) => {
+                return Some(format!("an open file is on its way through it: {what}"));
+            }
+            Some(_) => {}
+        }
+    }
+    socket.unsupported.clone()
 }
 
 #[cfg(test)]
@@ -571,6 +609,27 @@ mod tests {
             owner_is_thread: false,
             owner_signal: 0,
             count: 1,
+        }
+    }
+
+    fn unix_socket() -> UnixSocket {
+        UnixSocket {
+            kind: UnixKind::Stream,
+            file: Some(FileId(7)),
+            closed: false,
+            address: None,
+            owns_address: false,
+            place: None,
+            peer: None,
+            listening: None,
+            waiting: Vec::new(),
+            queue: Vec::new(),
+            shutdown: 0,
+            error: 0,
+            peer_credentials: None,
+            max_queue: 10,
+            options: UnixOptions::default(),
+            unsupported: None,
         }
     }
 
@@ -723,6 +782,34 @@ mod tests {
         assert_eq!(pipe("/tmp/fifo", true), ["deleted-file"]);
         assert!(pipe("/tmp/fifo", false).is_empty());
         assert!(pipe("pipe:[7]", true).is_empty());
+        let unix = |change: fn(&mut Snapshot, &mut UnixSocket)| {
+            let file = open_file(FileKind::Unix { socket: UnixId(1) }, "socket:[7]");
+            reasons(|s| {
+                let mut socket = unix_socket();
+                change(s, &mut socket);
+                s.unix_sockets.insert(UnixId(1), socket);
+                with_fd(s, file);
+            })
+        };
+        assert!(unix(|_, _| {}).is_empty());
+        assert_eq!(unix(|_, socket| socket.unsupported = Some("a filter".into())), ["socket"]);
+        assert_eq!(unix(|_, socket| socket.peer = Some(UnixId(2))), ["socket"], "the other end was not read");
+        assert_eq!(unix(|_, socket| socket.waiting = vec![UnixId(2)]), ["socket"]);
+        let holds: fn(&mut Snapshot, &mut UnixSocket) = |s, socket| {
+            s.files.insert(FileId(8), open_file(FileKind::Unsupported { what: "epoll".into() }, "anon"));
+            socket.queue.push(UnixMessage { files: vec![FileId(8)], ..UnixMessage::default() });
+        };
+        let mut s = Snapshot::default();
+        let named = UnixSocket { address: Some(Bytes(b"\0name".to_vec())), ..unix_socket() };
+        let peer = UnixSocket { peer: Some(UnixId(1)), closed: true, ..unix_socket() };
+        s.unix_sockets.extend([(UnixId(1), named), (UnixId(2), peer)]);
+        assert_eq!(s.unix_description(UnixId(1)), "unix stream socket at @name");
+        assert_eq!(s.unix_description(UnixId(2)), "unix stream socket connected to @name");
+        assert_eq!(unix(holds), ["socket"], "what is on its way through it does not come back");
+        assert_eq!(
+            reasons(|s| with_fd(s, open_file(FileKind::Unix { socket: UnixId(1) }, "socket:[7]"))),
+            ["socket"]
+        );
         let in_memory = open_file(FileKind::Regular, "/run/x");
         assert_eq!(
             reasons(|s| {

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Bytes, Epoll, EventFd, Inotify, NamespaceFile, PAGE_SIZE, PidFd, PipeEnd, PipeId, ProcFile, SignalFd,
-    TimerFd, Timestamp, TtyId,
+    TimerFd, Timestamp, TtyId, UnixId,
 };
 
 /// Address of a `struct file` in the dead kernel.
@@ -92,6 +92,11 @@ pub enum FileKind {
     Memfd {
         /// F_SEAL_*, as F_GET_SEALS gives them.
         seals: u32,
+    },
+    /// A unix socket.
+    Unix {
+        #[allow(missing_docs)]
+        socket: UnixId,
     },
     /// Opened with O_PATH: a place in the tree, nothing more.
     Path,

@@ -37,6 +37,7 @@ mod syscall;
 mod thread;
 mod timerfd;
 mod tty;
+mod unix;
 
 pub use bytes::Bytes;
 pub use clock::Clocks;
@@ -63,6 +64,10 @@ pub use syscall::{Exec, Resume, SyscallInFlight};
 pub use thread::{Fpu, FpuSource, Registers, Rseq, Scheduling, Seccomp, Thread, ThreadState};
 pub use timerfd::{TimerFd, TimerFdExpiry};
 pub use tty::{Termios, Tty, TtyId, WindowSize};
+pub use unix::{
+    UnixCredentials, UnixData, UnixDirectory, UnixId, UnixKind, UnixMessage, UnixOptions, UnixPlace,
+    UnixSocket, unix_name,
+};
 
 use std::collections::BTreeMap;
 
@@ -108,6 +113,9 @@ pub struct Snapshot {
     /// System V shared memory, semaphores and message queues.
     #[serde(default)]
     pub ipc: Ipc,
+    /// Unix sockets.
+    #[serde(default)]
+    pub unix_sockets: BTreeMap<UnixId, UnixSocket>,
     /// What was noticed on the way: doubts, losses, damage.
     pub findings: Vec<Finding>,
 }
@@ -128,7 +136,16 @@ impl Snapshot {
     pub fn held_by(&self, file: FileId) -> Vec<FileId> {
         match self.files.get(&file).map(|f| &f.kind) {
             Some(FileKind::Epoll(epoll)) => epoll.items.iter().map(|item| item.file).collect(),
+            Some(FileKind::Unix { socket }) => self.held_by_unix(*socket),
             Some(_) | None => Vec::new(),
         }
+    }
+
+    /// What is on its way to a socket, and through connections to it that nobody has accepted yet.
+    fn held_by_unix(&self, socket: UnixId) -> Vec<FileId> {
+        let Some(own) = self.unix_sockets.get(&socket) else { return Vec::new() };
+        let waiting = own.waiting.iter().filter_map(|id| self.unix_sockets.get(id));
+        let messages = waiting.chain([own]).flat_map(|socket| &socket.queue);
+        messages.flat_map(|message| message.files.iter().copied()).collect()
     }
 }

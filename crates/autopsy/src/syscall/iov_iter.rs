@@ -54,6 +54,8 @@ pub struct Layout {
     pub ki_pos: u64,
     #[allow(missing_docs)]
     pub ki_complete: u64,
+    /// Where the iterator is in a `struct msghdr`.
+    pub msg_iter: u64,
 }
 
 impl Layout {
@@ -79,6 +81,7 @@ impl Layout {
             ki_filp: kiocb("ki_filp")?,
             ki_pos: kiocb("ki_pos")?,
             ki_complete: kiocb("ki_complete")?,
+            msg_iter: kernel.offset_of("msghdr", "msg_iter")?,
         })
     }
 }
@@ -227,14 +230,28 @@ pub fn find(
                 .any(|at| stack.word(at) == Some(candidate.at))
         });
     }
+    // A socket's functions hand on the message that the iterator is in.
+    if socket && !deepest_leads(&candidates) {
+        prefer(&mut candidates, |candidate| {
+            let message = candidate.at.wrapping_sub(layout.msg_iter);
+            let mut deeper = stack.addresses().take_while(|at| *at < message);
+            deeper.any(|at| stack.word(at) == Some(message))
+        });
+    }
     // The lowest address is the deepest frame, and comes first.
     let Some(Candidate { progress: deepest, .. }) = candidates.first().copied() else {
         return Search::Nothing;
     };
-    let behind =
-        |other: &Candidate| other.progress.total == deepest.total && other.progress.done <= deepest.done;
-    let consistent = if socket { candidates.iter().all(behind) } else { agree(&candidates) };
+    let consistent = if socket { deepest_leads(&candidates) } else { agree(&candidates) };
     if consistent { Search::Found(deepest) } else { Search::Contradiction }
+}
+
+/// Nobody is ahead of the deepest, which comes first.
+fn deepest_leads(candidates: &[Candidate]) -> bool {
+    let Some(Candidate { progress: deepest, .. }) = candidates.first() else { return true };
+    candidates
+        .iter()
+        .all(|other| other.progress.total == deepest.total && other.progress.done <= deepest.done)
 }
 
 fn agree(candidates: &[Candidate]) -> bool {
@@ -340,6 +357,7 @@ mod tests {
             ki_filp: 0,
             ki_pos: 8,
             ki_complete: 16,
+            msg_iter: 16,
         }
     }
 
@@ -462,6 +480,10 @@ mod tests {
             // … and never behind it.
             let behind = other.ubuf(206, 80, 20);
             assert_eq!(behind.find(Some(FILE), &flat(100), true), Search::Contradiction);
+            // Unless somebody works with the message that it is in.
+            let mut live = behind;
+            live.words[20] = BASE + 106 * 8 - layout.msg_iter;
+            assert_eq!(live.find(Some(FILE), &flat(100), true), inner);
         }
     }
 

@@ -228,6 +228,7 @@ fn kind_word(kind: &FileKind) -> String {
         FileKind::EventFd(_) => "eventfd".into(),
         FileKind::TimerFd(_) => "timerfd".into(),
         FileKind::SignalFd(_) => "signalfd".into(),
+        FileKind::Unix { .. } => "unix".into(),
         FileKind::Path => "path".into(),
         FileKind::PidFd(pidfd) => format!("pidfd {}", pidfd.pid),
         FileKind::Inotify(inotify) => format!("inotify {}", inotify.watches.len()),
@@ -247,13 +248,17 @@ fn files(snapshot: &Snapshot, process: &Process) -> String {
             continue;
         };
         let cloexec = if d.cloexec { libc::O_CLOEXEC } else { 0 };
+        let name = match &file.kind {
+            FileKind::Unix { socket } => snapshot.unix_description(*socket),
+            _ => file.path.to_string(),
+        };
         out.push_str(&format!(
             "{:>5} {:>#10o} {:>12}  {:<14} {}{}\n",
             d.fd,
             file.flags | cloexec,
             file.pos,
             kind_word(&file.kind),
-            file.path,
+            name,
             if file.deleted { " (deleted)" } else { "" }
         ));
     }
