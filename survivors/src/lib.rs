@@ -272,6 +272,12 @@ table! {
     "unix-lost-peer" unix::lost_peer Survives, Nothing, "the other end of a connection does not come back: end of file, EPIPE, ECONNREFUSED";
     "unix-options" unix::options Survives, Nothing, "socket options and file flags of Unix sockets";
     "unix-out-of-band" unix::out_of_band GivenUp("out-of-band"), Nothing, "an out-of-band byte";
-    "pty-pair" pty::pair GivenUp("terminal"), Nothing, "a pseudo-terminal, both ends";
+    "pty-pair" pty::pair Survives, Nothing, "a pseudo-terminal, both ends: name, owner, settings, size, output on its way";
+    "pty-lines" pty::lines Survives, Nothing, "typed lines, an end of file and a part of a line that nobody has read";
+    "pty-unread" pty::unread Survives, Nothing, "much output and raw input that nobody has read";
+    "pty-reader" pty::reader Survives, Nothing, "a process blocked in read on a pseudo-terminal";
+    "pty-session" pty::session Survives, Nothing, "a session on a pseudo-terminal: foreground group, /dev/tty, the interrupt key";
+    "pty-masters" pty::masters Survives, Nothing, "packet mode; masters without a slave";
+    "pty-hung-up" pty::hung_up Survives, Nothing, "a terminal whose master is gone";
     "seccomp-filter" seccomp::filter GivenUp("seccomp"), Nothing, "a seccomp filter";
 }

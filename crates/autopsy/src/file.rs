@@ -246,9 +246,7 @@ impl Autopsy<'_> {
                 self.tty(tty)?;
                 Ok(FileKind::Tty { tty: TtyId(tty) })
             }
-            "hung_up_tty_fops" => {
-                Ok(FileKind::Unsupported { what: format!("terminal {} that was hung up", path.path) })
-            }
+            "hung_up_tty_fops" => Ok(FileKind::HungUpTty),
             "ptmx_fops" => {
                 let at = file.private_data.wrapping_add(self.kernel.offset_of("tty_file_private", "tty")?);
                 let tty = self.kernel.read_u64(at)?;

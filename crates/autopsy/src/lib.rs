@@ -34,6 +34,7 @@ mod pidfd;
 mod pipe;
 mod proc;
 mod process;
+mod pty;
 mod saver;
 mod signal;
 mod signalfd;

@@ -153,10 +153,14 @@ impl Autopsy<'_> {
         let tty: TtyStruct = self.kernel.read(addr)?;
         let driver: Driver = self.kernel.read(tty.driver)?;
         let name = tty.name.split(|b| *b == 0).next().unwrap_or_default();
+        let pty = match driver.kind {
+            TTY_DRIVER_TYPE_PTY => self.pty(addr, driver.major, driver.subtype == PTY_TYPE_MASTER)?,
+            _ => None,
+        };
         let mut unsupported = match (driver.kind, driver.subtype) {
             (TTY_DRIVER_TYPE_SERIAL, _) => None,
-            (TTY_DRIVER_TYPE_PTY, PTY_TYPE_MASTER) => Some("master of a pseudo-terminal"),
-            (TTY_DRIVER_TYPE_PTY, _) => Some("pseudo-terminal"),
+            (TTY_DRIVER_TYPE_PTY, _) if pty.is_some() => None,
+            (TTY_DRIVER_TYPE_PTY, _) => Some("pseudo-terminal of the BSD kind"),
             (TTY_DRIVER_TYPE_CONSOLE, _) => Some("virtual console"),
             _ => Some("terminal of an unknown kind"),
         }
@@ -186,8 +190,13 @@ impl Autopsy<'_> {
         if driver.major < 0 || minor < 0 {
             return Err(corrupt("tty_struct", addr, format!("device {}:{minor}", driver.major)));
         }
+        let name = match &pty {
+            Some(pty) if !pty.master => format!("pts/{}", pty.index).as_str().into(),
+            _ => Bytes(name.to_vec()),
+        };
+        let other = pty.as_ref().map(|pty| pty.other);
         let tty = Tty {
-            name: Bytes(name.to_vec()),
+            name,
             major: driver.major as u32,
             minor: minor as u32,
             unsupported,
@@ -206,8 +215,13 @@ impl Autopsy<'_> {
             foreground: self.pid_number(tty.pgrp)?,
             input,
             output: Bytes(output),
+            pty,
         };
         self.ttys.borrow_mut().insert(id, tty);
+        // This one is in the table by now: the two do not read each other for ever.
+        if let Some(other) = other {
+            self.tty(other.0)?;
+        }
         Ok(())
     }
 

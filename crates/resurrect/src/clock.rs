@@ -1,5 +1,7 @@
 //! Clocks: the rebuilt processes live in a time namespace in which the monotonic clocks go on from where they stopped.
 
+use std::time::Instant;
+
 use nix::sched::{CloneFlags, unshare};
 use snapshot::Clocks;
 
@@ -15,14 +17,17 @@ fn offset(dead_ns: i64, own: libc::timespec) -> (i64, i64) {
     (offset.div_euclid(SECOND.into()) as i64, offset.rem_euclid(SECOND.into()) as i64)
 }
 
-/// Children forked from now on see CLOCK_MONOTONIC and CLOCK_BOOTTIME continue from `dead`; the caller itself does not.
-pub(crate) fn enter_time_namespace(dead: &Clocks) -> std::io::Result<()> {
+/// Children forked from now on see CLOCK_MONOTONIC and CLOCK_BOOTTIME continue from `dead`; the caller itself does not. Returns the moment
+/// from which they go on.
+pub(crate) fn enter_time_namespace(dead: &Clocks) -> std::io::Result<Instant> {
     // CLONE_NEWTIME, which nix does not know.
     unshare(CloneFlags::from_bits_retain(0x80))?;
+    let from = Instant::now();
     let (mono, mono_ns) = offset(dead.monotonic_ns, sys::clock(libc::CLOCK_MONOTONIC)?);
     let (boot, boot_ns) = offset(dead.boottime_ns, sys::clock(libc::CLOCK_BOOTTIME)?);
     let text = format!("monotonic {mono} {mono_ns}\nboottime {boot} {boot_ns}\n");
-    sys::write_proc("/proc/self/timens_offsets", &text)
+    sys::write_proc("/proc/self/timens_offsets", &text)?;
+    Ok(from)
 }
 
 #[cfg(test)]

@@ -7,10 +7,11 @@ use std::collections::BTreeMap;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
-use snapshot::{Epoll, EpollItem, FileId, FileKind, Snapshot};
+use snapshot::{Epoll, EpollItem, FileId, FileKind, Pid, Process, Snapshot};
 
 use crate::deadline::Deadline;
 use crate::file::Files;
+use crate::inject::{Call, call};
 use crate::{inject, sys};
 
 /// What one-shot items are armed with to make them fire.
@@ -37,13 +38,35 @@ struct Item<'a> {
     is_settled: bool,
 }
 
-/// Lets all instances watch. What they cannot: by instance, for people.
-pub(crate) fn watch(snapshot: &Snapshot, files: &Files, deadline: Deadline) -> BTreeMap<FileId, Vec<String>> {
-    let mut failed: BTreeMap<FileId, Vec<String>> = BTreeMap::new();
+/// What became of the instances.
+#[derive(Default)]
+pub(crate) struct Watched {
+    /// What they cannot watch: by instance, for people.
+    pub(crate) failed: BTreeMap<FileId, Vec<String>>,
+    /// Calls that processes have to make themselves, while our files are there: a signal descriptor tells of the signals of whoever
+    /// adds it.
+    pub(crate) calls: BTreeMap<Pid, Vec<Call>>,
+}
+
+/// Lets all instances of `processes` watch.
+pub(crate) fn watch(
+    snapshot: &Snapshot,
+    processes: &[&Process],
+    files: &Files,
+    deadline: Deadline,
+) -> Watched {
+    let Watched { mut failed, mut calls } = Watched::default();
     let mut instances = Vec::new();
     for (id, fd, epoll) in files.opened().filter_map(|(id, fd)| Some((id, fd, epoll_of(snapshot, id)?))) {
         let mut items = Vec::new();
         for item in &epoll.items {
+            if is_signalfd(snapshot, item.file) {
+                match add_by_process(processes, id, fd, item) {
+                    Some((pid, call)) => calls.entry(pid).or_default().push(call),
+                    None => failed.entry(id).or_default().push(format!("descriptor {}", item.fd)),
+                }
+                continue;
+            }
             match files.fd(item.file).filter(|_| item.obstacle(snapshot).is_none()) {
                 Some(fd) => items.push(Item { item, fd, is_settled: is_settled(snapshot, item.file) }),
                 // What cannot be watched whatever happens here has been told when it was decided.
@@ -57,7 +80,7 @@ pub(crate) fn watch(snapshot: &Snapshot, files: &Files, deadline: Deadline) -> B
     }
     let count = instances.iter().map(|i| i.items.len()).sum();
     if count == 0 {
-        return failed;
+        return Watched { failed, calls };
     }
     let errors = match in_child(&instances, count, files.base, deadline) {
         Ok(errors) => errors,
@@ -68,7 +91,24 @@ pub(crate) fn watch(snapshot: &Snapshot, files: &Files, deadline: Deadline) -> B
         let text = format!("descriptor {}: {}", item.item.fd, Errno::from_raw(errno));
         failed.entry(id).or_default().push(text);
     }
-    failed
+    Watched { failed, calls }
+}
+
+fn is_signalfd(snapshot: &Snapshot, id: FileId) -> bool {
+    snapshot.files.get(&id).is_some_and(|f| matches!(f.kind, FileKind::SignalFd(_)))
+}
+
+/// The first process that has both, and what it has to do. `fd`: the instance's number here and, for the time being, there.
+fn add_by_process(processes: &[&Process], epoll: FileId, fd: RawFd, item: &EpollItem) -> Option<(Pid, Call)> {
+    let has = |p: &Process, file: FileId, fd: Option<i32>| {
+        p.descriptors.iter().any(|d| d.file == file && fd.is_none_or(|fd| d.fd == fd))
+    };
+    let process = processes.iter().find(|p| has(p, epoll, None) && has(p, item.file, Some(item.fd)))?;
+    // struct epoll_event is packed.
+    let event = [&item.events.to_ne_bytes()[..], &item.data.to_ne_bytes()].concat();
+    let what = format!("watch descriptor {}", item.fd);
+    let call = call!(what, libc::SYS_epoll_ctl, fd, libc::EPOLL_CTL_ADD, item.fd, event);
+    Some((process.pid, call.optional()))
 }
 
 fn epoll_of(snapshot: &Snapshot, id: FileId) -> Option<&Epoll> {

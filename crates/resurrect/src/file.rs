@@ -6,6 +6,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
+use std::time::Instant;
 
 use nix::errno::Errno;
 use snapshot::{
@@ -15,8 +16,8 @@ use snapshot::{
 
 use crate::inject::{Call, call};
 use crate::{
-    FileStale, FileWritten, epoll, eventfd, inotify, memfd, page_cache, pidfd, pipe, proc, signalfd, sys,
-    timerfd, tty, unix,
+    FileStale, FileWritten, epoll, eventfd, inotify, memfd, page_cache, pidfd, pipe, proc, pty, signalfd,
+    sys, timerfd, tty, unix,
 };
 
 /// Flags that only mean something to the open call itself.
@@ -42,6 +43,7 @@ pub(crate) struct Files {
     own_pidfd: Option<OwnedFd>,
     pipes: BTreeMap<PipeId, Result<pipe::Opened, String>>,
     ttys: BTreeMap<TtyId, Result<tty::Restored, String>>,
+    ptys: pty::Pairs,
     inodes: BTreeMap<InodeId, Result<page_cache::Restored, String>>,
     /// Files without a name, each made once.
     unnamed: BTreeMap<InodeId, Result<File, Reason>>,
@@ -74,6 +76,15 @@ fn with_held(snapshot: &Snapshot, files: impl Iterator<Item = FileId>) -> BTreeS
         }
     }
     all
+}
+
+/// Terminals that are open or control a session.
+fn terminals(snapshot: &Snapshot, ids: &BTreeSet<FileId>, processes: &[&Process]) -> BTreeSet<TtyId> {
+    let open = ids.iter().filter_map(|id| match snapshot.files.get(id)?.kind {
+        FileKind::Tty { tty } => Some(tty),
+        _ => None,
+    });
+    open.chain(processes.iter().filter_map(|p| p.ctty)).collect()
 }
 
 /// Descriptor numbers that are part of what epoll instances watch.
@@ -109,6 +120,7 @@ impl Files {
                 + processes.len(),
         )?;
         files.write_back(snapshot, mem);
+        files.ptys = pty::Pairs::make(snapshot, &terminals(snapshot, &ids, processes), files.base);
         for id in ids {
             let opened = match snapshot.files.get(&id) {
                 Some(file) if is_late(file) => files.reserve_late(id, file, processes),
@@ -241,12 +253,12 @@ impl Files {
         self.open.keys().filter_map(|id| Some((*id, self.fd(*id)?)))
     }
 
-    /// Lets the timers run, now that the clocks do.
-    pub(crate) fn start_timers(&mut self, snapshot: &Snapshot) {
+    /// Lets the timers run, as the clocks do since `clocks_go_on`.
+    pub(crate) fn start_timers(&mut self, snapshot: &Snapshot, clocks_go_on: Instant) {
         for (id, opened) in &mut self.open {
             if let Some(FileKind::TimerFd(state)) = snapshot.files.get(id).map(|file| &file.kind)
                 && let Ok(fd) = opened
-                && let Err(e) = timerfd::start(fd.as_fd(), state)
+                && let Err(e) = timerfd::start(fd.as_fd(), state, clocks_go_on.elapsed())
             {
                 *opened = Err(Reason::new("timerfd", format!("start it: {e}")));
             }
@@ -260,6 +272,9 @@ impl Files {
     /// Why what the process needs could not be opened; empty if all is there.
     pub(crate) fn failures(&self, snapshot: &Snapshot, process: &Process) -> Vec<Reason> {
         let mut reasons: Vec<Reason> = Vec::new();
+        if let Some(why) = process.ctty.and_then(|id| self.ptys.failure(snapshot, id)) {
+            reasons.push(Reason::new("terminal", format!("its controlling terminal: {why}")));
+        }
         for (id, what) in needed(snapshot, process) {
             if let Some(Err(reason)) = self.open.get(&id) {
                 let path = snapshot.files.get(&id).map(|f| f.path.to_string()).unwrap_or_default();
@@ -313,6 +328,7 @@ impl Files {
             .collect();
         let of_ttys =
             ttys.iter().filter_map(|id| self.ttys.get(id)?.as_ref().ok()).flat_map(|tty| tty.losses.clone());
+        let of_ttys = of_ttys.chain(ttys.iter().flat_map(|id| self.ptys.losses(snapshot, *id)));
         let own: BTreeSet<FileId> = process.descriptors.iter().map(|d| d.file).collect();
         let of_files = own.iter().filter_map(|id| self.losses.get(id)).flatten().cloned();
         of_ttys.chain(of_files).collect()
@@ -362,6 +378,12 @@ impl Files {
                 let tty = snapshot.ttys.get(id);
                 let tty = tty.ok_or_else(|| Reason::new("terminal", "it is not in the snapshot"))?;
                 let base = self.base;
+                if let Some(opened) = self.ptys.open(snapshot, *id, flags) {
+                    let fd = opened.map_err(|why| Reason::new("terminal", why))?;
+                    let fd = sys::lift(fd, base).map_err(|e| io("dup", e))?;
+                    set_status_flags(&fd, file).map_err(|e| io("F_SETFL", e))?;
+                    return Ok(fd);
+                }
                 let restored = self.ttys.entry(*id).or_insert_with(|| tty::restore(tty, base));
                 restored.as_ref().map_err(|why| Reason::new("terminal", why.clone()))?;
                 if path == Path::new("/dev/console") {
@@ -371,6 +393,7 @@ impl Files {
                 }
                 .map_err(|e| Reason::new("terminal", format!("open: {e}")))?
             }
+            FileKind::HungUpTty => pty::hung_up(flags).map_err(|e| io("a terminal that is hung up", e))?,
             FileKind::Epoll(_) => epoll::restore().map_err(|e| io("epoll_create", e))?,
             FileKind::EventFd(state) => eventfd::restore(state).map_err(|e| io("eventfd", e))?,
             FileKind::TimerFd(state) => timerfd::restore(state).map_err(|e| io("timerfd_create", e))?,

@@ -215,8 +215,8 @@ fn make_semaphores(array: &SemArray) -> Result<(), String> {
 fn make_queue(queue: &MsgQueue) -> Result<(), String> {
     let perm = &queue.perm;
     let flags = libc::IPC_CREAT | libc::IPC_EXCL | perm.mode as i32;
-    // SAFETY: numbers only.
     let make = || {
+        // SAFETY: numbers only.
         unsafe { sys::raw(libc::SYS_msgget, [key(perm), flags as u64, 0, 0, 0, 0]) }.map_err(failed("msgget"))
     };
     same_id(with_identity(perm, "msg_next_id", make)?, perm)?;

@@ -48,6 +48,7 @@ mod plan;
 mod pour;
 mod proc;
 mod process;
+mod pty;
 mod shared_memory;
 mod signal;
 mod signalfd;
@@ -362,9 +363,9 @@ impl<'a> Run<'a> {
         self.step(Step::FilesReopened);
 
         // Clock, skeletons.
-        clock::enter_time_namespace(&self.snapshot.clocks).map_err(system("enter a time namespace"))?;
-        let clocks_go_on = Instant::now();
-        files.start_timers(self.snapshot);
+        let clocks_go_on =
+            clock::enter_time_namespace(&self.snapshot.clocks).map_err(system("enter a time namespace"))?;
+        files.start_timers(self.snapshot, clocks_go_on);
         self.refuse_files(&mut wanted, &files);
         self.note_file_losses(&wanted, &files);
         let plan = self.plan(&mut wanted)?;
@@ -374,13 +375,14 @@ impl<'a> Run<'a> {
         scratch.unmap();
         let states = states.map_err(system("create processes"))?;
         self.sort_out_skeletons(&mut wanted, &plan, &states, &files);
-        self.watch(&wanted, &files);
+        let epoll_calls = self.watch(&wanted, &files);
         self.step(Step::Skeletons { count: wanted.len() });
 
         // Memory.
         let common = Common {
             snapshot: self.snapshot,
             files: &files,
+            epoll_calls: &epoll_calls,
             shared: &shared.descriptors(),
             specials,
             scratch,
@@ -580,16 +582,18 @@ impl<'a> Run<'a> {
     }
 
     /// Lets epoll instances watch again.
-    fn watch(&mut self, wanted: &BTreeSet<Pid>, files: &Files) {
-        let failed = epoll::watch(self.snapshot, files, self.process_deadline());
-        for p in self.processes(wanted).into_iter().filter(|_| !failed.is_empty()) {
+    fn watch(&mut self, wanted: &BTreeSet<Pid>, files: &Files) -> BTreeMap<Pid, Vec<inject::Call>> {
+        let processes = self.processes(wanted);
+        let watched = epoll::watch(self.snapshot, &processes, files, self.process_deadline());
+        for p in processes.into_iter().filter(|_| !watched.failed.is_empty()) {
             for d in &p.descriptors {
-                for what in failed.get(&d.file).into_iter().flatten() {
+                for what in watched.failed.get(&d.file).into_iter().flatten() {
                     let text = format!("its epoll instance (descriptor {}) no longer watches: {what}", d.fd);
                     self.losses.entry(p.pid).or_default().push(Reason::new("epoll", text));
                 }
             }
         }
+        watched.calls
     }
 
     fn refuse_shared_memory(
@@ -662,6 +666,7 @@ impl<'a> Run<'a> {
         let new_parent = nix::unistd::getppid().as_raw();
         for p in self.processes(wanted) {
             let mut losses = pipe::lost_peers(self.snapshot, p, wanted);
+            losses.extend(pty::lost_peers(self.snapshot, p, wanted));
             losses.extend(pidfd::lost_processes(self.snapshot, p, wanted));
             losses.extend(unix::lost_peers(self.snapshot, p, wanted));
             if !wanted.contains(&p.ppid) && p.ppid != new_parent {

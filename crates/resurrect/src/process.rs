@@ -24,6 +24,8 @@ use crate::{file, ipc, lock, signal, sys, thread};
 pub(crate) struct Common<'a> {
     pub(crate) snapshot: &'a Snapshot,
     pub(crate) files: &'a Files,
+    /// What processes have to tell their epoll instances themselves.
+    pub(crate) epoll_calls: &'a BTreeMap<Pid, Vec<Call>>,
     pub(crate) shared: &'a BTreeMap<InodeId, RawFd>,
     pub(crate) specials: &'a Specials,
     pub(crate) scratch: Scratch,
@@ -189,6 +191,7 @@ impl<'a> Build<'a> {
         let exe =
             self.mm.exe.and_then(|id| common.files.fd(id)).filter(|&fd| !is_same_file(fd, common.own.exe));
         calls.push(memory::set_layout(&self.mm.layout, exe));
+        calls.extend(common.epoll_calls.get(&self.process.pid).into_iter().flatten().cloned());
         calls.push(call!("close our files", libc::SYS_close_range, common.files.base, u32::MAX, 0u64));
         calls.extend(file::ask_for_signals(common.snapshot, self.process));
         calls.extend(lock::take(common.snapshot, self.process));

@@ -2,6 +2,8 @@
 
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use std::time::Duration;
+
 use nix::errno::Errno;
 use snapshot::TimerFd;
 
@@ -17,9 +19,13 @@ pub(crate) fn restore(state: &TimerFd) -> Result<OwnedFd, Errno> {
     }
 }
 
-/// Lets it run on, at the moment from which the clocks of its processes go on. What follows the wall clock expires by that.
-pub(crate) fn start(fd: BorrowedFd<'_>, state: &TimerFd) -> Result<(), Errno> {
-    let now = state.brought_up_to_date();
+/// Lets it run on, so long after the moment from which the clocks of its processes go on. What follows the wall clock expires by that.
+pub(crate) fn start(fd: BorrowedFd<'_>, state: &TimerFd, gone_by: Duration) -> Result<(), Errno> {
+    let mut now = *state;
+    if let Some(expiry) = &mut now.expiry {
+        expiry.left_ns = expiry.left_ns.saturating_sub(i64::try_from(gone_by.as_nanos()).unwrap_or(i64::MAX));
+    }
+    let now = now.brought_up_to_date();
     if let Some(expiry) = now.expiry {
         let (flags, value) = match expiry.realtime_ns {
             Some(at) => (state.settime_flags as i32 | libc::TFD_TIMER_ABSTIME, at),

@@ -73,15 +73,22 @@ pub(crate) struct Restored {
 /// Gives the terminal its settings, window size, unread input and unsent output. It keeps them while the result, or a process, has it open.
 pub(crate) fn restore(tty: &Tty, above: RawFd) -> Result<Restored, String> {
     let fd = open(tty, libc::O_RDWR).map_err(|e| format!("open {}: {e}", device(tty).display()))?;
+    let losses = fill(&fd, tty, &tty.output)?;
+    let open = sys::lift(fd, above).map_err(|e| format!("dup: {e}"))?;
+    Ok(Restored { losses, _open: open })
+}
+
+/// Gives an open terminal all that it had. `output`: what is to go out as it is.
+pub(crate) fn fill(fd: &OwnedFd, tty: &Tty, output: &Bytes) -> Result<Vec<Reason>, String> {
     let mut losses = Vec::new();
-    let mut wanted = Termios2::from(&tty.termios);
-    if !tty.output.is_empty() {
+    let wanted = Termios2::from(&tty.termios);
+    if !output.is_empty() {
         // It has been through the line discipline.
         let mut raw = wanted;
         raw.oflag &= !libc::OPOST;
         raw.lflag &= !libc::TOSTOP;
         set(fd.as_raw_fd(), &mut raw)?;
-        if let Err((left, e)) = send(&fd, tty.output.as_bytes(), Deadline::after(PATIENCE)) {
+        if let Err((left, e)) = send(fd, output.as_bytes(), Deadline::after(PATIENCE)) {
             let text = format!("{}: {left} bytes written and not yet sent are lost ({e})", tty.name);
             losses.push(Reason::new("terminal-output", text));
         }
@@ -105,14 +112,19 @@ pub(crate) fn restore(tty: &Tty, above: RawFd) -> Result<Restored, String> {
             losses.push(Reason::new("terminal-input", text));
         }
     }
-    set(fd.as_raw_fd(), &mut wanted)?;
+    configure(fd, tty)?;
+    Ok(losses)
+}
+
+/// Gives a terminal its settings and window size; through a master: those of the slave.
+pub(crate) fn configure(fd: &OwnedFd, tty: &Tty) -> Result<(), String> {
+    set(fd.as_raw_fd(), &mut Termios2::from(&tty.termios))?;
     let w = tty.window;
     let mut size = libc::winsize { ws_row: w.rows, ws_col: w.cols, ws_xpixel: w.xpixel, ws_ypixel: w.ypixel };
     // SAFETY: TIOCSWINSZ reads a winsize.
     unsafe { sys::ioctl(fd.as_raw_fd(), libc::TIOCSWINSZ, &mut size) }
-        .map_err(|e| format!("TIOCSWINSZ: {e}"))?;
-    let open = sys::lift(fd, above).map_err(|e| format!("dup: {e}"))?;
-    Ok(Restored { losses, _open: open })
+        .map(drop)
+        .map_err(|e| format!("TIOCSWINSZ: {e}"))
 }
 
 fn set(fd: RawFd, termios: &mut Termios2) -> Result<(), String> {
@@ -121,7 +133,7 @@ fn set(fd: RawFd, termios: &mut Termios2) -> Result<(), String> {
 }
 
 /// Writes to a terminal that does not block; if not all of it by the deadline, says how many bytes are left.
-fn send(fd: &OwnedFd, mut bytes: &[u8], deadline: Deadline) -> Result<(), (usize, Errno)> {
+pub(crate) fn send(fd: &OwnedFd, mut bytes: &[u8], deadline: Deadline) -> Result<(), (usize, Errno)> {
     while !bytes.is_empty() {
         match nix::unistd::write(fd, bytes) {
             Ok(0) => return Err((bytes.len(), Errno::EIO)),

@@ -450,6 +450,9 @@ fn judge_descriptors(
                     if let Some(why) = &t.unsupported {
                         give_up("terminal", why.clone());
                     }
+                    if t.pty.as_ref().is_some_and(|pty| !snapshot.ttys.contains_key(&pty.other)) {
+                        give_up("terminal", "its other end could not be read".into());
+                    }
                 }
                 None => give_up("terminal", "its terminal could not be read".into()),
             },
@@ -488,7 +491,8 @@ fn judge_descriptors(
             FileKind::CharDevice { .. }
             | FileKind::EventFd(_)
             | FileKind::TimerFd(_)
-            | FileKind::SignalFd(_) => {}
+            | FileKind::SignalFd(_)
+            | FileKind::HungUpTty => {}
             // Judged in the files of their kinds.
             FileKind::PidFd(_) | FileKind::Inotify(_) | FileKind::Proc(_) | FileKind::Namespace(_) => {}
         }

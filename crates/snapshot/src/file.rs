@@ -100,6 +100,8 @@ pub enum FileKind {
     },
     /// Opened with O_PATH: a place in the tree, nothing more.
     Path,
+    /// A terminal that was hung up: nobody can use it any more.
+    HungUpTty,
     /// An epoll instance.
     Epoll(Epoll),
     /// An event counter.

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Bytes, Pid};
+use crate::{Bytes, Pid, Pty};
 
 /// Address of a `struct tty_struct` in the dead kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -18,8 +18,7 @@ pub struct Tty {
     pub major: u32,
     #[allow(missing_docs)]
     pub minor: u32,
-    /// Only terminals that can be opened by name and have no other end in another process (serial ports) come back; for others
-    /// the reason why not.
+    /// Serial ports and pseudo-terminals come back; for others the reason why not.
     pub unsupported: Option<String>,
     #[allow(missing_docs)]
     pub termios: Termios,
@@ -34,6 +33,9 @@ pub struct Tty {
     /// Written, accepted by the driver and not sent yet, as it goes over the line.
     #[serde(default)]
     pub output: Bytes,
+    /// One end of a pseudo-terminal.
+    #[serde(default)]
+    pub pty: Option<Pty>,
 }
 
 /// `struct ktermios` / `struct termios2`.

@@ -224,6 +224,7 @@ fn kind_word(kind: &FileKind) -> String {
         FileKind::Pipe { end, .. } => format!("pipe {end:?}").to_lowercase(),
         FileKind::Tty { .. } => "tty".into(),
         FileKind::Memfd { .. } => "memfd".into(),
+        FileKind::HungUpTty => "tty that was hung up".into(),
         FileKind::Epoll(epoll) => format!("epoll of {}", epoll.items.len()),
         FileKind::EventFd(_) => "eventfd".into(),
         FileKind::TimerFd(_) => "timerfd".into(),
