@@ -64,6 +64,8 @@ const NR_EPOLL_PWAIT2: i64 = 441;
 const NR_CLONE: i64 = 56;
 const NR_CLONE3: i64 = 435;
 const NR_SENDFILE: i64 = 40;
+const NR_RECVFROM: i64 = 45;
+const NR_RECVMSG: i64 = 47;
 const NR_EXECVEAT: i64 = 322;
 const NR_PWRITEV2: i64 = 328;
 
@@ -74,6 +76,9 @@ const O_APPEND: u32 = 0o2000;
 /// O_CREAT | O_EXCL.
 const O_EXCLUSIVE: u64 = 0o300;
 const RWF_APPEND: u64 = 0x10;
+const MSG_WAITALL: u64 = 0x100;
+/// task_struct.__state (include/linux/sched.h).
+const TASK_INTERRUPTIBLE: u32 = 1;
 const CLONE_THREAD: u64 = 0x1_0000;
 
 /// What the caller knows about the thread and its machine.
@@ -211,6 +216,8 @@ struct File {
     is_pipe: bool,
     /// A socket whose messages go out whole or not at all (SOCK_DGRAM, SOCK_RAW, SOCK_SEQPACKET).
     is_message_socket: bool,
+    /// The thread sleeps, and a socket's reader sleeps (so that a signal can wake it) only as long as it has got nothing: SO_RCVLOWAT is 1.
+    waits_for_first: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -527,6 +534,10 @@ fn transfer(thread: &Thread, facts: &dyn Facts, transfer: Transfer) -> Resume {
         // A read that never got to its file, or a file with a `read` of its own, which waits before it takes.
         Search::Nothing if !thread.on_cpu => Resume::Restart,
         Search::Nothing => impossible("a transfer on a CPU, before its beginning or after its end"),
+        // Other accounts are those of earlier calls.
+        Search::Contradiction if !transfer.write && file.waits_for_first && !waits_for_all(thread) => {
+            Resume::Restart
+        }
         Search::Contradiction => {
             impossible("the kernel stack has several accounts of how far the transfer had come")
         }
@@ -545,6 +556,16 @@ fn transfer(thread: &Thread, facts: &dyn Facts, transfer: Transfer) -> Resume {
             finish(done as i64, format!("{done} of {total} bytes had been transferred"))
         }
     }
+}
+
+/// MSG_WAITALL.
+fn waits_for_all(thread: &Thread) -> bool {
+    let flags = match thread.call.nr {
+        NR_RECVFROM => thread.arg(3),
+        NR_RECVMSG => thread.arg(2),
+        _ => 0,
+    };
+    flags & MSG_WAITALL != 0
 }
 
 /// A write with O_APPEND: where it began is in its kiocb, and what is in the file by now shows in the file's size.
@@ -713,8 +734,20 @@ impl<'a> Dead<'a> {
             let of_type = self.kernel.offset_of("socket", "type").ok()?;
             matches!(self.kernel.read_u16(file.private_data.wrapping_add(of_type)).ok()?, 2 | 3 | 5)
         };
+        let waits_for_first =
+            kind == Kind::Socket && self.waits_for_first(file.private_data).unwrap_or(false);
         let append = file.f_flags & O_APPEND != 0;
-        Some(File { addr, kind, append, size: inode.i_size, is_pipe, is_message_socket })
+        Some(File { addr, kind, append, size: inode.i_size, is_pipe, is_message_socket, waits_for_first })
+    }
+
+    /// `socket`: address of the `struct socket` that the thread reads.
+    fn waits_for_first(&self, socket: u64) -> Option<bool> {
+        let kernel = self.kernel;
+        let state = self.ctx.task.wrapping_add(kernel.offset_of("task_struct", "__state").ok()?);
+        let sock = kernel.read_u64(socket.wrapping_add(kernel.offset_of("socket", "sk").ok()?)).ok()?;
+        let low = sock.wrapping_add(kernel.offset_of("sock", "sk_rcvlowat").ok()?);
+        let sleeps = !self.ctx.on_cpu && kernel.read_u32(state).ok()? == TASK_INTERRUPTIBLE;
+        Some(sleeps && kernel.read_i32(low).ok()? <= 1)
     }
 
     fn try_tty_sent(&self, file: u64, done: u64) -> Option<u64> {
@@ -1077,7 +1110,15 @@ mod tests {
     impl Fake {
         fn with_file(kind: Kind, append: bool, size: i64) -> Fake {
             let addr = 0xffff_8880_0000_1000;
-            let file = File { addr, kind, append, size, is_pipe: false, is_message_socket: false };
+            let file = File {
+                addr,
+                kind,
+                append,
+                size,
+                is_pipe: false,
+                is_message_socket: false,
+                waits_for_first: false,
+            };
             Fake { files: HashMap::from([(0, file), (1, file)]), ..Fake::default() }
         }
 
@@ -1309,6 +1350,20 @@ mod tests {
     }
 
     #[test]
+    fn a_reader_that_waits_for_the_first_byte_has_none() {
+        let mut socket =
+            Fake { search: Some(Search::Contradiction), ..Fake::with_file(Kind::Socket, false, 0) };
+        let read = || thread("read", &[1, 0x1000, 100]);
+        let receive = |flags| thread("recvfrom", &[1, 0x1000, 100, flags]);
+        assert!(is_impossible(&go(&read(), &socket)));
+        socket.files.values_mut().for_each(|file| file.waits_for_first = true);
+        assert_eq!(go(&read(), &socket), Resume::Restart);
+        assert_eq!(go(&receive(0x40), &socket), Resume::Restart);
+        assert!(is_impossible(&go(&receive(MSG_WAITALL), &socket)));
+        assert!(is_impossible(&go(&thread("write", &[1, 0x1000, 100]), &socket)));
+    }
+
+    #[test]
     fn appends_are_finished_as_far_as_the_file_has_grown() {
         let call = || thread("write", &[1, 0x1000, 9000]);
         let log = |size, done| Fake::with_file(Kind::Positioned, true, size).found(done, 9000, 100);
@@ -1370,8 +1425,15 @@ mod tests {
 
     #[test]
     fn data_between_files_is_moved_again_only_where_positions_tell() {
-        let file =
-            |kind, append| File { addr: 1, kind, append, size: 0, is_pipe: false, is_message_socket: false };
+        let file = |kind, append| File {
+            addr: 1,
+            kind,
+            append,
+            size: 0,
+            is_pipe: false,
+            is_message_socket: false,
+            waits_for_first: false,
+        };
         let ends =
             |input, output| Fake { files: HashMap::from([(3, input), (4, output)]), ..Fake::default() };
         let (regular, stream) = (file(Kind::Positioned, false), file(Kind::Stream, false));
