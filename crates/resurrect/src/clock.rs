@@ -17,17 +17,40 @@ fn offset(dead_ns: i64, own: libc::timespec) -> (i64, i64) {
     (offset.div_euclid(SECOND.into()) as i64, offset.rem_euclid(SECOND.into()) as i64)
 }
 
+/// The moment from which the clocks of the processes go on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct GoOn {
+    /// By this program's clock, for what may be late.
+    pub(crate) at: Instant,
+    monotonic: libc::timespec,
+    boottime: libc::timespec,
+}
+
+impl GoOn {
+    /// A point in time after that moment, as this program's own CLOCK_MONOTONIC or CLOCK_BOOTTIME (or its alarm clock) will show it,
+    /// nanoseconds; `None` for other clocks.
+    pub(crate) fn own_time(&self, clock: libc::clockid_t, left_ns: i64) -> Option<i64> {
+        let from = match clock {
+            libc::CLOCK_MONOTONIC => self.monotonic,
+            libc::CLOCK_BOOTTIME | libc::CLOCK_BOOTTIME_ALARM => self.boottime,
+            _ => return None,
+        };
+        Some((from.tv_sec.saturating_mul(SECOND) + from.tv_nsec).saturating_add(left_ns))
+    }
+}
+
 /// Children forked from now on see CLOCK_MONOTONIC and CLOCK_BOOTTIME continue from `dead`; the caller itself does not. Returns the moment
 /// from which they go on.
-pub(crate) fn enter_time_namespace(dead: &Clocks) -> std::io::Result<Instant> {
+pub(crate) fn enter_time_namespace(dead: &Clocks) -> std::io::Result<GoOn> {
     // CLONE_NEWTIME, which nix does not know.
     unshare(CloneFlags::from_bits_retain(0x80))?;
-    let from = Instant::now();
-    let (mono, mono_ns) = offset(dead.monotonic_ns, sys::clock(libc::CLOCK_MONOTONIC)?);
-    let (boot, boot_ns) = offset(dead.boottime_ns, sys::clock(libc::CLOCK_BOOTTIME)?);
+    let (monotonic, boottime) = (sys::clock(libc::CLOCK_MONOTONIC)?, sys::clock(libc::CLOCK_BOOTTIME)?);
+    let at = Instant::now();
+    let (mono, mono_ns) = offset(dead.monotonic_ns, monotonic);
+    let (boot, boot_ns) = offset(dead.boottime_ns, boottime);
     let text = format!("monotonic {mono} {mono_ns}\nboottime {boot} {boot_ns}\n");
     sys::write_proc("/proc/self/timens_offsets", &text)?;
-    Ok(from)
+    Ok(GoOn { at, monotonic, boottime })
 }
 
 #[cfg(test)]

@@ -6,7 +6,6 @@ use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
-use std::time::Instant;
 
 use nix::errno::Errno;
 use snapshot::{
@@ -16,8 +15,8 @@ use snapshot::{
 
 use crate::inject::{Call, call};
 use crate::{
-    FileStale, FileWritten, epoll, eventfd, inotify, memfd, page_cache, pidfd, pipe, proc, pty, signalfd,
-    sys, timerfd, tty, unix,
+    FileStale, FileWritten, clock, epoll, eventfd, inotify, memfd, page_cache, pidfd, pipe, proc, pty,
+    signalfd, sys, timerfd, tty, unix,
 };
 
 /// Flags that only mean something to the open call itself.
@@ -254,11 +253,11 @@ impl Files {
     }
 
     /// Lets the timers run, as the clocks do since `clocks_go_on`.
-    pub(crate) fn start_timers(&mut self, snapshot: &Snapshot, clocks_go_on: Instant) {
+    pub(crate) fn start_timers(&mut self, snapshot: &Snapshot, clocks_go_on: &clock::GoOn) {
         for (id, opened) in &mut self.open {
             if let Some(FileKind::TimerFd(state)) = snapshot.files.get(id).map(|file| &file.kind)
                 && let Ok(fd) = opened
-                && let Err(e) = timerfd::start(fd.as_fd(), state, clocks_go_on.elapsed())
+                && let Err(e) = timerfd::start(fd.as_fd(), state, clocks_go_on)
             {
                 *opened = Err(Reason::new("timerfd", format!("start it: {e}")));
             }

@@ -365,7 +365,7 @@ impl<'a> Run<'a> {
         // Clock, skeletons.
         let clocks_go_on =
             clock::enter_time_namespace(&self.snapshot.clocks).map_err(system("enter a time namespace"))?;
-        files.start_timers(self.snapshot, clocks_go_on);
+        files.start_timers(self.snapshot, &clocks_go_on);
         self.refuse_files(&mut wanted, &files);
         self.note_file_losses(&wanted, &files);
         let plan = self.plan(&mut wanted)?;
@@ -388,7 +388,7 @@ impl<'a> Run<'a> {
             scratch,
             syscall_offset,
             own,
-            clocks_go_on,
+            clocks_go_on: clocks_go_on.at,
         };
         let mut builds = self.map_memory(&wanted, &common);
         self.pour(mem, reverse, &shared, &ipc, &mut builds);

@@ -2,10 +2,10 @@
 
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use std::time::Duration;
-
 use nix::errno::Errno;
 use snapshot::TimerFd;
+
+use crate::clock::GoOn;
 
 /// TFD_IOC_SET_TICKS (include/uapi/linux/timerfd.h).
 const SET_TICKS: u64 = 0x4008_5400;
@@ -19,17 +19,16 @@ pub(crate) fn restore(state: &TimerFd) -> Result<OwnedFd, Errno> {
     }
 }
 
-/// Lets it run on, so long after the moment from which the clocks of its processes go on. What follows the wall clock expires by that.
-pub(crate) fn start(fd: BorrowedFd<'_>, state: &TimerFd, gone_by: Duration) -> Result<(), Errno> {
-    let mut now = *state;
-    if let Some(expiry) = &mut now.expiry {
-        expiry.left_ns = expiry.left_ns.saturating_sub(i64::try_from(gone_by.as_nanos()).unwrap_or(i64::MAX));
-    }
-    let now = now.brought_up_to_date();
+/// Lets it run on, from the moment from which the clocks of its processes go on. What follows the wall clock expires by that.
+pub(crate) fn start(fd: BorrowedFd<'_>, state: &TimerFd, clocks_go_on: &GoOn) -> Result<(), Errno> {
+    let now = state.brought_up_to_date();
     if let Some(expiry) = now.expiry {
-        let (flags, value) = match expiry.realtime_ns {
-            Some(at) => (state.settime_flags as i32 | libc::TFD_TIMER_ABSTIME, at),
-            None => (0, expiry.left_ns),
+        // By absolute times: however late this call is made.
+        let absolute = expiry.realtime_ns.map(|at| (state.settime_flags as i32, at));
+        let absolute = absolute.or_else(|| Some((0, clocks_go_on.own_time(state.clock, expiry.left_ns)?)));
+        let (flags, value) = match absolute {
+            Some((flags, at)) => (flags | libc::TFD_TIMER_ABSTIME, at),
+            None => (0, expiry.left_ns.saturating_sub_unsigned(clocks_go_on.at.elapsed().as_nanos() as u64)),
         };
         // Zero would stop it.
         let value = timespec(u64::try_from(value).unwrap_or(0).max(1));
