@@ -79,7 +79,7 @@ pub fn running(stage: &mut Stage) -> Result<()> {
 
     let crash = stage.crash()?;
     if crash.damage {
-        set(&relative, 0, HOUR, 7 * HOUR)?;
+        set(&relative, 0, 2 * HOUR, 7 * HOUR)?;
     }
     let gone = monotonic() - start;
     let hour = Duration::from_nanos(HOUR);
