@@ -207,9 +207,11 @@ fn raw_read(fd: impl AsFd, address: usize) -> Result<isize, Errno> {
 
 /// A stack-like mapping grows downwards when touched below its start.
 pub fn growsdown(stage: &mut Stage) -> Result<()> {
-    // Room below it: a large reservation, of which all but the top is given back.
-    let room = Map::anonymous(256 * PAGE, PRIVATE)?;
-    let top = room.address() + 256 * PAGE;
+    // Room below it: a large reservation, of which all but the top is given back. The kernel keeps 256 pages free below what grows
+    // (stack_guard_gap).
+    const ROOM: usize = 1024 * PAGE;
+    let room = Map::anonymous(ROOM, PRIVATE)?;
+    let top = room.address() + ROOM;
     let start = top - 4 * PAGE;
     drop(room);
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_GROWSDOWN | libc::MAP_FIXED_NOREPLACE;
