@@ -33,8 +33,14 @@ const MAY_DIFFER: &[(&str, &str)] = &[
     ("cgroup", "control groups are not rebuilt"),
 ];
 
-/// Inodes of these exist in memory only; they are new ones, with new numbers.
-const NUMBERED_ANEW: &[&str] = &["pipe:["];
+/// Open files whose names in /proc have the number of an inode that exists in memory only: it is a new one, with a new number.
+const NUMBERED_ANEW: &[&str] = &["pipe:[", "socket:["];
+
+/// File systems in memory: their inodes are new ones.
+const IN_MEMORY: &[&str] = &["/proc/", "/sys/", "/dev/", "/run/", "/memfd:"];
+
+/// What the kernel writes behind a name that is gone. Such files are made again, under another name if theirs is taken.
+const DELETED: &str = " (deleted)";
 
 /// Programs that do nothing on their own before and after: every field of them is compared. Name and shell script.
 const STILL: &[(&str, &str)] = &[
@@ -248,19 +254,29 @@ impl Verdict {
 
 /// Takes out of a process's fields what may differ after the resurrection.
 fn make_comparable(fields: &mut BTreeMap<(&'static str, u64), String>) {
-    let anew: BTreeSet<u64> = fields
-        .iter()
-        .filter(|((name, _), path)| *name == "fd" && NUMBERED_ANEW.iter().any(|kind| path.starts_with(kind)))
-        .map(|((_, fd), _)| *fd)
-        .collect();
+    let descriptors = |is_meant: &dyn Fn(&str) -> bool| -> BTreeSet<u64> {
+        let all = fields.iter().filter(|((name, _), path)| *name == "fd" && is_meant(path));
+        all.map(|((_, fd), _)| *fd).collect()
+    };
+    let numbered = descriptors(&|path| NUMBERED_ANEW.iter().any(|kind| path.starts_with(kind)));
+    let is_lasting = |path: &str| {
+        path.starts_with('/')
+            && !path.ends_with(DELETED)
+            && !IN_MEMORY.iter().any(|dir| path.starts_with(dir))
+    };
+    let anew = descriptors(&|path| !is_lasting(path));
     fields.retain(|(name, which), _| {
         let is_free = MAY_DIFFER.iter().any(|(free, _)| free == name);
         let is_made_anew = *name == "fdinfo.ino" && anew.contains(which);
         !is_free && !is_made_anew
     });
     for ((name, which), value) in fields.iter_mut() {
-        if *name == "fd" && anew.contains(which) {
+        if *name == "fd" && numbered.contains(which) {
             value.truncate(value.find('[').unwrap_or(value.len()));
+        }
+        // End, permissions and offset remain of a mapping.
+        if *name == "maps" && value.ends_with(DELETED) && !value.contains("/dev/zero") {
+            *value = value.split(' ').take(3).collect::<Vec<_>>().join(" ");
         }
         // The inode of shared anonymous memory exists in memory only, too.
         if *name == "maps"

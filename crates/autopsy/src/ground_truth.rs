@@ -17,8 +17,8 @@ use std::path::{Path, PathBuf};
 
 use ktypes::KernelType;
 use snapshot::{
-    AddressSpace, Bytes, OpenFile, PAGE_SIZE, PageRun, Pid, Process, ProcessState, Prot, Seccomp, Snapshot,
-    Thread, ThreadState, Vma, VmaFlags, VmaKind,
+    AddressSpace, Bytes, FileKind, OpenFile, PAGE_SIZE, PageRun, Pid, Process, ProcessState, Prot, Seccomp,
+    Snapshot, Thread, ThreadState, Vma, VmaFlags, VmaKind,
 };
 
 use crate::Autopsy;
@@ -733,7 +733,11 @@ fn shown_path(file: &OpenFile) -> String {
 fn of_descriptor(f: &mut Fields, snapshot: &Snapshot, fd: u64, cloexec: bool, file: Option<&OpenFile>) {
     const O_CLOEXEC: i32 = 0o2_000_000;
     let Some(file) = file else { return };
-    put(f, "fd", fd, shown_path(file));
+    let shown = match (&file.kind, snapshot.inodes.get(&file.inode)) {
+        (FileKind::Namespace(namespace), Some(inode)) => format!("{}:[{}]", namespace.name, inode.ino),
+        _ => shown_path(file),
+    };
+    put(f, "fd", fd, shown);
     put(f, "fdinfo.pos", fd, file.pos);
     put(f, "fdinfo.flags", fd, format!("0{:o}", file.flags | if cloexec { O_CLOEXEC } else { 0 }));
     if let Some(inode) = snapshot.inodes.get(&file.inode) {
