@@ -39,6 +39,9 @@ const NUMBERED_ANEW: &[&str] = &["pipe:[", "socket:["];
 /// File systems in memory: their inodes are new ones.
 const IN_MEMORY: &[&str] = &["/proc/", "/sys/", "/dev/", "/run/", "/memfd:"];
 
+/// As /proc/PID/fdinfo shows it.
+const O_LARGEFILE: u32 = 0o100_000;
+
 /// What the kernel writes behind a name that is gone. Such files are made again, under another name if theirs is taken.
 const DELETED: &str = " (deleted)";
 
@@ -274,6 +277,12 @@ fn make_comparable(fields: &mut BTreeMap<(&'static str, u64), String>) {
         if *name == "fd" && numbered.contains(which) {
             value.truncate(value.find('[').unwrap_or(value.len()));
         }
+        // Open(2) sets it for 64-bit programs, and other ways to a file do not; it means nothing to them.
+        if *name == "fdinfo.flags"
+            && let Ok(flags) = u32::from_str_radix(value, 8)
+        {
+            *value = format!("0{:o}", flags & !O_LARGEFILE);
+        }
         // End, permissions and offset remain of a mapping.
         if *name == "maps" && value.ends_with(DELETED) && !value.contains("/dev/zero") {
             *value = value.split(' ').take(3).collect::<Vec<_>>().join(" ");
@@ -299,6 +308,8 @@ fn allow_new_forms(before: &mut Record, after: &Record) {
                 // A huge page where there were small ones: the rest of it is zero, as it would have been when touched.
                 "smaps.Anonymous" => value.parse::<u64>().ok() < new.parse().ok(),
                 // It waits for the disk on the way: a page of a file that the new kernel has not read yet.
+                // The terminal itself has taken the place of the name that means whichever controls the session.
+                "fd" => value == "/dev/tty" && new.starts_with("/dev/"),
                 "thread.state" => value == "S" && new == "D",
                 _ => false,
             };
@@ -318,8 +329,8 @@ fn is_same_call(before: &str, after: &str) -> bool {
         (_, "219") => old[1..] == new[1..],
         // It had done all but return (a signal to itself): it shows no call any more.
         (_, "-1") => old.len() > 2 && old[old.len() - 2..] == new[1..],
-        // A write that had moved a part goes on with the rest: the end of the buffer is the same.
-        ("1", "1") => {
+        // A write or sendto that had moved a part goes on with the rest: the end of the buffer is the same.
+        ("1", "1") | ("44", "44") => {
             let end = |call: &[&str]| -> Option<u64> {
                 let number = |at: usize| u64::from_str_radix(call.get(at)?.trim_start_matches("0x"), 16).ok();
                 number(2)?.checked_add(number(3)?)
