@@ -251,14 +251,12 @@ pub(crate) fn undo(ipc: &Ipc, pid: Pid) -> Vec<Call> {
     for array in &ipc.sem {
         for undo in array.undo.iter().filter(|u| u.pid == pid) {
             let mut bytes = Vec::new();
-            let mut count = 0u64;
             for ((index, &adjustment), &value) in (0u16..).zip(&undo.adjustments).zip(&array.values) {
                 // The values stay within their bounds in between: up first where it goes up.
                 for op in operations(value, adjustment) {
                     bytes.extend(index.to_ne_bytes());
                     bytes.extend(op.0.to_ne_bytes());
                     bytes.extend(op.1.to_ne_bytes());
-                    count += 1;
                 }
             }
             // One call does them all at once, or none. More than kernel.sem allows are done in several.
@@ -267,7 +265,6 @@ pub(crate) fn undo(ipc: &Ipc, pid: Pid) -> Vec<Call> {
                 let n = chunk.len() as u64 / 6;
                 calls.push(call!(what, libc::SYS_semop, array.perm.id, chunk.to_vec(), n).optional());
             }
-            debug_assert_eq!(count as usize * 6, bytes.len());
         }
     }
     calls

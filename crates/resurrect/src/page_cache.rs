@@ -117,10 +117,7 @@ pub fn restore(path: &Path, inode: &Inode, mem: &dyn PhysMem) -> Result<Restored
             Some(meta)
         }
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
-            let (missing, want) = inode.missing_pages();
-            if missing > 0 {
-                return Err(PageCacheError::Incomplete { path: name(), have: want - missing, want });
-            }
+            require_all_pages(path, inode)?;
             refuse_links(path)?;
             done.created = true;
             None
@@ -145,11 +142,7 @@ pub fn restore(path: &Path, inode: &Inode, mem: &dyn PhysMem) -> Result<Restored
 /// else has that name, without any. Open for reading and writing.
 pub fn restore_unnamed(path: &Path, inode: &Inode, mem: &dyn PhysMem) -> Result<File, PageCacheError> {
     let io = |what| move |source| PageCacheError::Io { what, path: path.display().to_string(), source };
-    let (missing, want) = inode.missing_pages();
-    if missing > 0 {
-        let path = path.display().to_string();
-        return Err(PageCacheError::Incomplete { path, have: want - missing, want });
-    }
+    require_all_pages(path, inode)?;
     let mut options = OpenOptions::new();
     options.read(true).write(true);
     match path.symlink_metadata() {
@@ -177,6 +170,17 @@ pub fn restore_unnamed(path: &Path, inode: &Inode, mem: &dyn PhysMem) -> Result<
             set_owner_and_mode(&file, inode).map_err(io("set the owner of"))?;
             fill(&file, path, inode, true, mem)?;
             Ok(file)
+        }
+    }
+}
+
+/// That the page cache has all of a file's contents: nobody else has them.
+fn require_all_pages(path: &Path, inode: &Inode) -> Result<(), PageCacheError> {
+    match inode.missing_pages() {
+        (0, _) => Ok(()),
+        (missing, want) => {
+            let path = path.display().to_string();
+            Err(PageCacheError::Incomplete { path, have: want - missing, want })
         }
     }
 }

@@ -370,7 +370,7 @@ fn judge_memory(
             VmaKind::SharedAnonymous { inode, .. } => {
                 inodes.insert(*inode);
             }
-            VmaKind::SysvShm { id, .. } => match snapshot.ipc.shm.iter().find(|s| s.perm.id == *id) {
+            VmaKind::SysvShm { id, .. } => match snapshot.shm_segment(*id) {
                 Some(segment) => {
                     inodes.insert(segment.inode);
                 }
