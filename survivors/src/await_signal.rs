@@ -13,6 +13,12 @@ pub struct Told {
     pub signo: i32,
     /// `si_fd` of signals that are about a descriptor.
     pub fd: i32,
+    /// `si_timerid` of a timer's signal.
+    pub timer: i32,
+    /// `si_overrun` of a timer's signal.
+    pub overrun: i32,
+    /// `si_value`.
+    pub value: u64,
 }
 
 fn set_of(signals: &[i32]) -> libc::sigset_t {
@@ -44,10 +50,11 @@ pub fn await_signal(signals: &[i32]) -> Result<Told> {
     let result = Errno::result(unsafe { libc::sigtimedwait(&set, info.as_mut_ptr(), &limit) });
     match result {
         Ok(signo) => {
-            // On x86-64 the band, a long, is at byte 16, the descriptor behind it.
+            // On x86-64: the band, a long, is at byte 16, the descriptor behind it; or a timer's number, the overrun, the value.
             // SAFETY: a siginfo has 128 bytes, all of them initialised.
-            let fd = unsafe { info.as_ptr().cast::<i32>().add(6).read() };
-            Ok(Told { signo, fd })
+            let words = unsafe { info.as_ptr().cast::<[i32; 8]>().read() };
+            let value = words[6] as u32 as u64 | (words[7] as u32 as u64) << 32;
+            Ok(Told { signo, fd: words[6], timer: words[4], overrun: words[5], value })
         }
         Err(e) => bail!("no signal: {e}"),
     }

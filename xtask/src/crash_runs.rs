@@ -211,7 +211,8 @@ fn tell(lab: &Lab, series: Series, n: Option<u32>, name: &str, outcome: &Outcome
     }
     for fate in &outcome.fates {
         if let Some(why) = &fate.failure {
-            ui::line(format!("         {}: {why}", fate.name));
+            let name = &fate.name;
+            ui::failure(format!("         {name} (kernel {series}, seed {}): {why}", outcome.seed));
         }
     }
     ui::line(format!("         artifacts: {}", lab.cache().join("runs").join(name).display()));

@@ -214,13 +214,13 @@ impl GroundTruth {
             result.differences.len()
         ));
         for difference in result.differences.iter().take(self.show) {
-            ui::line(format!("  {difference}"));
+            ui::failure(format!("  {difference}"));
         }
         if result.differences.len() > self.show {
             ui::line(format!("  … and {} more", result.differences.len() - self.show));
         }
         for pid in &verdict.missing {
-            ui::line(format!("  process {pid} is in one of the two only"));
+            ui::failure(format!("  process {pid} is in one of the two only"));
         }
     }
 }

@@ -345,7 +345,10 @@ impl fmt::Display for Row {
 fn tell(rows: &[Row]) {
     ui::line(format!("  {:32} {:12} {:9} {:11} reason", "name", "kind", "expected", "got"));
     for row in rows {
-        ui::line(row.to_string());
+        match row.good {
+            true => ui::line(row.to_string()),
+            false => ui::failure(row.to_string()),
+        }
     }
 }
 

@@ -46,6 +46,7 @@ impl Test {
         let mut sum = Tally::default();
         tallies.into_iter().for_each(|tally| sum.add(tally));
         ui::finish();
+        ui::failures().iter().for_each(|text| println!("failed: {}", text.trim()));
         println!("{} passed, {} failed", sum.passed, sum.failed);
         Ok(sum.failed == 0 && sum.passed > 0)
     }
@@ -58,7 +59,7 @@ impl Test {
         // What breaks off has failed, and the rest is worth knowing all the same.
         let mut add = |what: &str, tally: Result<Tally>| {
             let tally = tally.unwrap_or_else(|error| {
-                ui::line(format!("kernel {series}, {what}: {error:#}"));
+                ui::failure(format!("kernel {series}, {what}: {error:#}"));
                 Tally { passed: 0, failed: 1 }
             });
             ui::line(format!("kernel {series}, {what}: {} passed, {} failed", tally.passed, tally.failed));

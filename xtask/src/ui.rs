@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 
 static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+static FAILURES: Mutex<Vec<String>> = Mutex::new(Vec::new());
 static SPINNER: LazyLock<Mutex<Option<ProgressBar>>> = LazyLock::new(|| Mutex::new(None));
 
 /// Says what is going on now; the next note takes its place. Not at a terminal: a line with the time since the first one, in minutes and
@@ -46,6 +47,17 @@ pub fn line(text: impl AsRef<str>) {
         Some(bar) => bar.suspend(|| println!("{}", text.as_ref())),
         None => println!("{}", text.as_ref()),
     }
+}
+
+/// A line about something that failed: it stays, and is repeated by [`failures`].
+pub fn failure(text: impl AsRef<str>) {
+    line(&text);
+    FAILURES.lock().unwrap_or_else(PoisonError::into_inner).push(text.as_ref().to_owned());
+}
+
+/// What has failed so far: where much is printed, nobody should have to search for it.
+pub fn failures() -> Vec<String> {
+    FAILURES.lock().unwrap_or_else(PoisonError::into_inner).clone()
 }
 
 /// Takes the moving line away.

@@ -141,20 +141,20 @@ impl Unhappy {
                 let name = format!("unhappy-{series}-{}", case.name);
                 let setting =
                     Setting { lab: &lab, config: config.clone(), installed: installed.clone(), name };
-                let (word, seen) = match (case.run)(&setting) {
+                let (word, tell, seen): (_, fn(String), _) = match (case.run)(&setting) {
                     Ok(seen) => {
                         tally.passed += 1;
-                        ("ok", seen)
+                        ("ok", ui::line, seen)
                     }
                     Err(error) => {
                         tally.failed += 1;
                         let dir = lab.cache().join("runs").join(&setting.name);
                         // A run that failed is kept for whoever wants to know why.
                         let _ = fs::write(dir.join("keep"), "");
-                        ("FAILED", format!("{error:#} (artifacts: {})", dir.display()))
+                        ("FAILED", ui::failure, format!("{error:#} (artifacts: {})", dir.display()))
                     }
                 };
-                ui::line(format!(
+                tell(format!(
                     "kernel {series:<5} {:<18} {word:<7} expected: {}; seen: {seen}",
                     case.name, case.expected
                 ));

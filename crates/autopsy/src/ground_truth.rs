@@ -444,6 +444,11 @@ fn recorded_process(path: &Path) -> Fields {
             put(f, name, 0, value);
         }
     }
+    let timers = format!("\n{}", text(path.join("timers")).unwrap_or_default());
+    for entry in timers.split("\nID: ").skip(1) {
+        let id = entry.split_whitespace().next().and_then(|id| id.parse().ok()).unwrap_or(u64::MAX);
+        put(f, "timers", id, format!("ID: {entry}").replace('\n', " ").trim());
+    }
     for name in ["cmdline", "environ"] {
         if let Ok(bytes) = std::fs::read(path.join(name)) {
             put(f, name, 0, Bytes(bytes));
@@ -609,6 +614,9 @@ fn of_process(snapshot: &Snapshot, process: &Process) -> Fields {
     put(f, "stat.exit_signal", 0, process.exit_signal);
     put(f, "status.Umask", 0, format!("{:04o}", process.fs.umask));
     put(f, "status.ShdPnd", 0, signal_set(process.signals.pending.iter().map(|s| s.signo)));
+    for timer in &process.timers.posix {
+        put(f, "timers", timer.id as u64, timer.proc_entry().replace('\n', " ").trim());
+    }
     let handled = |wanted: fn(u64) -> bool| {
         let actions = process.signals.actions.iter().zip(1..);
         signal_set(actions.filter(|(action, _)| wanted(action.handler)).map(|(_, signo)| signo))

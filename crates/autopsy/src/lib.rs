@@ -43,6 +43,7 @@ pub mod syscall;
 #[cfg(test)]
 mod testing;
 mod thread;
+mod timer;
 mod timerfd;
 mod tty;
 mod unix;

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashSet};
 use ktypes::KernelType;
 use snapshot::{
     AddressSpace, AddressSpaceId, Bytes, Decision, FsContext, Namespaces, PendingSignal, Pid, Process,
-    ProcessState, Resume, Rlimit, Severity, SigAction, SignalState, Thread, ThreadState, TtyId,
+    ProcessState, Resume, Rlimit, Severity, SigAction, SignalState, Thread, ThreadState, Timers, TtyId,
 };
 
 use crate::Autopsy;
@@ -39,8 +39,6 @@ const SIGCHLD: i32 = 17;
 const SIG_DFL: u64 = 0;
 const SIG_IGN: u64 = 1;
 const SA_NOCLDWAIT: u64 = 2;
-/// hrtimer.state: in a queue (HRTIMER_STATE_ENQUEUED).
-const HRTIMER_ENQUEUED: u8 = 1;
 
 /// A thread, as far as autopsy looks at it.
 #[derive(KernelType, Clone)]
@@ -211,18 +209,6 @@ struct Signal {
     group_stop_count: i32,
     flags: u32,
     is_child_subreaper: bool,
-    // A list_head before 6.12, an hlist_head since: either way the first word leads to the first timer.
-    #[kernel("posix_timers.next", or = "posix_timers.first")]
-    first_posix_timer: u64,
-    #[kernel("posix_timers", address)]
-    posix_timers: u64,
-    #[kernel("real_timer.state")]
-    real_timer_state: u8,
-    it_real_incr: u64,
-    #[kernel("it[0].expires")]
-    virtual_expires: u64,
-    #[kernel("it[1].expires")]
-    profiling_expires: u64,
     #[kernel("pids[2]")]
     pgrp: u64,
     #[kernel("pids[3]")]
@@ -593,6 +579,7 @@ impl Autopsy<'_> {
             descriptors: Vec::new(),
             fs: FsContext::default(),
             signals: SignalState::default(),
+            timers: Timers::default(),
             rlimits: signal
                 .rlim
                 .as_chunks::<2>()
@@ -636,6 +623,11 @@ impl Autopsy<'_> {
             },
             pending: self.pending_signals(signal.shared_pending)?,
         };
+        let pending = process.threads.iter().flat_map(|thread| &thread.pending);
+        let pending: Vec<&PendingSignal> = pending.chain(&process.signals.pending).collect();
+        let task_of = |tid| members.iter().find(|member| member.task.pid == tid).map(|member| member.addr);
+        let timers = self.process_timers(task.signal, &task_of, &pending);
+        process.timers = self.part("timer", timers).unwrap_or_default();
         // One of each is read, and every living thread has to have the same.
         let of = |task: &Task| (task.files, task.fs, task.nsproxy);
         let is_living =
@@ -669,7 +661,7 @@ impl Autopsy<'_> {
             }
         }
         process.vfork = self.is_vfork_child(&process, members);
-        self.name_unsupported(signal, members, &mut unsupported);
+        self.name_unsupported(members, &mut unsupported);
         unsupported.sort();
         unsupported.dedup();
         process.unsupported = unsupported;
@@ -792,17 +784,7 @@ impl Autopsy<'_> {
     }
 
     /// State that this version does not bring back, beyond what the parts have named.
-    fn name_unsupported(&self, signal: &Signal, tasks: &[Member], unsupported: &mut Vec<String>) {
-        let has_timers = signal.first_posix_timer != 0 && signal.first_posix_timer != signal.posix_timers;
-        if has_timers {
-            unsupported.push("POSIX timers".into());
-        }
-        if signal.real_timer_state & HRTIMER_ENQUEUED != 0 || signal.it_real_incr != 0 {
-            unsupported.push("a running interval timer (ITIMER_REAL or alarm)".into());
-        }
-        if signal.virtual_expires != 0 || signal.profiling_expires != 0 {
-            unsupported.push("a running CPU-time interval timer".into());
-        }
+    fn name_unsupported(&self, tasks: &[Member], unsupported: &mut Vec<String>) {
         for Member { task, .. } in tasks.iter().filter(|t| !t.task.has_exited()) {
             let tid = task.pid;
             if task.ptrace != 0 {

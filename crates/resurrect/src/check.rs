@@ -13,7 +13,7 @@ use snapshot::{
 use crate::credentials::{parse_status, status_field};
 use crate::file::comparable_flags;
 use crate::memory::{MapsLine, parse_maps};
-use crate::{lock, sys};
+use crate::{lock, sys, timer};
 
 /// More differences than this are not listed.
 const LIMIT: usize = 8;
@@ -44,6 +44,7 @@ pub(crate) fn differences(e: &Expected<'_>) -> Vec<String> {
     found.extend(lock::differences(e.snapshot, e.process, &dir));
     found.extend(places(e, &dir));
     found.extend(limits(e.process));
+    found.extend(timer::differences(e.process));
     found.truncate(LIMIT);
     found
 }

@@ -56,6 +56,7 @@ mod skeleton;
 mod sys;
 mod syscall;
 mod thread;
+mod timer;
 mod timerfd;
 mod tty;
 mod unix;

@@ -233,6 +233,7 @@ mod tests {
             descriptors: vec![],
             fs: Default::default(),
             signals: Default::default(),
+            timers: Default::default(),
             rlimits: vec![],
             ctty: None,
             exit_signal: 17,

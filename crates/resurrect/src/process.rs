@@ -18,7 +18,7 @@ use crate::inject::{self, Call, InjectError, Missed, Scratch, Tracee, call};
 use crate::memory::{self, Area, Sources, Specials};
 use crate::pour::{Owner, OwnerId, ReverseMap};
 use crate::syscall::{self, Continuation};
-use crate::{file, ipc, lock, signal, sys, thread};
+use crate::{file, ipc, lock, signal, sys, thread, timer};
 
 /// What all rebuilt processes have in common.
 pub(crate) struct Common<'a> {
@@ -178,6 +178,7 @@ impl<'a> Build<'a> {
         // Before it changes user, after all that a low limit could hinder.
         self.set_from_outside(common)?;
         self.set_up_threads(common, deadline)?;
+        self.start_timers(common, deadline)?;
         if !self.leader_lives {
             self.leader.exit(self.instruction, deadline).map_err(failure("end the first thread"))?;
             self.await_leaders_end(deadline)?;
@@ -229,19 +230,29 @@ impl<'a> Build<'a> {
         living.reverse();
         let main = living.last().map(|t| t.tid).ok_or("it has no living thread").map_err(failure(step))?;
         for t in living {
-            let mut calls = thread::set_up(p.pid, t, &own.credentials, own.timer_slack_ns, &mut self.losses);
+            let mut calls = thread::set_up(p, t, &own.credentials, own.timer_slack_ns, &mut self.losses);
             if t.tid == main {
-                calls.extend(signal::queue(
-                    signal::Queue::Process(p.pid),
-                    &p.signals.pending,
-                    &mut self.losses,
-                ));
+                let pending = p.without_timers(&p.signals.pending);
+                calls.extend(signal::queue(signal::Queue::Process(p.pid), pending, &mut self.losses));
                 calls.extend(self.set_dumpable());
                 calls.extend(ipc::undo(&common.snapshot.ipc, p.pid));
             }
             let tracee = self.tracee(t.tid).ok_or("a thread is missing").map_err(failure(step))?;
             let missed = tracee.run(&calls, deadline).map_err(failure(step))?;
             self.lose(missed);
+        }
+        Ok(())
+    }
+
+    /// Late: whatever expires from now on is pending when the process goes on.
+    fn start_timers(&self, common: &Common<'_>, deadline: Deadline) -> Result<(), Failure> {
+        let step = "start timers";
+        for errand in timer::errands(self.process, common.clocks_go_on.elapsed()) {
+            let tracee = match errand.thread {
+                Some(tid) => self.tracee(tid).ok_or("a thread is missing").map_err(failure(step))?,
+                None => self.main().map_err(failure(step))?,
+            };
+            tracee.run(&errand.calls, deadline).map_err(failure(step))?;
         }
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! Signals: what is pending is queued again; actions are set by the skeletons, the mask with the registers.
 
-use snapshot::{PendingSignal, Pid, Reason, SigAction};
+use snapshot::{PendingSignal, Pid, Reason, SigAction, timer_of};
 
 use crate::inject::{Call, call};
 
@@ -34,7 +34,11 @@ pub(crate) enum Queue {
 
 /// Queues signals again, in order. To be run by a thread of the process itself: nobody else may say that a signal came from
 /// the kernel.
-pub(crate) fn queue(queue: Queue, pending: &[PendingSignal], losses: &mut Vec<Reason>) -> Vec<Call> {
+pub(crate) fn queue<'a>(
+    queue: Queue,
+    pending: impl IntoIterator<Item = &'a PendingSignal>,
+    losses: &mut Vec<Reason>,
+) -> Vec<Call> {
     let mut calls = Vec::new();
     for signal in pending {
         let signo = signal.signo;
@@ -48,6 +52,10 @@ pub(crate) fn queue(queue: Queue, pending: &[PendingSignal], losses: &mut Vec<Re
         info[..4].copy_from_slice(&signo.to_ne_bytes());
         for (to, from) in info.iter_mut().zip(signal.info.iter().take(48)) {
             *to = *from;
+        }
+        if timer_of(signal).is_some() {
+            // si_sys_private, for the kernel's own use.
+            info[32..36].fill(0);
         }
         let what = format!("queue signal {signo}");
         calls.push(match queue {

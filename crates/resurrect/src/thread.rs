@@ -1,6 +1,6 @@
 //! Threads: made by injected clone3, then given everything that is per thread; registers last.
 
-use snapshot::{Credentials, Fpu, Pid, Reason, Rseq, Scheduling, Thread};
+use snapshot::{Credentials, Fpu, Pid, Process, Reason, Rseq, Scheduling, Thread};
 
 use crate::deadline::Deadline;
 use crate::inject::{Arg, Call, InjectError, Missed, Tracee, call};
@@ -31,7 +31,7 @@ pub(crate) fn create(tid: Pid) -> Call {
 
 /// Everything that a thread does for itself before it goes on, privileges given up at the end.
 pub(crate) fn set_up(
-    pid: Pid,
+    process: &Process,
     t: &Thread,
     own: &Credentials,
     own_slack: u64,
@@ -75,7 +75,8 @@ pub(crate) fn set_up(
     if t.no_new_privs {
         calls.push(prctl("PR_SET_NO_NEW_PRIVS", libc::PR_SET_NO_NEW_PRIVS, 1u64.into()));
     }
-    calls.extend(signal::queue(signal::Queue::Thread(pid, t.tid), &t.pending, losses));
+    let queue = signal::Queue::Thread(process.pid, t.tid);
+    calls.extend(signal::queue(queue, process.without_timers(&t.pending), losses));
     calls
 }
 

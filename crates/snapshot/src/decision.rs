@@ -254,6 +254,7 @@ fn judge(
     crate::pidfd::judge(snapshot, process, &mut reasons);
     crate::inotify::judge(snapshot, process, &mut reasons, &mut losses);
     crate::proc::judge(snapshot, process, &mut reasons, &mut losses);
+    crate::timer::judge(process, &mut reasons, &mut losses);
     for thread in process.threads.iter().filter(|t| t.state != ThreadState::Dead) {
         let tid = thread.tid;
         if let Resume::Impossible { why } = &thread.resume {
@@ -575,6 +576,7 @@ mod tests {
             descriptors: Vec::new(),
             fs: FsContext::default(),
             signals: SignalState::default(),
+            timers: Timers::default(),
             rlimits: Vec::new(),
             ctty: None,
             exit_signal: 17,

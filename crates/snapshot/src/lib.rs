@@ -36,6 +36,7 @@ mod signal;
 mod signalfd;
 mod syscall;
 mod thread;
+mod timer;
 mod timerfd;
 mod tty;
 mod unix;
@@ -64,6 +65,7 @@ pub use signal::{AltStack, PendingSignal, SigAction, SignalState};
 pub use signalfd::SignalFd;
 pub use syscall::{Exec, Resume, SyscallInFlight};
 pub use thread::{Fpu, FpuSource, Registers, Rseq, Scheduling, Seccomp, Thread, ThreadState};
+pub use timer::{IntervalTimer, MAX_TIMER_ID, PosixExpiry, PosixTimer, Timers, timer_of};
 pub use timerfd::{TimerFd, TimerFdExpiry};
 pub use tty::{Termios, Tty, TtyId, WindowSize};
 pub use unix::{

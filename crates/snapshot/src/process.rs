@@ -2,7 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{AddressSpaceId, Bytes, Decision, Descriptor, FsContext, Pid, SignalState, Thread, TtyId};
+use crate::{
+    AddressSpaceId, Bytes, Decision, Descriptor, FsContext, Pid, SignalState, Thread, Timers, TtyId,
+};
 
 /// A process: what `fork` makes (`task_struct` of a thread group leader, `signal_struct`).
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -35,6 +37,9 @@ pub struct Process {
     pub fs: FsContext,
     /// Handlers and signals pending for the process as a whole.
     pub signals: SignalState,
+    #[allow(missing_docs)]
+    #[serde(default)]
+    pub timers: Timers,
     /// Sixteen limits, indexed by RLIMIT_*.
     pub rlimits: Vec<Rlimit>,
     /// Controlling terminal.

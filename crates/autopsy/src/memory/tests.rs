@@ -202,6 +202,7 @@ fn reasons(vma: Vma) -> Vec<String> {
         descriptors: Vec::new(),
         fs: FsContext::default(),
         signals: SignalState::default(),
+        timers: snapshot::Timers::default(),
         rlimits: Vec::new(),
         ctty: None,
         exit_signal: 17,

@@ -197,6 +197,7 @@ impl Freezer {
             descriptors: vec![],
             fs: FsContext::default(),
             signals: SignalState::default(),
+            timers: Timers::default(),
             rlimits: vec![],
             ctty: None,
             exit_signal: number(38) as i32,

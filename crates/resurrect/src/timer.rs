@@ -1,0 +1,145 @@
+//! Timers that send signals. The kernel numbers POSIX timers itself, one after the other: whoever wants number 5 makes and deletes
+//! those before it.
+
+use std::ops::Range;
+use std::time::Duration;
+
+use snapshot::{IntervalTimer, Pid, PosixExpiry, PosixTimer, Process, Timers};
+
+use crate::inject::{Call, call};
+use crate::sys;
+
+/// Numbers that are used up in one go.
+const BATCH: i32 = 200;
+/// Bytes of a `struct sigevent`.
+const SIGEVENT: usize = 64;
+
+/// What one thread has to do for the process's timers, in this order.
+pub(crate) struct Errand {
+    /// `None`: any thread.
+    pub(crate) thread: Option<Pid>,
+    pub(crate) calls: Vec<Call>,
+}
+
+/// Makes all POSIX timers and starts those that ran; then the interval timers. Clocks have gone on for `gone_by`.
+pub(crate) fn errands(process: &Process, gone_by: Duration) -> impl Iterator<Item = Errand> {
+    let timers = &process.timers;
+    let mut next = 0;
+    let posix = timers.posix.iter().flat_map(move |timer| {
+        let unused = next..timer.id;
+        next = timer.id.saturating_add(1);
+        let skips = batches(unused).map(|ids| Errand { thread: None, calls: ids.flat_map(skip).collect() });
+        // A thread's own clock is that of whoever makes the timer.
+        let thread = timer.measures.filter(|whom| *whom != process.pid || timer.clock & PER_THREAD != 0);
+        skips.chain([Errand { thread, calls: make(timer, gone_by) }])
+    });
+    posix.chain([Errand { thread: None, calls: intervals(timers, gone_by) }])
+}
+
+/// CPUCLOCK_PERTHREAD_MASK of clocks below zero (include/linux/posix-timers_types.h).
+const PER_THREAD: i32 = 4;
+
+fn batches(ids: Range<i32>) -> impl Iterator<Item = Range<i32>> {
+    let end = ids.end;
+    ids.step_by(BATCH as usize).map(move |from| from..end.min(from.saturating_add(BATCH)))
+}
+
+fn create(clock: i32, notify: i32, signo: i32, value: u64, target: Pid) -> Call {
+    let mut event = [0u8; SIGEVENT];
+    event[..8].copy_from_slice(&value.to_ne_bytes());
+    event[8..12].copy_from_slice(&signo.to_ne_bytes());
+    event[12..16].copy_from_slice(&notify.to_ne_bytes());
+    event[16..20].copy_from_slice(&target.to_ne_bytes());
+    // The number is known: who got another one fails with the next call.
+    call!("timer_create", libc::SYS_timer_create, clock, event.to_vec(), vec![0u8; 4])
+}
+
+fn skip(id: i32) -> [Call; 2] {
+    let make = create(libc::CLOCK_MONOTONIC, libc::SIGEV_NONE, 0, 0, 0);
+    [make, call!("timer_delete", libc::SYS_timer_delete, id)]
+}
+
+fn make(timer: &PosixTimer, gone_by: Duration) -> Vec<Call> {
+    let mut calls = vec![create(timer.clock, timer.notify, timer.signo, timer.value, timer.target)];
+    let (flags, ns) = match timer.expiry {
+        None => return calls,
+        Some(PosixExpiry::At { ns }) => (libc::TIMER_ABSTIME, u64::try_from(ns).unwrap_or(0)),
+        // CPU time has stood still.
+        Some(PosixExpiry::In { ns }) if timer.measures.is_some() => (0, ns),
+        Some(PosixExpiry::In { ns }) => (0, since(ns, gone_by)),
+    };
+    // Zero would stop it.
+    let spec = [timespec(timer.interval_ns), timespec(ns.max(1))].concat();
+    calls.push(call!("timer_settime", libc::SYS_timer_settime, timer.id, flags, spec, 0u64));
+    calls
+}
+
+fn since(ns: u64, gone_by: Duration) -> u64 {
+    ns.saturating_sub(u64::try_from(gone_by.as_nanos()).unwrap_or(u64::MAX))
+}
+
+fn timespec(ns: u64) -> Vec<u8> {
+    const SECOND: u64 = 1_000_000_000;
+    [ns / SECOND, ns % SECOND].iter().flat_map(|word| word.to_ne_bytes()).collect()
+}
+
+/// To the next microsecond.
+fn timeval(ns: u64) -> Vec<u8> {
+    let us = ns.div_ceil(1000);
+    [us / 1_000_000, us % 1_000_000].iter().flat_map(|word| word.to_ne_bytes()).collect()
+}
+
+fn intervals(timers: &Timers, gone_by: Duration) -> Vec<Call> {
+    let set = |what: &str, which: libc::c_int, timer: Option<IntervalTimer>, gone_by: Duration| {
+        let IntervalTimer { left_ns, interval_ns } = timer?;
+        let spec = [timeval(interval_ns), timeval(since(left_ns, gone_by).max(1))].concat();
+        Some(call!(format!("setitimer {what}"), libc::SYS_setitimer, which, spec, 0u64))
+    };
+    let cpu = Duration::ZERO;
+    [
+        set("ITIMER_VIRTUAL", libc::ITIMER_VIRTUAL, timers.virtual_time, cpu),
+        set("ITIMER_PROF", libc::ITIMER_PROF, timers.profiling, cpu),
+        set("ITIMER_REAL", libc::ITIMER_REAL, timers.real, gone_by),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// POSIX timers that are not as they were, in words.
+pub(crate) fn differences(process: &Process) -> Vec<String> {
+    let Ok(now) = sys::read_proc(&format!("/proc/{}/timers", process.pid)) else {
+        // A kernel without CONFIG_CHECKPOINT_RESTORE: the calls have succeeded.
+        return vec![];
+    };
+    let now = String::from_utf8_lossy(&now);
+    let count = now.lines().filter(|line| line.starts_with("ID: ")).count();
+    let missing =
+        process.timers.posix.iter().map(PosixTimer::proc_entry).filter(|entry| !now.contains(entry));
+    let mut found: Vec<_> = missing
+        .map(|entry| format!("it lacks the POSIX timer {}", entry.trim().replace('\n', ", ")))
+        .collect();
+    if found.is_empty() && count != process.timers.posix.len() {
+        found.push(format!("it has {count} POSIX timers and had {}", process.timers.posix.len()));
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unused_numbers_are_skipped_in_batches() {
+        let all: Vec<_> = batches(0..450).collect();
+        assert_eq!(all, [0..200, 200..400, 400..450]);
+        assert_eq!(batches(3..3).count(), 0);
+    }
+
+    #[test]
+    fn times_are_rounded_up() {
+        assert_eq!(timeval(1_000_001), [0u64.to_ne_bytes(), 1001u64.to_ne_bytes()].concat());
+        assert_eq!(timeval(1), [0u64.to_ne_bytes(), 1u64.to_ne_bytes()].concat());
+        assert_eq!(since(5, Duration::from_secs(1)), 0);
+    }
+}
