@@ -6,6 +6,8 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Error, FileContext as _, Result};
 use crate::kernel::{Kernel, Series};
 use crate::{Key, Lab, host};
@@ -49,6 +51,40 @@ const MASKED: &[&str] = &[
     "systemd-networkd-wait-online.service",
 ];
 
+/// What is installed beside the small system.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Flavour {
+    /// Nothing.
+    #[default]
+    Small,
+    /// Real programs, as Debian ships them.
+    Programs,
+}
+
+impl Flavour {
+    fn packages(self) -> Vec<&'static str> {
+        let more: &[&str] = match self {
+            Flavour::Small => &[],
+            Flavour::Programs => {
+                &["tmux", "vim", "redis-server", "redis-tools", "nginx", "postgresql", "mariadb-server"]
+            }
+        };
+        PACKAGES.iter().chain(more).copied().collect()
+    }
+
+    /// Units of services that are started by who wants them.
+    fn masked(self) -> Vec<&'static str> {
+        let more: &[&str] = match self {
+            Flavour::Small => &[],
+            Flavour::Programs => {
+                &["redis-server.service", "nginx.service", "postgresql.service", "mariadb.service"]
+            }
+        };
+        MASKED.iter().chain(more).copied().collect()
+    }
+}
+
 /// A base image.
 #[derive(Debug, Clone)]
 pub struct Image {
@@ -60,7 +96,7 @@ pub struct Image {
 
 impl Lab {
     /// The guest image with the given kernels; builds it if its inputs have changed.
-    pub fn image(&self) -> Result<Image> {
+    pub fn image(&self, flavour: Flavour) -> Result<Image> {
         let kernels =
             Series::ALL.into_iter().map(|series| self.kernel(series)).collect::<Result<Vec<_>>>()?;
         let _lock = self.lock("images")?;
@@ -68,8 +104,8 @@ impl Lab {
             .with(LAYOUT)
             .with(SUITE)
             .with(DISK_SIZE)
-            .with(&PACKAGES.join(" "))
-            .with(&MASKED.join(" "));
+            .with(&flavour.packages().join(" "))
+            .with(&flavour.masked().join(" "));
         for kernel in &kernels {
             key = key.with(&kernel.release);
         }
@@ -80,7 +116,7 @@ impl Lab {
             let part = dir.with_extension("part");
             let _ = fs::remove_dir_all(&part);
             fs::create_dir_all(&part).at(&part)?;
-            self.build(&part, &kernels)?;
+            self.build(&part, &kernels, flavour)?;
             let _ = fs::remove_dir_all(&dir);
             fs::rename(&part, &dir).at(&dir)?;
         }
@@ -88,7 +124,7 @@ impl Lab {
         Ok(Image { disk: image, id: key.with(&packages).text() })
     }
 
-    fn build(&self, dir: &Path, kernels: &[Kernel]) -> Result<()> {
+    fn build(&self, dir: &Path, kernels: &[Kernel], flavour: Flavour) -> Result<()> {
         if !host::is_root() {
             return Err(Error::Host(
                 "building the guest image needs root (files of many owners): run this once with sudo".into(),
@@ -102,7 +138,7 @@ impl Lab {
         let mut mmdebstrap = Command::new("mmdebstrap");
         mmdebstrap
             .args(["--mode=root", "--variant=minbase", "--quiet"])
-            .arg(format!("--include={}", PACKAGES.join(",")))
+            .arg(format!("--include={}", flavour.packages().join(",")))
             .args(["--aptopt=Acquire::Check-Valid-Until \"false\"", "--dpkgopt=force-unsafe-io"]);
         for path in ["/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*"] {
             mmdebstrap.arg(format!("--dpkgopt=path-exclude={path}"));
@@ -120,7 +156,7 @@ impl Lab {
             host::run(Command::new("cp").arg("-a").arg(kernel.tree.join("boot/.")).arg(tree.join("boot")))?;
             host::run(Command::new("depmod").arg("-b").arg(&tree).arg(&kernel.release))?;
         }
-        configure(&tree)?;
+        configure(&tree, flavour)?;
         let list = host::run(
             Command::new("dpkg-query")
                 .arg(format!("--admindir={}", tree.join("var/lib/dpkg").display()))
@@ -180,7 +216,7 @@ fn ensure(dir: &Path) -> Result<&Path> {
 }
 
 /// What a system administrator would set on such a machine.
-fn configure(tree: &Path) -> Result<()> {
+fn configure(tree: &Path, flavour: Flavour) -> Result<()> {
     let write = |path: &str, text: &str| {
         let path = tree.join(path);
         fs::write(&path, text).at(&path)
@@ -203,7 +239,7 @@ fn configure(tree: &Path) -> Result<()> {
     let home = tree.join("home").join(DEMO_USER);
     fs::create_dir_all(&home).at(&home)?;
     std::os::unix::fs::chown(&home, Some(DEMO_UID), Some(DEMO_UID)).at(&home)?;
-    for unit in MASKED {
+    for unit in flavour.masked() {
         let path = tree.join("etc/systemd/system").join(unit);
         let _ = fs::remove_file(&path);
         symlink("/dev/null", &path).at(&path)?;

@@ -14,6 +14,7 @@ use serde_json::json;
 
 use crate::channel::Channel;
 use crate::error::{Error, FileContext as _, Result};
+use crate::image::Flavour;
 use crate::kernel::Series;
 use crate::protocol::PORT_NAME;
 use crate::qmp::Qmp;
@@ -41,6 +42,9 @@ pub struct MachineConfig {
     pub series: Series,
     /// What runs it.
     pub accel: Accel,
+    /// What is installed.
+    #[serde(default)]
+    pub flavour: Flavour,
     /// RAM in MiB.
     pub memory_mib: u32,
     /// RAM reserved for the crash kernel in MiB; 0 reserves none.
@@ -66,6 +70,7 @@ impl MachineConfig {
         Self {
             series,
             accel,
+            flavour: Flavour::default(),
             memory_mib: 2048,
             crashkernel_mib: 768,
             cpus: 2,

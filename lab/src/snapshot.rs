@@ -69,7 +69,7 @@ impl Lab {
     /// A guest of this configuration that has booted and settled.
     pub fn booted(&self, config: &MachineConfig) -> Result<Snapshot> {
         let kernel = self.kernel(config.series)?;
-        let image = self.image()?;
+        let image = self.image(config.flavour)?;
         let agent = fs::read(self.agent_binary()).at(self.agent_binary())?;
         let config_text = serde_json::to_string(config).unwrap_or_default();
         let key = Key::new("boot")
@@ -147,7 +147,7 @@ impl Lab {
     /// Boots a guest from the base image, without any snapshot.
     pub fn cold_start(&self, config: &MachineConfig, name: &str) -> Result<Guest> {
         let kernel = self.kernel(config.series)?;
-        let image = self.image()?;
+        let image = self.image(config.flavour)?;
         let agent_binary = fs::read(self.agent_binary()).at(self.agent_binary())?;
         let runs = self.cache().join("runs");
         let dir = runs.join(name);

@@ -12,6 +12,7 @@ mod fpu_runs;
 mod ground_truth;
 mod guest;
 mod lab_cmd;
+mod real_programs;
 mod survive;
 mod test;
 mod ui;
@@ -76,6 +77,8 @@ enum Command {
     CrashRuns(crash_runs::CrashRuns),
     /// Takes one small program per kind of kernel state through a panic.
     Survivors(survive::Survivors),
+    /// Takes real programs, as Debian ships them, through panics at random moments.
+    RealPrograms(real_programs::RealPrograms),
     /// Takes live vector registers through panics, with and without the register saver.
     FpuRuns(fpu_runs::FpuRuns),
     /// Breaks one thing at a time on a machine, and looks whether it is named and nothing else is lost.
@@ -100,6 +103,7 @@ fn main() -> ExitCode {
         Command::Test(command) => command.run(&cli.global),
         Command::CrashRuns(command) => command.run(&cli.global),
         Command::Survivors(command) => command.run(&cli.global),
+        Command::RealPrograms(command) => command.run(&cli.global),
         Command::FpuRuns(command) => command.run(&cli.global),
         Command::Unhappy(command) => command.run(&cli.global),
         Command::GroundTruth(command) => command.run(&cli.global),

@@ -246,7 +246,7 @@ impl Claim {
     }
 
     /// Whether it lives and has lost nothing that a survivor could notice.
-    fn whole(&self) -> bool {
+    pub fn whole(&self) -> bool {
         self.lives() && self.reasons.iter().all(|(code, _)| OF_ALL.contains(&code.as_str()))
     }
 
@@ -264,7 +264,8 @@ impl fmt::Display for Claim {
     }
 }
 
-fn claims(report: &serde_json::Value) -> BTreeMap<i32, Claim> {
+/// What a report says of each process.
+pub fn claims(report: &serde_json::Value) -> BTreeMap<i32, Claim> {
     let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
     let claim = |process: &serde_json::Value| {
         let reasons = process["reasons"].as_array().into_iter().flatten();

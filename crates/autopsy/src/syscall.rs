@@ -746,7 +746,7 @@ impl<'a> Dead<'a> {
         let state = self.ctx.task.wrapping_add(kernel.offset_of("task_struct", "__state").ok()?);
         let sock = kernel.read_u64(socket.wrapping_add(kernel.offset_of("socket", "sk").ok()?)).ok()?;
         let low = sock.wrapping_add(kernel.offset_of("sock", "sk_rcvlowat").ok()?);
-        let sleeps = !self.ctx.on_cpu && kernel.read_u32(state).ok()? == TASK_INTERRUPTIBLE;
+        let sleeps = !self.ctx.on_cpu && sleeps_interruptibly(kernel.read_u32(state).ok()?);
         Some(sleeps && kernel.read_i32(low).ok()? <= 1)
     }
 
@@ -950,6 +950,12 @@ impl Dead<'_> {
     fn is_ours(&self, parent: u64, tgid: Pid) -> bool {
         parent == self.ctx.task || self.ctx.tasks.iter().any(|task| task.addr == parent && task.tgid == tgid)
     }
+}
+
+/// By `task_struct.__state`: a signal would wake it. There may be more bits: readers of unix sockets may be frozen too
+/// (TASK_FREEZABLE).
+fn sleeps_interruptibly(state: u32) -> bool {
+    state & TASK_INTERRUPTIBLE != 0
 }
 
 fn words(bytes: &[u8]) -> Vec<u64> {
@@ -1166,6 +1172,14 @@ mod tests {
 
     fn at(ns: i64) -> Fake {
         Fake { expiry: Some(Expiry::monotonic(ns)), ..Fake::default() }
+    }
+
+    #[test]
+    fn who_may_be_frozen_sleeps_too() {
+        const TASK_FREEZABLE: u32 = 0x2000;
+        const TASK_KILLABLE: u32 = 0x102;
+        assert!(sleeps_interruptibly(1) && sleeps_interruptibly(1 | TASK_FREEZABLE));
+        assert!(!sleeps_interruptibly(0) && !sleeps_interruptibly(TASK_KILLABLE));
     }
 
     #[test]

@@ -4,7 +4,7 @@
 use ktypes::KernelType;
 use snapshot::{
     Bytes, FileId, Severity, UnixCredentials, UnixData, UnixDirectory, UnixId, UnixKind, UnixMessage,
-    UnixOptions, UnixPlace, UnixSocket,
+    UnixPlace, UnixSocket,
 };
 use vmcore::{PAGE_SHIFT, PAGE_SIZE};
 
@@ -26,18 +26,11 @@ const MAX_FILES: i16 = 253;
 const MAX_ADDRESS: i32 = 111;
 /// Names in the file system hash below this, abstract ones from it on (UNIX_HASH_MOD + 1, `unix_abstract_hash()`).
 const ABSTRACT_HASH: u32 = 256;
-/// MAX_SCHEDULE_TIMEOUT: for ever.
-const FOR_EVER: i64 = i64::MAX;
 
 const SOCK_STREAM: i16 = 1;
 const SOCK_DGRAM: i16 = 2;
 const SOCK_SEQPACKET: i16 = 5;
 const TCP_LISTEN: u8 = 10;
-
-// Bits of socket.flags (include/linux/net.h).
-const SOCK_PASSCRED: u32 = 3;
-const SOCK_PASSSEC: u32 = 4;
-const SOCK_PASSPIDFD: u32 = 7;
 
 #[derive(KernelType)]
 #[kernel("socket")]
@@ -51,8 +44,6 @@ struct Socket {
 struct Sock {
     #[kernel("__sk_common.skc_state")]
     state: u8,
-    #[kernel("__sk_common.skc_reuse")]
-    reuse: u8,
     #[kernel("__sk_common.skc_hash")]
     hash: u32,
     #[kernel("__sk_common.skc_bind_node.pprev")]
@@ -63,17 +54,7 @@ struct Sock {
     flags: u64,
     #[kernel("sk_receive_queue", address)]
     receive_queue: u64,
-    sk_rcvlowat: i32,
-    sk_rcvbuf: i32,
-    sk_sndbuf: i32,
-    sk_filter: u64,
-    sk_peek_off: i32,
-    sk_sndtimeo: i64,
-    sk_rcvtimeo: i64,
-    sk_priority: u32,
-    sk_mark: u32,
     sk_type: u16,
-    sk_lingertime: u64,
     sk_err: i32,
     sk_max_ack_backlog: u32,
     sk_peer_pid: u64,
@@ -229,9 +210,11 @@ impl Autopsy<'_> {
         };
         let socket: Option<Socket> =
             (sock.sk_socket != 0).then(|| self.kernel.read(sock.sk_socket)).transpose()?;
-        let closed = self.has_flag(&sock, "SOCK_DEAD", 0);
+        let closed = self.socket_flag(sock.flags, "SOCK_DEAD", 0);
         let listens = sock.state == TCP_LISTEN && !closed;
-        let mut unsupported = self.unix_obstacle(&sock, &unix);
+        let (options, obstacle) =
+            self.socket_options(addr, socket.as_ref().map_or(0, |socket| socket.flags))?;
+        let mut unsupported = self.unix_obstacle(&sock, &unix).or(obstacle);
         let (mut queue, mut waiting) = (Vec::new(), Vec::new());
         // What a closed socket had received is gone, or about to go.
         for skb in if closed { Vec::new() } else { self.skb_queue(sock.receive_queue)? } {
@@ -271,14 +254,9 @@ impl Autopsy<'_> {
             error: sock.sk_err,
             peer_credentials,
             max_queue: sock.sk_max_ack_backlog,
-            options: self.unix_options(addr, &sock, socket.map_or(0, |socket| socket.flags))?,
+            options,
             unsupported,
         })
-    }
-
-    fn has_flag(&self, sock: &Sock, name: &str, documented: u64) -> bool {
-        let bit = self.enumerator(name, documented);
-        bit < 64 && sock.flags >> bit & 1 != 0
     }
 
     /// What is not brought back of a socket's state.
@@ -286,66 +264,11 @@ impl Autopsy<'_> {
         if unix.oob_skb.is_some_and(|skb| skb != 0) {
             return Some("it holds an out-of-band byte: not brought back by this version".into());
         }
-        if sock.sk_filter != 0 {
-            return Some("it has a filter (SO_ATTACH_FILTER): not brought back by this version".into());
-        }
         if !matches!(self.kernel.symbol_at(sock.prot), Some("unix_stream_proto" | "unix_dgram_proto") | None)
         {
             return Some("a BPF program redirects it (sockmap): not brought back by this version".into());
         }
-        // include/net/sock.h, enum sock_flags.
-        let unusual = [
-            ("SOCK_DBG", 10),
-            ("SOCK_TIMESTAMPING_RX_SOFTWARE", 15),
-            ("SOCK_RXQ_OVFL", 17),
-            ("SOCK_ZEROCOPY", 18),
-            ("SOCK_FILTER_LOCKED", 21),
-            ("SOCK_SELECT_ERR_QUEUE", 22),
-            ("SOCK_TXTIME", 24),
-            ("SOCK_TSTAMP_NEW", 26),
-            ("SOCK_RCVMARK", 27),
-        ];
-        let set = unusual.iter().find(|(name, documented)| self.has_flag(sock, name, *documented));
-        set.map(|(name, _)| {
-            format!("an unusual option is set on it ({name}): not brought back by this version")
-        })
-    }
-
-    fn unix_options(&self, addr: u64, sock: &Sock, flags: u64) -> Result<UnixOptions> {
-        let timeout = |jiffies: i64| match jiffies {
-            FOR_EVER => Ok(None),
-            ticks if ticks >= 0 => Ok(Some((ticks as u64).saturating_mul(self.tick_us()?))),
-            ticks => Err(corrupt("sock", addr, format!("a timeout of {ticks} ticks"))),
-        };
-        let flag = |name, documented| self.has_flag(sock, name, documented);
-        let pass = |bit: u32| flags >> bit & 1 != 0;
-        let linger = match flag("SOCK_LINGER", 4) {
-            true => {
-                Some((sock.sk_lingertime.saturating_mul(self.tick_us()?) / 1_000_000).min(i32::MAX as u64))
-            }
-            false => None,
-        };
-        let timestamps = (flag("SOCK_RCVTSTAMP", 11), flag("SOCK_RCVTSTAMPNS", 12));
-        Ok(UnixOptions {
-            send_buffer: sock.sk_sndbuf.max(0) as u32,
-            receive_buffer: sock.sk_rcvbuf.max(0) as u32,
-            receive_low_water: sock.sk_rcvlowat.max(1) as u32,
-            send_timeout_us: timeout(sock.sk_sndtimeo)?,
-            receive_timeout_us: timeout(sock.sk_rcvtimeo)?,
-            peek_offset: sock.sk_peek_off,
-            priority: sock.sk_priority,
-            mark: sock.sk_mark,
-            linger: linger.map(|seconds| seconds as u32),
-            reuse_address: sock.reuse != 0,
-            pass_credentials: pass(SOCK_PASSCRED),
-            pass_security: pass(SOCK_PASSSEC),
-            pass_pidfd: pass(SOCK_PASSPIDFD),
-            keep_alive: flag("SOCK_KEEPOPEN", 3),
-            broadcast: flag("SOCK_BROADCAST", 6),
-            out_of_band_inline: flag("SOCK_URGINLINE", 2),
-            timestamp: timestamps.0 && !timestamps.1,
-            timestamp_ns: timestamps.1,
-        })
+        None
     }
 
     /// The name behind the address family.

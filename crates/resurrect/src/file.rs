@@ -15,8 +15,8 @@ use snapshot::{
 
 use crate::inject::{Call, call};
 use crate::{
-    FileStale, FileWritten, clock, epoll, eventfd, inotify, memfd, page_cache, pidfd, pipe, proc, pty,
-    signalfd, sys, timerfd, tty, unix,
+    FileStale, FileWritten, clock, epoll, eventfd, inet, inotify, memfd, netlink, page_cache, pidfd, pipe,
+    proc, pty, signalfd, sys, timerfd, tty, unix,
 };
 
 /// Flags that only mean something to the open call itself.
@@ -406,7 +406,9 @@ impl Files {
             }
             FileKind::Inotify(_) => inotify::create().map_err(|e| io("inotify_init", e))?,
             FileKind::PidFd(_) => return Err(Reason::new("descriptor", "its process is not there yet")),
-            // Sockets are made when all files are there.
+            FileKind::Inet(state) => inet::restore(state).map_err(|why| Reason::new("socket", why))?,
+            FileKind::Netlink(state) => netlink::restore(state).map_err(|why| Reason::new("socket", why))?,
+            // Unix sockets are made when all files are there.
             FileKind::Unix { .. } => {
                 return unix::placeholder(self.base).map_err(|e| io("placeholder", e));
             }

@@ -13,14 +13,13 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use snapshot::{
     Bytes, FileId, FileKind, PhysMem, Pid, Process, Reason, Snapshot, UnixCredentials, UnixId, UnixKind,
-    UnixMessage, UnixOptions, UnixPlace, UnixSocket,
+    UnixMessage, UnixPlace, UnixSocket,
 };
 
-use crate::sys;
+use crate::{socket, sys};
 
 /// Large enough for everything that the old queue held, while it is being filled (bytes, as SO_SNDBUFFORCE takes them).
 const FILLING_BUFFER: u32 = 1 << 29;
-const SO_PASSPIDFD: i32 = 76;
 const MAX_DGRAM_QLEN: &str = "/proc/sys/net/unix/max_dgram_qlen";
 
 /// A placeholder's number in our table, taken before the socket itself can be made.
@@ -167,7 +166,7 @@ impl Maker<'_> {
     /// Nobody must take a placeholder for a socket.
     fn verify(&self, id: UnixId) -> Done {
         let fd = self.fd(id).ok_or("it was not made")?;
-        get_option(fd, libc::SO_TYPE).map(drop).map_err(say("it was not made"))
+        socket::get_option(fd, libc::SOL_SOCKET, libc::SO_TYPE).map(drop).map_err(say("it was not made"))
     }
 
     fn step(&mut self, id: UnixId, step: impl FnOnce(&mut Self) -> Done) {
@@ -407,11 +406,7 @@ impl Maker<'_> {
         let fd = self.fd(id).ok_or("it was not made")?;
         let address = socket.address.clone().ok_or("it listens without a name")?;
         let who = socket.peer_credentials.clone().unwrap_or_default();
-        self.act(&[id], &who, &Where::Here, || {
-            // SAFETY: numbers only.
-            Errno::result(unsafe { libc::listen(fd, backlog as i32) }).map(drop)
-        })
-        .map_err(say("listen"))?;
+        self.act(&[id], &who, &Where::Here, || socket::listen(fd, backlog)).map_err(say("listen"))?;
         let from = self.reach(id, &socket)?;
         for &waiting_id in &socket.waiting {
             let waiting = self.socket(waiting_id)?.clone();
@@ -508,8 +503,9 @@ impl Maker<'_> {
         if queue.is_empty() {
             return Ok(());
         }
-        let before = get_option(fd, libc::SO_SNDBUF).map_err(say("SO_SNDBUF"))?;
-        set_option(fd, libc::SO_SNDBUFFORCE, FILLING_BUFFER as i32).map_err(say("SO_SNDBUFFORCE"))?;
+        let before = socket::get_option(fd, libc::SOL_SOCKET, libc::SO_SNDBUF).map_err(say("SO_SNDBUF"))?;
+        socket::set_option(fd, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, FILLING_BUFFER as i32)
+            .map_err(say("SO_SNDBUFFORCE"))?;
         for now in queue.chunk_by(|a, b| a.credentials == b.credentials) {
             let Some(first) = now.first() else { continue };
             let mut contents = Vec::new();
@@ -541,7 +537,8 @@ impl Maker<'_> {
                 }
             }
         }
-        set_option(fd, libc::SO_SNDBUFFORCE, before / 2).map_err(say("SO_SNDBUFFORCE"))
+        socket::set_option(fd, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, before / 2)
+            .map_err(say("SO_SNDBUFFORCE"))
     }
 
     fn bytes(&self, message: &UnixMessage) -> Result<Vec<u8>, String> {
@@ -611,7 +608,7 @@ impl Maker<'_> {
             let text = format!("the error {} that a socket was to return is not returned", socket.error);
             self.lose(id, "socket-error", text);
         }
-        set_options(fd, &socket.options)
+        socket::set_options(fd, &socket.options)
     }
 
     /// Does something that the kernel notes its doer for. Who it was is noted right, or a loss is named for the sockets `ids`.
@@ -861,82 +858,6 @@ fn add_control(control: &mut Vec<u8>, kind: i32, data: &[u8]) {
     control.extend(kind.to_ne_bytes());
     control.extend(data);
     control.resize(control.len().next_multiple_of(size_of::<usize>()), 0);
-}
-
-fn set_option(fd: RawFd, option: i32, value: i32) -> Result<(), Errno> {
-    // SAFETY: the kernel reads an int.
-    let r = unsafe {
-        libc::setsockopt(fd, libc::SOL_SOCKET, option, (&raw const value).cast(), size_of::<i32>() as u32)
-    };
-    Errno::result(r).map(drop)
-}
-
-fn get_option(fd: RawFd, option: i32) -> Result<i32, Errno> {
-    let (mut value, mut len) = (0i32, size_of::<i32>() as u32);
-    // SAFETY: the kernel writes an int.
-    let r = unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, option, (&raw mut value).cast(), &raw mut len) };
-    Errno::result(r).map(|_| value)
-}
-
-/// setsockopt(2) for all that differs from a new socket's.
-fn set_options(fd: RawFd, options: &UnixOptions) -> Done {
-    // What getsockopt(2) gives is twice what setsockopt(2) takes.
-    let sizes = [
-        (libc::SO_SNDBUF, libc::SO_SNDBUFFORCE, options.send_buffer),
-        (libc::SO_RCVBUF, libc::SO_RCVBUFFORCE, options.receive_buffer),
-    ];
-    for (get, set, wanted) in sizes {
-        let wanted = wanted as i32;
-        if get_option(fd, get).map_err(say("buffer size"))? != wanted {
-            set_option(fd, set, wanted / 2).map_err(say("buffer size"))?;
-        }
-    }
-    let flags = [
-        (libc::SO_PASSCRED, "SO_PASSCRED", options.pass_credentials),
-        (libc::SO_PASSSEC, "SO_PASSSEC", options.pass_security),
-        (SO_PASSPIDFD, "SO_PASSPIDFD", options.pass_pidfd),
-        (libc::SO_KEEPALIVE, "SO_KEEPALIVE", options.keep_alive),
-        (libc::SO_BROADCAST, "SO_BROADCAST", options.broadcast),
-        (libc::SO_OOBINLINE, "SO_OOBINLINE", options.out_of_band_inline),
-        (libc::SO_REUSEADDR, "SO_REUSEADDR", options.reuse_address),
-        (libc::SO_TIMESTAMP, "SO_TIMESTAMP", options.timestamp),
-        (libc::SO_TIMESTAMPNS, "SO_TIMESTAMPNS", options.timestamp_ns),
-    ];
-    let numbers = [
-        (libc::SO_RCVLOWAT, "SO_RCVLOWAT", options.receive_low_water as i32, 1),
-        (libc::SO_PEEK_OFF, "SO_PEEK_OFF", options.peek_offset, -1),
-        (libc::SO_PRIORITY, "SO_PRIORITY", options.priority as i32, 0),
-        (libc::SO_MARK, "SO_MARK", options.mark as i32, 0),
-    ];
-    let flags = flags.into_iter().map(|(option, name, on)| (option, name, i32::from(on), 0));
-    for (option, name, value, default) in flags.chain(numbers) {
-        if value != default {
-            set_option(fd, option, value).map_err(say(name))?;
-        }
-    }
-    let times = [
-        (libc::SO_SNDTIMEO, "SO_SNDTIMEO", options.send_timeout_us),
-        (libc::SO_RCVTIMEO, "SO_RCVTIMEO", options.receive_timeout_us),
-    ];
-    for (option, name, time) in times {
-        let Some(us) = time else { continue };
-        let value = libc::timeval { tv_sec: (us / 1_000_000) as i64, tv_usec: (us % 1_000_000) as i64 };
-        set_structure(fd, option, &value).map_err(say(name))?;
-    }
-    if let Some(seconds) = options.linger {
-        let value = libc::linger { l_onoff: 1, l_linger: seconds as i32 };
-        set_structure(fd, libc::SO_LINGER, &value).map_err(say("SO_LINGER"))?;
-    }
-    Ok(())
-}
-
-fn set_structure<T>(fd: RawFd, option: i32, value: &T) -> Result<(), Errno> {
-    // SAFETY: the kernel reads the structure; each option is used with the one that belongs to it.
-    let r = unsafe {
-        let value = std::ptr::from_ref(value).cast();
-        libc::setsockopt(fd, libc::SOL_SOCKET, option, value, size_of::<T>() as u32)
-    };
-    Errno::result(r).map(drop)
 }
 
 /// How many messages may wait in a datagram socket that is made now.

@@ -254,6 +254,8 @@ fn judge(
     crate::pidfd::judge(snapshot, process, &mut reasons);
     crate::inotify::judge(snapshot, process, &mut reasons, &mut losses);
     crate::proc::judge(snapshot, process, &mut reasons, &mut losses);
+    crate::inet::judge(snapshot, process, &mut reasons, &mut losses);
+    crate::netlink::judge(snapshot, process, &mut reasons, &mut losses);
     crate::timer::judge(process, &mut reasons, &mut losses);
     for thread in process.threads.iter().filter(|t| t.state != ThreadState::Dead) {
         let tid = thread.tid;
@@ -495,7 +497,12 @@ fn judge_descriptors(
             | FileKind::SignalFd(_)
             | FileKind::HungUpTty => {}
             // Judged in the files of their kinds.
-            FileKind::PidFd(_) | FileKind::Inotify(_) | FileKind::Proc(_) | FileKind::Namespace(_) => {}
+            FileKind::PidFd(_)
+            | FileKind::Inotify(_)
+            | FileKind::Proc(_)
+            | FileKind::Namespace(_)
+            | FileKind::Inet(_)
+            | FileKind::Netlink(_) => {}
         }
     }
 }
@@ -634,7 +641,7 @@ mod tests {
             error: 0,
             peer_credentials: None,
             max_queue: 10,
-            options: UnixOptions::default(),
+            options: SocketOptions::default(),
             unsupported: None,
         }
     }

@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Bytes, Epoll, EventFd, Inotify, NamespaceFile, PAGE_SIZE, PidFd, PipeEnd, PipeId, ProcFile, SignalFd,
-    TimerFd, Timestamp, TtyId, UnixId,
+    Bytes, Epoll, EventFd, InetSocket, Inotify, NamespaceFile, NetlinkSocket, PAGE_SIZE, PidFd, PipeEnd,
+    PipeId, ProcFile, SignalFd, TimerFd, Timestamp, TtyId, UnixId,
 };
 
 /// Address of a `struct file` in the dead kernel.
@@ -98,6 +98,10 @@ pub enum FileKind {
         #[allow(missing_docs)]
         socket: UnixId,
     },
+    /// A TCP or UDP socket.
+    Inet(Box<InetSocket>),
+    /// A netlink socket.
+    Netlink(Box<NetlinkSocket>),
     /// Opened with O_PATH: a place in the tree, nothing more.
     Path,
     /// A terminal that was hung up: nobody can use it any more.

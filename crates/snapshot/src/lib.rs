@@ -21,10 +21,12 @@ mod eventfd;
 mod file;
 mod finding;
 mod fs;
+mod inet;
 mod inotify;
 mod ipc;
 mod lock;
 mod memory;
+mod netlink;
 mod panic;
 mod physmem;
 mod pidfd;
@@ -34,6 +36,7 @@ mod process;
 mod pty;
 mod signal;
 mod signalfd;
+mod socket;
 mod syscall;
 mod thread;
 mod timer;
@@ -50,10 +53,12 @@ pub use eventfd::EventFd;
 pub use file::{Descriptor, FileId, FileKind, Inode, InodeId, MAX_DESCRIPTOR, OpenFile, PageCacheRun};
 pub use finding::{Finding, Severity};
 pub use fs::{FsContext, Mount, MountFlags, Timestamp};
+pub use inet::{InetProtocol, InetSocket, InetState};
 pub use inotify::{Inotify, MAX_WATCH_DESCRIPTOR, Watch};
 pub use ipc::{Ipc, IpcPerm, Message, MsgQueue, SemArray, SemUndo, ShmSegment};
 pub use lock::{Lock, LockKind, LockOwner};
 pub use memory::{AddressSpace, AddressSpaceId, MmLayout, PageRun, Prot, SwapRun, Vma, VmaFlags, VmaKind};
+pub use netlink::NetlinkSocket;
 pub use panic::{Frame, Kernel, LogRecord, Panic, vdso_fingerprint};
 pub use physmem::{PAGE_SIZE, PhysMap, PhysMem, PhysMemError, PhysRange, StableBytes};
 pub use pidfd::PidFd;
@@ -63,14 +68,14 @@ pub use process::{Namespaces, Process, ProcessState, Rlimit};
 pub use pty::Pty;
 pub use signal::{AltStack, PendingSignal, SigAction, SignalState};
 pub use signalfd::SignalFd;
+pub use socket::{ProtocolOption, SocketOptions};
 pub use syscall::{Exec, Resume, SyscallInFlight};
 pub use thread::{Fpu, FpuSource, Registers, Rseq, Scheduling, Seccomp, Thread, ThreadState};
 pub use timer::{IntervalTimer, MAX_TIMER_ID, PosixExpiry, PosixTimer, Timers, timer_of};
 pub use timerfd::{TimerFd, TimerFdExpiry};
 pub use tty::{Termios, Tty, TtyId, WindowSize};
 pub use unix::{
-    UnixCredentials, UnixData, UnixDirectory, UnixId, UnixKind, UnixMessage, UnixOptions, UnixPlace,
-    UnixSocket, unix_name,
+    UnixCredentials, UnixData, UnixDirectory, UnixId, UnixKind, UnixMessage, UnixPlace, UnixSocket, unix_name,
 };
 
 use std::collections::BTreeMap;

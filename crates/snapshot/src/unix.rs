@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Bytes, FileId, Snapshot};
+use crate::{Bytes, FileId, Snapshot, SocketOptions};
 
 /// Address of a `struct unix_sock` in the dead kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -56,7 +56,7 @@ pub struct UnixSocket {
     /// Messages that a datagram socket may hold before senders wait (net.unix.max_dgram_qlen when it was made).
     pub max_queue: u32,
     #[allow(missing_docs)]
-    pub options: UnixOptions,
+    pub options: SocketOptions,
     /// Why it cannot be brought back; for people.
     pub unsupported: Option<String>,
 }
@@ -136,47 +136,6 @@ pub struct UnixData {
     pub addr: u64,
     /// Bytes.
     pub len: u32,
-}
-
-/// What setsockopt(2) sets.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct UnixOptions {
-    /// SO_SNDBUF, as getsockopt(2) gives it.
-    pub send_buffer: u32,
-    /// SO_RCVBUF, likewise.
-    pub receive_buffer: u32,
-    /// SO_RCVLOWAT.
-    pub receive_low_water: u32,
-    /// SO_SNDTIMEO, microseconds; `None`: none.
-    pub send_timeout_us: Option<u64>,
-    /// SO_RCVTIMEO.
-    pub receive_timeout_us: Option<u64>,
-    /// SO_PEEK_OFF, -1: not used.
-    pub peek_offset: i32,
-    /// SO_PRIORITY.
-    pub priority: u32,
-    /// SO_MARK.
-    pub mark: u32,
-    /// SO_LINGER, seconds; `None`: off.
-    pub linger: Option<u32>,
-    /// SO_REUSEADDR.
-    pub reuse_address: bool,
-    /// SO_PASSCRED.
-    pub pass_credentials: bool,
-    /// SO_PASSSEC.
-    pub pass_security: bool,
-    /// SO_PASSPIDFD (since 6.5).
-    pub pass_pidfd: bool,
-    /// SO_KEEPALIVE.
-    pub keep_alive: bool,
-    /// SO_BROADCAST.
-    pub broadcast: bool,
-    /// SO_OOBINLINE.
-    pub out_of_band_inline: bool,
-    /// SO_TIMESTAMP.
-    pub timestamp: bool,
-    /// SO_TIMESTAMPNS.
-    pub timestamp_ns: bool,
 }
 
 impl UnixSocket {

@@ -230,6 +230,8 @@ fn kind_word(kind: &FileKind) -> String {
         FileKind::TimerFd(_) => "timerfd".into(),
         FileKind::SignalFd(_) => "signalfd".into(),
         FileKind::Unix { .. } => "unix".into(),
+        FileKind::Inet(_) => "inet".into(),
+        FileKind::Netlink(_) => "netlink".into(),
         FileKind::Path => "path".into(),
         FileKind::PidFd(pidfd) => format!("pidfd {}", pidfd.pid),
         FileKind::Inotify(inotify) => format!("inotify {}", inotify.watches.len()),
@@ -251,6 +253,8 @@ fn files(snapshot: &Snapshot, process: &Process) -> String {
         let cloexec = if d.cloexec { libc::O_CLOEXEC } else { 0 };
         let name = match &file.kind {
             FileKind::Unix { socket } => snapshot.unix_description(*socket),
+            FileKind::Inet(socket) => socket.description(),
+            FileKind::Netlink(socket) => socket.description(),
             _ => file.path.to_string(),
         };
         out.push_str(&format!(

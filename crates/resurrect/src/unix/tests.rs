@@ -29,8 +29,9 @@ impl Machine {
     }
 
     fn socket(&mut self, number: u64, kind: UnixKind) -> &mut UnixSocket {
-        let mut options = UnixOptions { peek_offset: -1, receive_low_water: 1, ..UnixOptions::default() };
-        (options.send_buffer, options.receive_buffer) = (212_992, 212_992);
+        let mut options =
+            snapshot::SocketOptions { peek_offset: -1, receive_low_water: 1, ..Default::default() };
+        (options.send_buffer, options.receive_buffer) = (Some(212_992), Some(212_992));
         let socket = UnixSocket {
             kind,
             file: Some(FileId(number)),

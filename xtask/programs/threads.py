@@ -1,0 +1,58 @@
+"""Eight threads and two worker processes that compute until a file is there: python3 threads.py STOP-FILE."""
+
+import hashlib
+import multiprocessing
+import os
+import sys
+import threading
+import time
+
+LOCK = threading.Lock()
+TOTAL = 0
+
+
+def chain(value, steps):
+    for _ in range(steps):
+        value = hashlib.sha256(value).digest()
+    return value
+
+
+def compute(stop, name, results):
+    global TOTAL
+    value, steps = name, 0
+    while not os.path.exists(stop):
+        value = chain(value, 20)
+        steps += 20
+        with LOCK:
+            TOTAL += 20
+        time.sleep(0.02)
+    results[name] = (value, steps)
+
+
+def square(number):
+    time.sleep(0.01)
+    return number * number
+
+
+def main(stop):
+    results = {}
+    with multiprocessing.Pool(2) as pool:
+        names = [b"thread %d" % n for n in range(8)]
+        threads = [threading.Thread(target=compute, args=(stop, name, results)) for name in names]
+        for thread in threads:
+            thread.start()
+        print("running", flush=True)
+        squares = 0
+        while not os.path.exists(stop):
+            numbers = range(squares, squares + 10)
+            assert list(pool.map(square, numbers)) == [n * n for n in numbers]
+            squares += 10
+        for thread in threads:
+            thread.join()
+    for name, (value, steps) in results.items():
+        assert value == chain(name, steps), name
+    assert TOTAL == sum(steps for _, steps in results.values())
+    print("right results", len(results), squares > 0, flush=True)
+
+
+main(sys.argv[1])
