@@ -66,6 +66,13 @@ impl Child {
         self.pid
     }
 
+    /// Whether it runs; its end is left to be waited for.
+    pub fn is_alive(&self) -> Result<bool> {
+        use nix::sys::wait::{Id, waitid};
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        Ok(waitid(Id::Pid(self.pid), flags)? == WaitStatus::StillAlive)
+    }
+
     /// It has been waited for by other means.
     pub fn forget(&mut self) {
         self.reaped = true;

@@ -146,6 +146,7 @@ table! {
     "memory-small" memory::small Survives, Nothing, "64 MiB of random 4 KiB pages";
     "memory-huge" memory::huge Survives, Nothing, "64 MiB of random huge pages (MADV_HUGEPAGE)";
     "memory-fork" memory::fork Survives, Nothing, "pages shared copy-on-write with a child, some written by either";
+    "memory-fork-family" memory::fork_family Survives, Nothing, "16 MiB shared copy-on-write by five processes and a grandchild take the memory of one";
     "memory-shared-anonymous" memory::shared_anonymous Survives, Nothing, "anonymous memory shared with a child stays shared";
     "memory-file-private" memory::file_private Survives, Nothing, "private file mapping: pages written to and pages of the file";
     "memory-file-shared" memory::file_shared Survives, Nothing, "shared file mapping: what was stored reaches the file";

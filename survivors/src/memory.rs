@@ -1,8 +1,8 @@
 //! Memory: contents, sharing, protection, flags, and the fields of the mm.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{Seek, SeekFrom, Write};
-use std::os::fd::AsFd;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result, ensure};
@@ -75,6 +75,77 @@ pub fn fork(stage: &mut Stage) -> Result<()> {
     stage.crash()?;
     parts(&map, [0, 1, 22, 23]).context("in the parent")?;
     child.join()
+}
+
+/// A large parent and its forked children (and a grandchild) need the memory of one, before and after.
+pub fn fork_family(stage: &mut Stage) -> Result<()> {
+    const PAGES: usize = 4096;
+    let mut map = Map::anonymous(PAGES * PAGE, PRIVATE)?;
+    let half = PAGES / 2 * PAGE;
+    prng::fill(5, &mut map.bytes_mut()[half..]);
+    map.bytes_mut()[..half].chunks_mut(PAGE).for_each(|page| page[0] = 1);
+    let address = map.address();
+    // Who is there stays until the other end is closed: by reading nobody unshares anything.
+    let (hold, release) = nix::unistd::pipe()?;
+    let hold = &File::from(hold);
+    let verify = |map: &Map, own_page: usize, seed: u64| -> Result<()> {
+        prng::verify(seed, &map.bytes()[own_page * PAGE..][..PAGE]).context("a page that it had written")?;
+        prng::verify(5, &map.bytes()[half..]).context("the shared half")
+    };
+    let mut children = Vec::new();
+    for n in 1..5usize {
+        let release = release.as_raw_fd();
+        children.push(Child::fork(stage, &format!("family-{n}"), |stage, ready| {
+            nix::unistd::close(release)?;
+            prng::fill(n as u64, &mut map.bytes_mut()[n * PAGE..][..PAGE]);
+            let grandchild = (n == 1).then(|| {
+                Child::fork(stage, "family-grandchild", |stage, ready| {
+                    prng::fill(77, &mut map.bytes_mut()[77 * PAGE..][..PAGE]);
+                    ready.announce()?;
+                    stage.wait();
+                    verify(&map, 77, 77)?;
+                    verify(&map, 1, 1)?;
+                    Ok(())
+                })
+            });
+            let grandchild = grandchild.transpose()?;
+            ready.announce()?;
+            let crash = stage.wait();
+            verify(&map, n, n as u64)?;
+            if crash.damage {
+                // Unshares all of it.
+                map.bytes_mut().chunks_mut(PAGE).for_each(|page| page[0] ^= 1);
+                map.bytes_mut().chunks_mut(PAGE).for_each(|page| page[0] ^= 1);
+            }
+            fs::write(stage.path(&format!("verified-{n}")), "")?;
+            let mut hold = hold;
+            hold.read_exact(&mut [0]).err().context("the parent writes nothing")?;
+            grandchild.map_or(Ok(()), |mut grandchild| grandchild.join())
+        })?);
+    }
+    prng::fill(99, &mut map.bytes_mut()[99 * PAGE..][..PAGE]);
+    let pids: Vec<i32> = children.iter().map(|child| child.pid().as_raw()).collect();
+    let proportional = || -> Result<u64> {
+        let all = pids.iter().copied().chain([std::process::id() as i32]);
+        all.map(|pid| procfs::smaps_value(pid, address, "Pss")).sum()
+    };
+    let before = proportional()?;
+
+    stage.crash()?;
+    for n in 1..5 {
+        let done = stage.path(&format!("verified-{n}"));
+        while !done.exists() && children[n - 1].is_alive()? {
+            crate::stage::sleep(std::time::Duration::from_millis(20));
+        }
+    }
+    let after = proportional()?;
+    drop(release);
+    children.iter_mut().try_for_each(Child::join)?;
+    verify(&map, 99, 99)?;
+    let size = (PAGES * PAGE / 1024) as u64;
+    ensure!(before < 2 * size, "the five took {before} KiB before");
+    ensure!(after < 2 * size, "the five share {size} KiB, took {before} KiB and take {after} KiB now");
+    Ok(())
 }
 
 /// What one writes, the other reads: before and after.

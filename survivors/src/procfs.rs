@@ -62,6 +62,22 @@ pub fn mapping(address: usize) -> Result<Mapping> {
     bail!("nothing is mapped at {address:#x}")
 }
 
+/// A line (in KiB) of a process's smaps about the mapping at an address.
+pub fn smaps_value(pid: i32, address: usize, key: &str) -> Result<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
+    let mut here = false;
+    for line in text.lines() {
+        if let Some((start, end, _)) = head(line) {
+            here = (start..end).contains(&address);
+        } else if let Some((name, value)) = line.split_once(':').filter(|_| here)
+            && name == key
+        {
+            return Ok(value.trim().trim_end_matches(" kB").parse()?);
+        }
+    }
+    bail!("PID {pid} has no {key} at {address:#x}")
+}
+
 fn head(line: &str) -> Option<(usize, usize, &str)> {
     let mut words = line.split_whitespace();
     let (start, end) = words.next()?.split_once('-')?;

@@ -220,11 +220,11 @@ fn running(lab: &Lab, config: &MachineConfig) -> Result<(Snapshot, BTreeMap<Stri
 }
 
 fn start_all(agent: &mut Channel) -> Result<BTreeMap<String, Vec<i32>>> {
-    shell(agent, &format!("mkdir -p {DIR} && chmod 755 /home/demo {DIR}"))?;
+    shell(agent, &format!("mkdir -p {DIR} && chmod 755 /home/demo"))?;
     for (name, text) in FILES {
         agent.write_file(format!("{DIR}/{name}"), 0o644, text.as_bytes())?;
     }
-    shell(agent, &format!("chown -R demo: {DIR}"))?;
+    shell(agent, &format!("chown -R demo: {DIR} && chmod 777 {DIR}"))?;
     // A service's own lingering user processes are not what this is about.
     let mut processes = BTreeMap::new();
     for real in PROGRAMS {
@@ -425,7 +425,7 @@ fn bash_start(agent: &mut Channel) -> Result<Vec<i32>> {
         "(i=0; while :; do i=$((i+1)); echo $i; sleep 0.05; done) | tee numbers | cat > /dev/null &";
     keys(agent, pane("bash"), &format!("'cd {DIR}; {pipeline}' Enter"))?;
     keys(agent, pane("bash"), "'sleep 54321' Enter")?;
-    until(agent, "sleep", |agent| shell(agent, "pgrep -f 'sleep 54321' || true"), |text| !text.is_empty())?;
+    until(agent, "sleep", |agent| shell(agent, "pgrep -f '^sleep 54321' || true"), |text| !text.is_empty())?;
     keys(agent, pane("bash"), "C-z")?;
     jobs(agent)?;
     pids(agent, "pgrep -f '^bash -i'")
@@ -450,7 +450,7 @@ fn bash_check(agent: &mut Channel, _: &str) -> Result<()> {
     ensure!(whole, "the pipeline has lost or repeated numbers");
     // Once more to the foreground, and away.
     keys(agent, pane("bash"), "'fg %2' Enter")?;
-    let state = "ps -o stat= -p $(pgrep -f 'sleep 54321') || true";
+    let state = "ps -o stat= -p $(pgrep -f '^sleep 54321') || true";
     until(agent, "fg", |agent| shell(agent, state), |text| text.contains("S+"))?;
     keys(agent, pane("bash"), "C-c")?;
     until(agent, "^C", |agent| shell(agent, state), |text| text.trim().is_empty()).map(drop)
@@ -471,7 +471,7 @@ fn vim_start(agent: &mut Channel) -> Result<Vec<i32>> {
 fn vim_check(agent: &mut Channel, before: &str) -> Result<()> {
     same("its screen", before, &screen(agent, "vim")?)?;
     ensure!(file(agent, &format!("{DIR}/text"))?.is_empty(), "the text is in the file already");
-    keys(agent, pane("vim"), "'Go' 'and one line more' Escape ':wq' Enter")?;
+    keys(agent, pane("vim"), "'Go' 'and one line more' Escape ':w' Enter")?;
     let path = format!("{DIR}/text");
     let text = until(agent, "its file", |agent| file(agent, &path), |text| text.contains("one line more"))?;
     let expected: String = (1..=30).map(|n| format!("line {n} that nobody has saved\n")).collect();
@@ -586,7 +586,7 @@ fn postgres_start(agent: &mut Channel) -> Result<Vec<i32>> {
         "CREATE TABLE numbers (n INT);\nBEGIN;\nINSERT INTO numbers SELECT generate_series(1, 1000);\nSELECT count(*) FROM numbers;",
         "1000",
     )?;
-    let bench = Program::new(as_postgres("cd / && exec pgbench -n -c 2 -T 100000 bench"));
+    let bench = Program::new(as_postgres("cd / && exec pgbench -n -c 2 --rate=20 -T 100000 bench"));
     let bench = agent.spawn(&bench.stdout(format!("{DIR}/pgbench.out")))?;
     let mut all = pids(agent, "pgrep -u postgres -x postgres")?;
     all.retain(|pid| *pid != server);

@@ -224,6 +224,10 @@ impl PhysMem for DeadMemory<'_> {
         PhysMap::owned(Window(window), 0..len).ok_or(PhysMemError::NotPresent { addr, len: len as u64 })
     }
 
+    fn after_fork(&self) {
+        self.core.after_fork();
+    }
+
     fn read(&self, addr: u64, buf: &mut [u8]) -> Result<(), PhysMemError> {
         self.core.read_phys(addr, buf).map_err(|e| no_memory(e, addr, buf.len() as u64))
     }

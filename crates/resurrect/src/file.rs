@@ -445,7 +445,9 @@ impl Files {
         let base = self.base;
         let made = self.unnamed.entry(file.inode).or_insert_with(|| make_unnamed(snapshot, file, mem, base));
         let fd = made.as_ref().map_err(Reason::clone)?.as_raw_fd();
-        sys::open(format!("/proc/self/fd/{fd}").as_ref(), flags & !libc::O_NOFOLLOW, 0)
+        // O_TMPFILE contains O_DIRECTORY.
+        let flags = flags & !(libc::O_NOFOLLOW | libc::O_DIRECTORY);
+        sys::open(format!("/proc/self/fd/{fd}").as_ref(), flags, 0)
             .map_err(|e| Reason::new("descriptor", format!("open: {e}")))
     }
 

@@ -83,6 +83,11 @@ impl Scratch {
         self.addr..self.addr + Self::LEN
     }
 
+    /// First and last address, with the room behind it.
+    pub(crate) fn reserved(self) -> (u64, u64) {
+        (self.addr, self.addr + Self::LEN + crate::memory::PARKING)
+    }
+
     /// Maps the area in the calling process, for its children to inherit.
     pub(crate) fn map(self) -> sys::Result<()> {
         let prot = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;

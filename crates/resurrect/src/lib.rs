@@ -12,6 +12,7 @@
 //!    that no process uses;
 //! 3. *clock*: a time namespace in which the monotonic clocks go on;
 //! 4. *skeletons*: forks of this program with the right PIDs, which do in their own code what does not depend on the address space;
+//!    those that share memory with others since fork(2) fill it before they make them ([`copy_on_write`]);
 //!    when all exist, files about processes (pidfds, /proc) are opened, which they then fetch;
 //! 5. *map*: each is taken over with ptrace and its address space replaced by the old mappings, still empty;
 //! 6. *pour*: page contents, for all processes at once in physical order;
@@ -29,6 +30,8 @@
 
 mod check;
 mod clock;
+mod company;
+mod copy_on_write;
 mod credentials;
 mod deadline;
 mod epoll;
@@ -71,6 +74,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use snapshot::{Bytes, Decision, MAX_DESCRIPTOR, PhysMem, Pid, Process, ProcessState, Reason, Snapshot};
 
+use crate::company::Company;
 use crate::deadline::{Alarm, Deadline};
 use crate::file::Files;
 use crate::inject::{InjectError, Scratch};
@@ -375,7 +379,17 @@ impl<'a> Run<'a> {
         let plan = self.plan(&mut wanted)?;
         let own = Own::read().map_err(system("read our own properties"))?;
         scratch.map().map_err(system("map the scratch area"))?;
-        let states = skeleton::create(self.snapshot, &plan, &mut files, self.process_deadline());
+        let taken: Vec<(u64, u64)> =
+            maps.iter().map(|l| (l.start, l.end)).chain([scratch.reserved()]).collect();
+        let copy_on_write = copy_on_write::Plan::new(self.snapshot, &plan, mem, &taken)
+            .map_err(system("share memory with the processes"))?;
+        // Filling memory takes as long as pouring it.
+        let deadline = match copy_on_write.is_empty() {
+            true => self.process_deadline(),
+            false => self.deadline,
+        };
+        self.alarm.set(deadline);
+        let states = skeleton::create(self.snapshot, &plan, &mut files, (&copy_on_write, mem), deadline);
         scratch.unmap();
         let states = states.map_err(system("create processes"))?;
         self.sort_out_skeletons(&mut wanted, &plan, &states, &files);
@@ -392,8 +406,10 @@ impl<'a> Run<'a> {
             scratch,
             syscall_offset,
             own,
+            copy_on_write: &copy_on_write,
             clocks_go_on: clocks_go_on.at,
         };
+        self.report.poured_bytes = copy_on_write.bytes();
         let mut builds = self.map_memory(&wanted, &common);
         self.pour(mem, reverse, &shared, &ipc, &mut builds);
 
@@ -668,11 +684,12 @@ impl<'a> Run<'a> {
     /// Whom a process had to do with and who does not come back.
     fn note_lost_company(&mut self, wanted: &BTreeSet<Pid>) {
         let new_parent = nix::unistd::getppid().as_raw();
+        let company = Company::new(self.snapshot, wanted);
         for p in self.processes(wanted) {
-            let mut losses = pipe::lost_peers(self.snapshot, p, wanted);
-            losses.extend(pty::lost_peers(self.snapshot, p, wanted));
-            losses.extend(pidfd::lost_processes(self.snapshot, p, wanted));
-            losses.extend(unix::lost_peers(self.snapshot, p, wanted));
+            let mut losses = pipe::lost_peers(&company, p);
+            losses.extend(pty::lost_peers(&company, p));
+            losses.extend(pidfd::lost_processes(&company, p));
+            losses.extend(unix::lost_peers(&company, p));
             if !wanted.contains(&p.ppid) && p.ppid != new_parent {
                 let text = format!(
                     "its parent, PID {}, does not come back: PID {new_parent} takes its place",
@@ -681,8 +698,7 @@ impl<'a> Run<'a> {
                 losses.push(Reason::new("parent", text));
             }
             let exited = |c: &Process| matches!(c.state, ProcessState::Exiting { .. });
-            let is_lost_child = |c: &&Process| c.ppid == p.pid && !wanted.contains(&c.pid) && !exited(c);
-            for child in self.snapshot.processes.iter().filter(is_lost_child) {
+            for child in company.children(p.pid).gone.into_iter().filter(|child| !exited(child)) {
                 let text = format!("its child, PID {} ({}), does not come back", child.pid, child.comm);
                 losses.push(Reason::new("child", text));
             }
@@ -693,10 +709,7 @@ impl<'a> Run<'a> {
                 );
                 losses.push(Reason::new("controlling-terminal", text));
             }
-            let shares_directory = |other: &&Process| {
-                other.pid != p.pid && wanted.contains(&other.pid) && p.fs.id != 0 && other.fs.id == p.fs.id
-            };
-            if let Some(other) = self.snapshot.processes.iter().find(shares_directory) {
+            if let Some(other) = company.of_directory(p).back.first() {
                 let text = format!(
                     "its working directory and umask are no longer those of PID {} (CLONE_FS)",
                     other.pid
@@ -781,7 +794,7 @@ impl<'a> Run<'a> {
         }
         // Blocks that have been poured could be given to the kernel here.
         let poured = reverse.pour(mem, &mut |_block| {});
-        self.report.poured_bytes = poured.bytes;
+        self.report.poured_bytes += poured.bytes;
         self.report.pour_time = start.elapsed();
         for build in claimed {
             let ids = owners.get(&build.process.pid).map_or(&[][..], Vec::as_slice);

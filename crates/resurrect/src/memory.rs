@@ -5,10 +5,12 @@
 use std::collections::BTreeMap;
 use std::os::fd::RawFd;
 
+use nix::errno::Errno;
 use snapshot::{
     AddressSpace, Bytes, FileId, InodeId, MmLayout, PAGE_SIZE, PageRun, Prot, Vma, VmaFlags, VmaKind,
 };
 
+use crate::copy_on_write::{Kept, clip, gaps};
 use crate::inject::{Arg, Call, Scratch, call};
 
 /// End of the addresses that mmap gives without being asked for more.
@@ -214,6 +216,26 @@ impl Area {
         }
     }
 
+    fn mmap_flags(&self) -> i32 {
+        let mut flags = libc::MAP_FIXED_NOREPLACE;
+        flags |= if self.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
+        for (is_so, flag) in [
+            (matches!(self.kind, VmaKind::Anonymous), libc::MAP_ANONYMOUS),
+            (self.flags.contains(VmaFlags::GROWSDOWN), libc::MAP_GROWSDOWN),
+            (self.flags.contains(VmaFlags::NORESERVE), libc::MAP_NORESERVE),
+        ] {
+            flags |= if is_so { flag } else { 0 };
+        }
+        flags
+    }
+
+    /// To be given before the pages come, so that they come in the right size.
+    fn page_size_advice(&self) -> impl Iterator<Item = i32> {
+        let all = [(VmaFlags::HUGEPAGE, libc::MADV_HUGEPAGE), (VmaFlags::NOHUGEPAGE, libc::MADV_NOHUGEPAGE)];
+        let flags = self.flags;
+        all.into_iter().filter(move |(flag, _)| flags.contains(*flag)).map(|(_, advice)| advice)
+    }
+
     /// Its pages can be written with process_vm_writev(2) while being poured.
     pub(crate) fn is_writable_for_pouring(&self) -> bool {
         !self.shared && self.prot_for_pouring().contains(Prot::WRITE)
@@ -258,7 +280,8 @@ fn range(start: u64, end: u64) -> String {
 }
 
 /// Everything that is mapped goes, but the scratch area; the vDSO and its data pages move to where the old process had them.
-pub(crate) fn clear(mm: &AddressSpace, specials: &Specials, scratch: Scratch) -> Vec<Call> {
+/// What is kept stays.
+pub(crate) fn clear(mm: &AddressSpace, specials: &Specials, scratch: Scratch, kept: &[Kept]) -> Vec<Call> {
     let mut calls = Vec::new();
     let mremap = |what: &Bytes, from: u64, len: u64, to: u64| {
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
@@ -277,8 +300,9 @@ pub(crate) fn clear(mm: &AddressSpace, specials: &Specials, scratch: Scratch) ->
             end += stop - start;
         }
     }
-    calls.push(call!("unmap", libc::SYS_munmap, 0u64, scratch.start));
-    calls.push(call!("unmap", libc::SYS_munmap, end, TASK_SIZE - end));
+    for (from, to) in [gaps(0, scratch.start, kept), gaps(end, TASK_SIZE, kept)].concat() {
+        calls.push(call!("unmap", libc::SYS_munmap, from, to - from));
+    }
     for (name, from, len, to) in parked {
         calls.push(mremap(name, from, len, to));
     }
@@ -331,7 +355,7 @@ fn attach(areas: &[Area], len: &dyn Fn(i32) -> Option<u64>) -> Result<Vec<Call>,
 }
 
 /// Makes the mappings, writable where they are to be filled. `Err` names one whose file is not there.
-pub(crate) fn map(areas: &[Area], sources: &Sources<'_>) -> Result<Vec<Call>, String> {
+pub(crate) fn map(areas: &[Area], sources: &Sources<'_>, kept: &[Kept]) -> Result<Vec<Call>, String> {
     // A segment is attached as a whole, and may reach where something else is to be.
     let mut calls = attach(areas, sources.segments)?;
     for area in areas {
@@ -339,19 +363,9 @@ pub(crate) fn map(areas: &[Area], sources: &Sources<'_>) -> Result<Vec<Call>, St
             continue;
         }
         let what = format!("map {}", range(area.start, area.end));
-        let mut flags = libc::MAP_FIXED_NOREPLACE;
-        flags |= if area.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
-        if area.flags.contains(VmaFlags::GROWSDOWN) {
-            flags |= libc::MAP_GROWSDOWN;
-        }
-        if area.flags.contains(VmaFlags::NORESERVE) {
-            flags |= libc::MAP_NORESERVE;
-        }
+        let flags = area.mmap_flags();
         let (fd, offset) = match &area.kind {
-            VmaKind::Anonymous => {
-                flags |= libc::MAP_ANONYMOUS;
-                (-1, 0)
-            }
+            VmaKind::Anonymous => (-1, 0),
             VmaKind::File { file, offset } => {
                 ((sources.files)(*file).ok_or_else(|| format!("{what}: no file"))?, *offset)
             }
@@ -363,17 +377,42 @@ pub(crate) fn map(areas: &[Area], sources: &Sources<'_>) -> Result<Vec<Call>, St
             }
         };
         let prot = area.prot_for_pouring().bits();
-        calls.push(call!(what, libc::SYS_mmap, area.start, area.len(), prot, flags, fd, offset));
-        // Before the pages come, so that they come in the right size.
-        for (flag, advice) in
-            [(VmaFlags::HUGEPAGE, libc::MADV_HUGEPAGE), (VmaFlags::NOHUGEPAGE, libc::MADV_NOHUGEPAGE)]
-        {
-            if area.flags.contains(flag) {
-                calls.push(advise(area, advice).optional());
-            }
+        for (start, end) in gaps(area.start, area.end, kept) {
+            let offset = offset + (start - area.start);
+            calls.push(call!(&what, libc::SYS_mmap, start, end - start, prot, flags, fd, offset));
         }
+        calls.extend(area.page_size_advice().map(|advice| advise(area, advice).optional()));
     }
     Ok(calls)
+}
+
+/// Maps a part of an anonymous area in the calling process, as [`map`] would.
+pub(crate) fn map_here(area: &Area, start: u64, end: u64) -> Result<(), Errno> {
+    let (len, prot) = ((end - start) as usize, area.prot_for_pouring().bits() as i32);
+    // SAFETY: NOREPLACE: nothing that exists is touched. Advice changes no contents.
+    unsafe {
+        let p = libc::mmap(start as *mut _, len, prot, area.mmap_flags(), -1, 0);
+        if p == libc::MAP_FAILED {
+            return Err(Errno::last());
+        }
+        for advice in area.page_size_advice() {
+            libc::madvise(p, len, advice);
+        }
+    }
+    Ok(())
+}
+
+/// Takes away pages that were inherited and are not the process's.
+pub(crate) fn drop_pages(ranges: &[(u64, u64)]) -> impl Iterator<Item = Call> {
+    ranges.iter().map(|&(start, end)| {
+        call!(
+            format!("empty {}", range(start, end)),
+            libc::SYS_madvise,
+            start,
+            end - start,
+            libc::MADV_DONTNEED
+        )
+    })
 }
 
 fn advise(area: &Area, advice: i32) -> Call {
@@ -449,16 +488,22 @@ pub(crate) fn set_layout(layout: &MmLayout, exe: Option<RawFd>) -> Call {
     call!("prctl PR_SET_MM_MAP", libc::SYS_prctl, option, sub, map, size, 0u64)
 }
 
-/// Where the pages of an address space go: those of writable areas, and those that need `/proc/PID/mem`.
-pub(crate) fn pages<'a>(
-    mm: &'a AddressSpace,
-    areas: &'a [Area],
-) -> impl Iterator<Item = (bool, PageRun)> + 'a {
-    mm.vmas.iter().flat_map(move |vma| {
+/// Where the pages of an address space go: those of writable areas, and those that need `/proc/PID/mem`. Pages that are in place are left
+/// out.
+pub(crate) fn pages(mm: &AddressSpace, areas: &[Area], kept: &[Kept]) -> Vec<(bool, PageRun)> {
+    let mut pages = Vec::new();
+    for vma in &mm.vmas {
         let i = areas.partition_point(|a| a.end <= vma.start);
         let writable = areas.get(i).is_some_and(Area::is_writable_for_pouring);
-        vma.pages.iter().map(move |run| (writable, *run))
-    })
+        let mut add = |runs: Vec<PageRun>| pages.extend(runs.into_iter().map(|run| (writable, run)));
+        for (start, end) in gaps(vma.start, vma.end, kept) {
+            add(vma.pages.iter().filter_map(|run| clip(*run, start, end)).collect());
+        }
+        for kept in kept.iter().filter_map(|kept| kept.within(vma.start, vma.end)) {
+            add(kept.to_pour(&vma.pages));
+        }
+    }
+    pages
 }
 
 #[cfg(test)]

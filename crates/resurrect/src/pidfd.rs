@@ -1,11 +1,11 @@
 //! Descriptors of processes.
 
-use std::collections::BTreeSet;
 use std::os::fd::{FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
-use snapshot::{FileKind, Pid, PidFd, Process, Reason, Snapshot};
+use snapshot::{FileKind, Pid, PidFd, Process, Reason};
 
+use crate::company::Company;
 use crate::sys;
 
 /// pidfd_open(2).
@@ -46,16 +46,12 @@ pub(crate) fn restore(pidfd: &PidFd, exists: bool) -> Result<OwnedFd, Errno> {
 }
 
 /// Processes that `process` has a pidfd of, and that do not come back: for it, they have exited.
-pub(crate) fn lost_processes(
-    snapshot: &Snapshot,
-    process: &Process,
-    comes_back: &BTreeSet<Pid>,
-) -> Vec<Reason> {
+pub(crate) fn lost_processes(company: &Company<'_>, process: &Process) -> Vec<Reason> {
     let mut losses = Vec::new();
     for d in &process.descriptors {
-        if let Some(FileKind::PidFd(pidfd)) = snapshot.files.get(&d.file).map(|file| &file.kind)
+        if let Some(FileKind::PidFd(pidfd)) = company.snapshot.files.get(&d.file).map(|file| &file.kind)
             && !pidfd.gone
-            && !comes_back.contains(&pidfd.pid)
+            && !company.comes_back(pidfd.pid)
         {
             let text = format!(
                 "its descriptor {} is of PID {}, which does not come back: it looks as if that had exited",

@@ -6,8 +6,9 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
-use snapshot::{FileKind, PhysMem, Pid, Pipe, PipeEnd, PipeId, Process, Reason, Snapshot};
+use snapshot::{FileKind, PhysMem, Pipe, PipeEnd, Process, Reason};
 
+use crate::company::Company;
 use crate::sys;
 
 /// A pipe of this kernel. Both ends stay open here until all processes have theirs, so that nothing that happens in between
@@ -94,33 +95,24 @@ impl Opened {
 
 /// Pipes of `process` that had somebody at the other end, and nobody of those comes back. What the program will see is what it would
 /// have seen if they had died.
-pub(crate) fn lost_peers(snapshot: &Snapshot, process: &Process, comes_back: &BTreeSet<Pid>) -> Vec<Reason> {
-    let ends = |p: &Process| -> BTreeSet<(PipeId, PipeEnd)> {
-        let kinds = p.descriptors.iter().filter_map(|d| Some(&snapshot.files.get(&d.file)?.kind));
-        let ends = kinds.filter_map(|k| match k {
-            FileKind::Pipe { pipe, end } => Some((*pipe, *end)),
-            _ => None,
-        });
-        ends.collect()
-    };
+pub(crate) fn lost_peers(company: &Company<'_>, process: &Process) -> Vec<Reason> {
+    let kinds = process.descriptors.iter().filter_map(|d| Some(&company.snapshot.files.get(&d.file)?.kind));
+    let ends = kinds.filter_map(|kind| match kind {
+        FileKind::Pipe { pipe, end } => Some((*pipe, *end)),
+        _ => None,
+    });
     let mut losses = Vec::new();
-    for (pipe, end) in ends(process) {
+    for (pipe, end) in ends.collect::<BTreeSet<_>>() {
         let other = match end {
             PipeEnd::Read => PipeEnd::Write,
             PipeEnd::Write => PipeEnd::Read,
             PipeEnd::Both => continue,
         };
-        let holds = |p: &&Process| {
-            let ends = ends(p);
-            ends.contains(&(pipe, other)) || ends.contains(&(pipe, PipeEnd::Both))
-        };
-        let (back, gone): (Vec<&Process>, Vec<&Process>) =
-            snapshot.processes.iter().filter(holds).partition(|p| comes_back.contains(&p.pid));
-        if back.is_empty() && !gone.is_empty() {
-            let who: Vec<String> = gone.iter().map(|p| format!("{} ({})", p.pid, p.comm)).collect();
+        let holders = company.of_pipe(pipe, other);
+        if holders.back.is_empty() && !holders.gone.is_empty() {
             let text = format!(
                 "at the other end of one of its pipes was PID {}, which does not come back",
-                who.join(", ")
+                holders.names_of_gone()
             );
             losses.push(Reason::new("pipe-peer", text));
         }

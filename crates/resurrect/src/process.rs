@@ -7,18 +7,19 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use snapshot::{
-    AddressSpace, Credentials, InodeId, Pid, Process, ProcessState, Reason, Resume, ShmSegment, Snapshot,
-    Thread, ThreadState,
+    AddressSpace, Credentials, InodeId, PageRun, Pid, Process, ProcessState, Reason, Resume, ShmSegment,
+    Snapshot, Thread, ThreadState,
 };
 
 use crate::check::{self, Expected};
+use crate::copy_on_write::Kept;
 use crate::deadline::Deadline;
 use crate::file::Files;
 use crate::inject::{self, Call, InjectError, Missed, Scratch, Tracee, call};
 use crate::memory::{self, Area, Sources, Specials};
 use crate::pour::{Owner, OwnerId, ReverseMap};
 use crate::syscall::{self, Continuation};
-use crate::{file, ipc, lock, signal, sys, thread, timer};
+use crate::{copy_on_write, file, ipc, lock, signal, sys, thread, timer};
 
 /// What all rebuilt processes have in common.
 pub(crate) struct Common<'a> {
@@ -33,6 +34,7 @@ pub(crate) struct Common<'a> {
     pub(crate) syscall_offset: u64,
     /// What skeletons inherit from this program.
     pub(crate) own: Own,
+    pub(crate) copy_on_write: &'a copy_on_write::Plan,
     /// Since when the processes' clocks go on.
     pub(crate) clocks_go_on: Instant,
 }
@@ -93,6 +95,8 @@ pub(crate) struct Build<'a> {
     pub(crate) process: &'a Process,
     pub(crate) mm: &'a AddressSpace,
     areas: Vec<Area>,
+    /// Memory that is in place already.
+    kept: Vec<Kept>,
     leader: Tracee,
     /// Living threads other than the leader.
     others: Vec<Tracee>,
@@ -116,7 +120,8 @@ impl<'a> Build<'a> {
         let vdso = memory::vdso_start(mm).ok_or("no vDSO").map_err(failure("seize"))?;
         let instruction = vdso + common.syscall_offset;
         let (others, losses) = (vec![], vec![]);
-        Ok(Self { process, mm, areas, leader, others, losses, leader_lives, instruction })
+        let kept = common.copy_on_write.kept(process.pid, &areas);
+        Ok(Self { process, mm, areas, kept, leader, others, losses, leader_lives, instruction })
     }
 
     fn tracee(&self, tid: Pid) -> Option<&Tracee> {
@@ -135,11 +140,15 @@ impl<'a> Build<'a> {
     /// Replaces the address space by the old one's mappings, still empty.
     pub(crate) fn map(&mut self, common: &Common<'_>, deadline: Deadline) -> Result<(), Failure> {
         let step = "map memory";
-        let mut calls = memory::clear(self.mm, common.specials, common.scratch);
+        let mut calls = memory::clear(self.mm, common.specials, common.scratch, &self.kept);
         let fd = |id| common.files.fd(id);
         let segments = |id| common.snapshot.shm_segment(id).map(ShmSegment::mapped_len);
         let sources = Sources { files: &fd, shared: common.shared, segments: &segments };
-        calls.extend(memory::map(&self.areas, &sources).map_err(failure(step))?);
+        calls.extend(memory::map(&self.areas, &sources, &self.kept).map_err(failure(step))?);
+        let all: Vec<PageRun> = self.mm.vmas.iter().flat_map(|vma| vma.pages.iter().copied()).collect();
+        for kept in &self.kept {
+            calls.extend(memory::drop_pages(&kept.to_drop(&all)));
+        }
         let missed = self.leader.run(&calls, deadline).map_err(failure(step))?;
         self.lose(missed);
         Ok(())
@@ -151,7 +160,7 @@ impl<'a> Build<'a> {
         let writable = map.owner(Owner::Process(pid));
         let mut owners = vec![writable];
         let mut through_mem = None;
-        for (is_writable, run) in memory::pages(self.mm, &self.areas) {
+        for (is_writable, run) in memory::pages(self.mm, &self.areas, &self.kept) {
             let owner = match (is_writable, through_mem) {
                 (true, _) => writable,
                 (false, Some(owner)) => owner,

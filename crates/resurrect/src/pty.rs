@@ -10,6 +10,7 @@ use std::path::Path;
 use nix::errno::Errno;
 use snapshot::{Process, Pty, Reason, Snapshot, Tty, TtyId};
 
+use crate::company::Company;
 use crate::deadline::Deadline;
 use crate::{sys, tty};
 
@@ -192,27 +193,21 @@ impl Pair {
 }
 
 /// Whose other end does not come back: to be told by the kernel when this program closes it.
-pub(crate) fn lost_peers(
-    snapshot: &Snapshot,
-    process: &Process,
-    comes_back: &BTreeSet<snapshot::Pid>,
-) -> Vec<Reason> {
-    let ttys = |p: &Process| -> BTreeSet<TtyId> {
-        let kinds = p.descriptors.iter().filter_map(|d| Some(&snapshot.files.get(&d.file)?.kind));
-        kinds
-            .filter_map(|kind| if let snapshot::FileKind::Tty { tty } = kind { Some(*tty) } else { None })
-            .collect()
-    };
+pub(crate) fn lost_peers(company: &Company<'_>, process: &Process) -> Vec<Reason> {
+    let kinds = process.descriptors.iter().filter_map(|d| Some(&company.snapshot.files.get(&d.file)?.kind));
+    let ttys = kinds.filter_map(|kind| match kind {
+        snapshot::FileKind::Tty { tty } => Some(*tty),
+        _ => None,
+    });
     let mut losses = Vec::new();
-    for (tty, pty) in ttys(process).into_iter().filter_map(|id| pty_of(snapshot, id)) {
-        let holders: Vec<&Process> =
-            snapshot.processes.iter().filter(|p| ttys(p).contains(&pty.other)).collect();
-        if !holders.is_empty() && !holders.iter().any(|p| comes_back.contains(&p.pid)) {
-            let who: Vec<String> = holders.iter().map(|p| format!("{} ({})", p.pid, p.comm)).collect();
+    let ttys: BTreeSet<TtyId> = ttys.collect();
+    for (tty, pty) in ttys.into_iter().filter_map(|id| pty_of(company.snapshot, id)) {
+        let holders = company.of_tty(pty.other);
+        if holders.back.is_empty() && !holders.gone.is_empty() {
             let text = format!(
                 "{}: at the other end was PID {}, which does not come back",
                 tty.name,
-                who.join(", ")
+                holders.names_of_gone()
             );
             losses.push(Reason::new("terminal-peer", text));
         }

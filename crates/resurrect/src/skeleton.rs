@@ -10,12 +10,12 @@ use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use snapshot::{Pid, Process, ProcessState, SigAction, Snapshot};
+use snapshot::{PhysMem, Pid, Process, ProcessState, SigAction, Snapshot};
 
 use crate::deadline::Deadline;
 use crate::file::Files;
 use crate::plan::{Birth, Node, NodeId, Plan, Role};
-use crate::{pidfd, sys, tty};
+use crate::{copy_on_write, pidfd, sys, tty};
 
 /// Which step a skeleton failed in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,6 +111,8 @@ struct Context<'a> {
     snapshot: &'a Snapshot,
     plan: &'a Plan,
     files: &'a Files,
+    copy_on_write: &'a copy_on_write::Plan,
+    mem: &'a dyn PhysMem,
     /// Reports of the first stage (existing), then of the second (ready). Closing them is part of the message.
     reports: [RawFd; 2],
     /// End-of-file there starts the second stage, and ends the placeholders.
@@ -129,6 +131,7 @@ pub(crate) fn create(
     snapshot: &Snapshot,
     plan: &Plan,
     files: &mut Files,
+    (copy_on_write, mem): (&copy_on_write::Plan, &dyn PhysMem),
     deadline: Deadline,
 ) -> Result<BTreeMap<Pid, State>, Errno> {
     let base = files.base;
@@ -140,6 +143,8 @@ pub(crate) fn create(
         snapshot,
         plan,
         files: &*files,
+        copy_on_write,
+        mem,
         reports: [reports1_w.as_raw_fd(), reports2_w.as_raw_fd()],
         gates: [gate1.as_raw_fd(), gate2.as_raw_fd()],
         gate_holds: [gate1_w.as_raw_fd(), gate2_w.as_raw_fd()],
@@ -288,6 +293,9 @@ impl Context<'_> {
         };
         if let Some(p) = process.filter(|p| p.child_subreaper) {
             attempt(Step::Subreaper, sys::prctl(libc::PR_SET_CHILD_SUBREAPER, p.child_subreaper.into()));
+        }
+        if let (Role::Process(_), Some(p)) = (node.role, process) {
+            self.copy_on_write.fill(p, self.mem);
         }
         self.make_all(&node.makes_first);
         if node.sid == node.pid {

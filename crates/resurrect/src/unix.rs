@@ -16,6 +16,7 @@ use snapshot::{
     UnixMessage, UnixPlace, UnixSocket,
 };
 
+use crate::company::Company;
 use crate::{socket, sys};
 
 /// Large enough for everything that the old queue held, while it is being filled (bytes, as SO_SNDBUFFORCE takes them).
@@ -385,11 +386,12 @@ impl Maker<'_> {
         let socket = self.socket(id)?.clone();
         let (Some(address), true) = (&socket.address, socket.owns_address) else { return Ok(()) };
         let fd = self.fd(id).ok_or("it was not made")?;
-        let from = self.reach(id, &socket)?;
         let place = socket.place.as_ref().filter(|place| !place.deleted);
         if let Some(place) = place {
             make_way(place)?;
         }
+        // Names lead through directories, which are all there now.
+        let from = self.reach(id, &socket)?;
         self.as_helper(None, &from, || bind(fd, address, &from)).map_err(say("bind"))?;
         let Some(place) = place else { return Ok(()) };
         let path = place.path.as_path();
@@ -874,7 +876,8 @@ fn set_max_queue(count: u32) {
 
 /// Sockets of `process` that were connected to somebody who does not come back. What the program will see is what it would have seen
 /// if they had died.
-pub(crate) fn lost_peers(snapshot: &Snapshot, process: &Process, comes_back: &BTreeSet<Pid>) -> Vec<Reason> {
+pub(crate) fn lost_peers(company: &Company<'_>, process: &Process) -> Vec<Reason> {
+    let snapshot = company.snapshot;
     let mut losses = Vec::new();
     let mut told = BTreeSet::new();
     let find = |id: &UnixId| snapshot.unix_sockets.get(id);
@@ -888,24 +891,22 @@ pub(crate) fn lost_peers(snapshot: &Snapshot, process: &Process, comes_back: &BT
         for peer_id in waiting.filter_map(|waiting| waiting.peer).chain(socket.peer) {
             let Some(peer) = find(&peer_id).filter(|peer| !peer.closed) else { continue };
             // A connection that nobody has accepted yet has the listening socket at its end.
-            let listener = || snapshot.unix_sockets.values().find(|other| other.waiting.contains(&peer_id));
+            let listener = || company.listener(peer_id).as_ref().and_then(find);
             let end = peer.file.or_else(|| listener()?.file);
-            let holds = |p: &&Process| {
-                let mut files = p.descriptors.iter().map(|d| d.file);
-                files.any(|file| Some(file) == end || snapshot.held_by(file).iter().any(|f| Some(*f) == end))
-            };
-            let (back, gone): (Vec<&Process>, Vec<&Process>) =
-                snapshot.processes.iter().filter(holds).partition(|p| comes_back.contains(&p.pid));
-            if back.is_empty() {
-                let who: Vec<String> = gone.iter().map(|p| format!("PID {} ({})", p.pid, p.comm)).collect();
-                let who = if who.is_empty() { "nobody that is known".into() } else { who.join(", ") };
-                let name = peer.name().map_or(String::new(), |name| format!(" at {name}"));
-                let text = format!(
-                    "the other end{name} of its socket, descriptor {}, belonged to {who}, and does not come back",
-                    descriptor.fd
-                );
-                losses.push(Reason::new("socket-peer", text));
+            let holders = end.map(|file| company.of_file(file));
+            if holders.as_ref().is_some_and(|holders| !holders.back.is_empty()) {
+                continue;
             }
+            let who = match holders {
+                Some(holders) if !holders.gone.is_empty() => format!("PID {}", holders.names_of_gone()),
+                _ => "nobody that is known".into(),
+            };
+            let name = peer.name().map_or(String::new(), |name| format!(" at {name}"));
+            let text = format!(
+                "the other end{name} of its socket, descriptor {}, belonged to {who}, and does not come back",
+                descriptor.fd
+            );
+            losses.push(Reason::new("socket-peer", text));
         }
     }
     losses

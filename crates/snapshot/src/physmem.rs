@@ -30,6 +30,9 @@ pub trait PhysMem {
         buf.copy_from_slice(&self.map(addr, buf.len())?);
         Ok(())
     }
+
+    /// To be called first in a forked child that is going to ask: what had been mapped before need not be mapped there.
+    fn after_fork(&self) {}
 }
 
 /// Whatever keeps bytes alive.

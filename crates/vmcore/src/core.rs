@@ -167,6 +167,11 @@ impl Vmcore {
         self.memory.map_phys(addr, len)
     }
 
+    /// See [`PhysicalMemory::after_fork`].
+    pub fn after_fork(&self) {
+        self.memory.after_fork();
+    }
+
     /// See [`PhysicalMemory::ranges`].
     pub fn ranges(&self) -> &[PhysRange] {
         self.memory.ranges()
@@ -182,6 +187,9 @@ impl PhysicalMemory for Vmcore {
     }
     fn ranges(&self) -> &[PhysRange] {
         self.memory.ranges()
+    }
+    fn after_fork(&self) {
+        self.memory.after_fork();
     }
 }
 

@@ -187,6 +187,15 @@ impl PhysicalMemory for FileMemory {
     fn ranges(&self) -> &[PhysRange] {
         &self.ranges
     }
+
+    fn after_fork(&self) {
+        let windows = self.segments.iter().flat_map(|segment| &segment.windows);
+        for window in windows {
+            // It is not there (MADV_DONTFORK), and something else may be by now: nothing must be unmapped.
+            std::mem::forget(window.map.write().unwrap_or_else(PoisonError::into_inner).take());
+        }
+        self.order.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
 }
 
 #[cfg(test)]

@@ -42,6 +42,9 @@ pub trait PhysicalMemory: Send + Sync {
 
     /// What can be read: sorted and disjoint. Neighbours may touch.
     fn ranges(&self) -> &[PhysRange];
+
+    /// To be called first in a forked child that is going to read: mappings are not inherited.
+    fn after_fork(&self) {}
 }
 
 /// Bytes of physical memory; derefs to them.

@@ -33,6 +33,7 @@ fn main() {
 
 const TESTS: &[(&str, fn())] = &[
     ("memory", memory),
+    ("memory_shared_since_fork", family_memory),
     ("threads", || survives("threads")),
     ("sleep_with_the_time_that_was_left", || timed("sleep")),
     ("poll_with_the_time_that_was_left", || timed("poll")),
@@ -389,6 +390,22 @@ fn memory() {
     assert_resumed(&report, running.pid);
     assert!(report.poured_bytes > 50 << 20);
     say_go(&running, 1);
+    assert_ends_with(&running, 0);
+}
+
+/// Memory that is shared copy-on-write comes back once, and stays shared.
+fn family_memory() {
+    become_subreaper();
+    let running = start("family");
+    family(running.pid).into_iter().for_each(settle);
+    let frozen = freeze_family(&running);
+    assert_eq!(frozen.snapshot.processes.len(), 5);
+    let report = resurrect(&frozen);
+    for p in &frozen.snapshot.processes {
+        assert_resumed(&report, p.pid);
+    }
+    assert!((20 << 20..60 << 20).contains(&report.poured_bytes), "{} bytes were poured", report.poured_bytes);
+    say_go(&running, 5);
     assert_ends_with(&running, 0);
 }
 

@@ -33,6 +33,7 @@ const PROGRAMS: &[(&str, fn())] = &[
     ("dead-leader", dead_leader),
     ("terminal", terminal),
     ("idle", idle),
+    ("family", family),
     ("log", log),
     ("groups", groups),
     ("vfork", || vfork(false)),
@@ -58,6 +59,55 @@ fn idle() {
     let go = go_fifo();
     ready();
     await_go(&go);
+}
+
+/// A parent with 20 MiB and three children that have them too, and a child of one of these.
+fn family() {
+    const WORDS: usize = 20 << 17;
+    let mut seed = 42;
+    let mut data: Vec<u64> = (0..WORDS).map(|_| random(&mut seed)).collect();
+    let go = go_fifo();
+    let mut number = 0;
+    let mut is_first = true;
+    for n in 1..4 {
+        if unsafe { libc::fork() } == 0 {
+            (number, is_first) = (n, false);
+            data[n * 512] = n as u64;
+            if n == 2 && unsafe { libc::fork() } == 0 {
+                number = 4;
+                data[4 * 512] = 4;
+            }
+            break;
+        }
+    }
+    if is_first {
+        // Everybody is there when it is told.
+        while std::fs::read_dir(".")
+            .unwrap()
+            .filter(|e| e.as_ref().unwrap().path().extension().is_some())
+            .count()
+            < 4
+        {
+            std::thread::yield_now();
+        }
+        ready();
+    } else {
+        std::fs::write(format!("{number}.up"), "").unwrap();
+    }
+    await_go(&go);
+    let mut seed = 42;
+    for (i, &word) in data.iter().enumerate() {
+        let expected = random(&mut seed);
+        let own = [1, 2, 3, 4].into_iter().find(|n| i == n * 512);
+        assert!(word == expected || own.is_some_and(|n| word == n as u64), "{number}: word {i}");
+    }
+    for _ in 1..4 {
+        if is_first {
+            let mut status = 0;
+            assert!(unsafe { libc::wait(&mut status) } > 0);
+            assert_eq!(status, 0);
+        }
+    }
 }
 
 /// xorshift64
