@@ -298,5 +298,7 @@ table! {
     "pty-session" pty::session Survives, Nothing, "a session on a pseudo-terminal: foreground group, /dev/tty, the interrupt key";
     "pty-masters" pty::masters Survives, Nothing, "packet mode; masters without a slave";
     "pty-hung-up" pty::hung_up Survives, Nothing, "a terminal whose master is gone";
-    "seccomp-filter" seccomp::filter GivenUp("seccomp"), Nothing, "a seccomp filter";
+    "seccomp-filter" seccomp::filter Survives, Nothing, "seccomp filters, and a child that has inherited them and added one";
+    "seccomp-threads" seccomp::threads Survives, Nothing, "threads with different seccomp filters";
+    "seccomp-strict" seccomp::strict Survives, Nothing, "a child in seccomp's strict mode, blocked in read";
 }

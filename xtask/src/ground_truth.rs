@@ -30,7 +30,6 @@ const MAY_DIFFER: &[(&str, &str)] = &[
     ("ns.time", "resurrected processes live in a time namespace that continues the dead kernel's clocks"),
     ("ns.time_for_children", "as ns.time"),
     ("ns.mnt", "a service's own mount namespace is gone"),
-    ("cgroup", "control groups are not rebuilt"),
 ];
 
 /// Open files whose names in /proc have the number of an inode that exists in memory only: it is a new one, with a new number.

@@ -776,10 +776,10 @@ fn of_thread(f: &mut Fields, snapshot: &Snapshot, thread: &Thread) {
         put(f, name, tid, format!("{set:016x}"));
     }
     put(f, "thread.NoNewPrivs", tid, u8::from(thread.no_new_privs));
-    let (mode, filters) = match thread.seccomp {
+    let (mode, filters) = match &thread.seccomp {
         Seccomp::Off => (0, 0),
         Seccomp::Strict => (1, 0),
-        Seccomp::Filter { filters } => (2, filters),
+        Seccomp::Filter { filters } => (2, filters.len()),
     };
     put(f, "thread.Seccomp", tid, mode);
     put(f, "thread.Seccomp_filters", tid, filters);

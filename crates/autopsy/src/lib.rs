@@ -38,6 +38,7 @@ mod proc;
 mod process;
 mod pty;
 mod saver;
+mod seccomp;
 mod signal;
 mod signalfd;
 mod socket;
@@ -61,7 +62,7 @@ use std::collections::{BTreeMap, HashMap};
 use ktypes::Kernel;
 use snapshot::{
     AddressSpace, AddressSpaceId, Clocks, FileId, Finding, Inode, InodeId, Lock, Mount, OpenFile, Pid, Pipe,
-    PipeId, Severity, Snapshot, Tty, TtyId, UnixId, UnixSocket,
+    PipeId, SeccompFilter, SeccompFilterId, Severity, Snapshot, Tty, TtyId, UnixId, UnixSocket,
 };
 
 /// Reads everything.
@@ -85,6 +86,7 @@ pub struct Autopsy<'k> {
     pub(crate) locks: RefCell<BTreeMap<InodeId, Vec<Lock>>>,
     pub(crate) ttys: RefCell<BTreeMap<TtyId, Tty>>,
     pub(crate) unix_sockets: RefCell<BTreeMap<UnixId, UnixSocket>>,
+    pub(crate) seccomp_filters: RefCell<BTreeMap<SeccompFilterId, SeccompFilter>>,
     /// Open files that other open files hold, still to be read.
     pub(crate) held: RefCell<Vec<u64>>,
     pub(crate) address_spaces: RefCell<BTreeMap<AddressSpaceId, AddressSpace>>,
@@ -117,6 +119,7 @@ impl<'k> Autopsy<'k> {
             locks: RefCell::default(),
             ttys: RefCell::default(),
             unix_sockets: RefCell::default(),
+            seccomp_filters: RefCell::default(),
             held: RefCell::default(),
             address_spaces: RefCell::default(),
             paths: RefCell::default(),
@@ -172,6 +175,7 @@ impl<'k> Autopsy<'k> {
             ttys: self.ttys.take(),
             ipc,
             unix_sockets: self.unix_sockets.take(),
+            seccomp_filters: self.seccomp_filters.take(),
             findings: self.findings.take(),
         })
     }

@@ -100,10 +100,6 @@ pub(crate) struct Task {
     pub sas_ss_sp: u64,
     pub sas_ss_size: u64,
     pub sas_ss_flags: u32,
-    #[kernel("seccomp.mode", optional)]
-    pub seccomp_mode: Option<i32>,
-    #[kernel("seccomp.filter_count", optional)]
-    pub seccomp_filters: Option<i32>,
     #[kernel(optional)]
     pub cgroups: Option<u64>,
     #[kernel(optional)]

@@ -207,7 +207,12 @@ impl Autopsy<'_> {
             return Ok(Some(vec![]));
         }
         let filter: SkFilter = self.kernel.read(addr)?;
-        let prog: BpfProg = self.kernel.read(filter.prog)?;
+        self.classic_bpf(filter.prog)
+    }
+
+    /// The instructions that a BPF program was made of; `None` if those were not of classic BPF. `addr`: of the `bpf_prog`.
+    pub(crate) fn classic_bpf(&self, addr: u64) -> Result<Option<Vec<u64>>> {
+        let prog: BpfProg = self.kernel.read(addr)?;
         if prog.orig_prog == 0 {
             return Ok(None);
         }
@@ -218,4 +223,11 @@ impl Autopsy<'_> {
         let bytes = self.kernel.read_bytes(program.filter, usize::from(program.len) * 8)?;
         Ok(Some(bytes.as_chunks::<8>().0.iter().map(|word| u64::from_le_bytes(*word)).collect()))
     }
+}
+
+/// For tests of those who have BPF programs.
+#[cfg(test)]
+pub(crate) fn declare_programs(synth: &mut synth::Synth) {
+    crate::testing::declare::<BpfProg>(synth, &[]);
+    crate::testing::declare::<Program>(synth, &[]);
 }

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 
 use ktypes::KernelType;
 use snapshot::{
-    AltStack, Registers, Resume, Rseq, Scheduling, Seccomp, Severity, SyscallInFlight, Thread, ThreadState,
+    AltStack, Registers, Resume, Rseq, Scheduling, Severity, SyscallInFlight, Thread, ThreadState,
 };
 
 use vmcore::PrStatus;
@@ -120,11 +120,7 @@ impl Autopsy<'_> {
             pdeath_signal: task.pdeath_signal,
             timer_slack_ns: task.timer_slack_ns,
             personality: task.personality,
-            seccomp: match task.seccomp_mode {
-                Some(1) => Seccomp::Strict,
-                Some(2) => Seccomp::Filter { filters: task.seccomp_filters.unwrap_or(0).max(0) as u32 },
-                _ => Seccomp::Off,
-            },
+            seccomp: self.seccomp(*addr)?,
         };
         if state == ThreadState::Dead || task.stack == 0 {
             thread.state = ThreadState::Dead;

@@ -13,7 +13,7 @@ use snapshot::{
 use crate::credentials::{parse_status, status_field};
 use crate::file::comparable_flags;
 use crate::memory::{MapsLine, parse_maps};
-use crate::{lock, sys, timer};
+use crate::{lock, seccomp, sys, timer};
 
 /// More differences than this are not listed.
 const LIMIT: usize = 8;
@@ -256,12 +256,17 @@ fn threads(e: &Expected<'_>) -> Vec<String> {
         compare("SigBlk", t.blocked & !(1 << (libc::SIGKILL - 1) | 1 << (libc::SIGSTOP - 1)));
         compare("SigIgn", ignored);
         compare("SigCgt", caught);
-        compare("SigPnd", set_of(&t.pending));
+        // Timers run already.
+        let (of_process, of_thread) = timer::signals(p, t.tid);
+        compare("SigPnd", set_of(&t.pending) | set("SigPnd").unwrap_or(0) & of_thread);
         // A child that was given up is a child that died: one more SIGCHLD.
         let children = 1 << (libc::SIGCHLD - 1);
         let pending = set_of(&p.signals.pending);
-        let more = set("ShdPnd").unwrap_or(0) & children;
-        compare("ShdPnd", pending | more);
+        compare("ShdPnd", pending | set("ShdPnd").unwrap_or(0) & (children | of_process));
+        let (mode, filters) = seccomp::shown(t);
+        for (name, was) in [("Seccomp", mode.to_string()), ("Seccomp_filters", filters.to_string())] {
+            found.extend(differ(name, status_field(&status, name).unwrap_or("?"), was.as_str()));
+        }
         found.extend(differ(
             "no_new_privs",
             status_field(&status, "NoNewPrivs").unwrap_or("?"),

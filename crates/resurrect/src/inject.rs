@@ -356,6 +356,12 @@ impl Tracee {
         ptrace("DETACH", libc::PTRACE_DETACH, self.tid, 0, signal as u64).map(drop)
     }
 
+    /// Filters for system calls count when it has been let go, not before.
+    pub(crate) fn suspend_seccomp(&self) -> Result<(), InjectError> {
+        let options = SEIZE_OPTIONS | libc::PTRACE_O_SUSPEND_SECCOMP;
+        ptrace("SETOPTIONS", libc::PTRACE_SETOPTIONS, self.tid, 0, options as u64).map(drop)
+    }
+
     /// Lets it run under observation ([`Tracee::go_on`]), no longer to die with us.
     pub(crate) fn observe(&self) -> Result<(), InjectError> {
         let options = libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_TRACEEXEC | libc::PTRACE_O_TRACEEXIT;

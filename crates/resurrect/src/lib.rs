@@ -28,6 +28,7 @@
 //! glibc: `GLIBC_TUNABLES=glibc.pthread.rseq=0`). Processes whose parent does not come back become children of the *caller's*
 //! parent, which should be PID 1 or reap them.
 
+mod cgroup;
 mod check;
 mod clock;
 mod company;
@@ -54,6 +55,7 @@ mod pour;
 mod proc;
 mod process;
 mod pty;
+mod seccomp;
 mod shared_memory;
 mod signal;
 mod signalfd;

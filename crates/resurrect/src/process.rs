@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use snapshot::{
-    AddressSpace, Credentials, InodeId, PageRun, Pid, Process, ProcessState, Reason, Resume, ShmSegment,
-    Snapshot, Thread, ThreadState,
+    AddressSpace, Credentials, InodeId, PageRun, Pid, Process, ProcessState, Reason, Resume, Seccomp,
+    ShmSegment, Snapshot, Thread, ThreadState,
 };
 
 use crate::check::{self, Expected};
@@ -19,7 +19,7 @@ use crate::inject::{self, Call, InjectError, Missed, Scratch, Tracee, call};
 use crate::memory::{self, Area, Sources, Specials};
 use crate::pour::{Owner, OwnerId, ReverseMap};
 use crate::syscall::{self, Continuation};
-use crate::{copy_on_write, file, ipc, lock, signal, sys, thread, timer};
+use crate::{cgroup, copy_on_write, file, ipc, lock, signal, sys, thread, timer};
 
 /// What all rebuilt processes have in common.
 pub(crate) struct Common<'a> {
@@ -239,7 +239,8 @@ impl<'a> Build<'a> {
         living.reverse();
         let main = living.last().map(|t| t.tid).ok_or("it has no living thread").map_err(failure(step))?;
         for t in living {
-            let mut calls = thread::set_up(p, t, &own.credentials, own.timer_slack_ns, &mut self.losses);
+            let slack = own.timer_slack_ns;
+            let mut calls = thread::set_up(common.snapshot, p, t, &own.credentials, slack, &mut self.losses);
             if t.tid == main {
                 let pending = p.without_timers(&p.signals.pending);
                 calls.extend(signal::queue(signal::Queue::Process(p.pid), pending, &mut self.losses));
@@ -247,6 +248,9 @@ impl<'a> Build<'a> {
                 calls.extend(ipc::undo(&common.snapshot.ipc, p.pid));
             }
             let tracee = self.tracee(t.tid).ok_or("a thread is missing").map_err(failure(step))?;
+            if t.seccomp != Seccomp::Off {
+                tracee.suspend_seccomp().map_err(failure(step))?;
+            }
             let missed = tracee.run(&calls, deadline).map_err(failure(step))?;
             self.lose(missed);
         }
@@ -296,6 +300,10 @@ impl<'a> Build<'a> {
                 sys::prlimit(p.pid, resource, Some(wanted))
                     .map_err(|e| Failure { step, reason: format!("limit {resource}: {e}") })?;
             }
+        }
+        if let Err(why) = cgroup::join(p.pid, &p.cgroup) {
+            let text = format!("it was in the control group {}, and runs in the root group: {why}", p.cgroup);
+            self.losses.push(Reason::new("cgroup", text));
         }
         if p.oom_score_adj != common.own.oom_score_adj {
             let path = format!("/proc/{}/oom_score_adj", p.pid);

@@ -1,11 +1,11 @@
 //! Threads: made by injected clone3, then given everything that is per thread; registers last.
 
-use snapshot::{Credentials, Fpu, Pid, Process, Reason, Rseq, Scheduling, Thread};
+use snapshot::{Credentials, Fpu, Pid, Process, Reason, Rseq, Scheduling, Snapshot, Thread};
 
 use crate::deadline::Deadline;
 use crate::inject::{Arg, Call, InjectError, Missed, Tracee, call};
 use crate::syscall::{Continuation, Timeout};
-use crate::{credentials, signal, sys};
+use crate::{credentials, seccomp, signal, sys};
 
 const NT_X86_XSTATE: u32 = 0x202;
 /// Size of `struct robust_list_head`.
@@ -31,6 +31,7 @@ pub(crate) fn create(tid: Pid) -> Call {
 
 /// Everything that a thread does for itself before it goes on, privileges given up at the end.
 pub(crate) fn set_up(
+    snapshot: &Snapshot,
     process: &Process,
     t: &Thread,
     own: &Credentials,
@@ -67,6 +68,7 @@ pub(crate) fn set_up(
     if t.timer_slack_ns != own_slack {
         calls.push(prctl("PR_SET_TIMERSLACK", libc::PR_SET_TIMERSLACK, t.timer_slack_ns.into()));
     }
+    calls.extend(seccomp::restrict(snapshot, t));
     calls.extend(credentials::change(own, &t.credentials));
     // A change of credentials clears it.
     if t.pdeath_signal != 0 {

@@ -106,6 +106,27 @@ fn intervals(timers: &Timers, gone_by: Duration) -> Vec<Call> {
     .collect()
 }
 
+/// Signals that timers may have sent by now, to the process and to this thread; bit n-1 is signal n.
+pub(crate) fn signals(process: &Process, tid: Pid) -> (u64, u64) {
+    let bit = |signo: i32| if (1..=64).contains(&signo) { 1u64 << (signo - 1) } else { 0 };
+    let timers = &process.timers;
+    let intervals = [
+        (timers.real.is_some(), libc::SIGALRM),
+        (timers.virtual_time.is_some(), libc::SIGVTALRM),
+        (timers.profiling.is_some(), libc::SIGPROF),
+    ];
+    let intervals = intervals.into_iter().filter(|(runs, _)| *runs).map(|(_, signo)| bit(signo));
+    let is_running = |timer: &&PosixTimer| timer.expiry.is_some() && timer.notify != libc::SIGEV_NONE;
+    let (to_threads, to_process): (Vec<&PosixTimer>, Vec<&PosixTimer>) =
+        timers.posix.iter().filter(is_running).partition(|timer| timer.notify & libc::SIGEV_THREAD_ID != 0);
+    let to_this = to_threads.into_iter().filter(|timer| timer.target == tid);
+    let all = |signals: &mut dyn Iterator<Item = u64>| signals.fold(0, |set, signal| set | signal);
+    (
+        all(&mut intervals.chain(to_process.into_iter().map(|timer| bit(timer.signo)))),
+        all(&mut to_this.map(|timer| bit(timer.signo))),
+    )
+}
+
 /// POSIX timers that are not as they were, in words.
 pub(crate) fn differences(process: &Process) -> Vec<String> {
     let Ok(now) = sys::read_proc(&format!("/proc/{}/timers", process.pid)) else {
@@ -134,6 +155,39 @@ mod tests {
         let all: Vec<_> = batches(0..450).collect();
         assert_eq!(all, [0..200, 200..400, 400..450]);
         assert_eq!(batches(3..3).count(), 0);
+    }
+
+    #[test]
+    fn only_running_timers_send_signals() {
+        let timer = |id, notify, signo, target, runs: bool| PosixTimer {
+            id,
+            clock: libc::CLOCK_MONOTONIC,
+            notify,
+            signo,
+            value: 0,
+            target,
+            measures: None,
+            expiry: runs.then_some(PosixExpiry::In { ns: 1 }),
+            interval_ns: 0,
+            is_pending: false,
+            overruns: 0,
+        };
+        let text = r#"{"pid":5,"ppid":1,"pgid":5,"sid":5,"comm":"x","state":{"type":"alive"},"threads":[],"address_space":null,
+            "files_id":0,"descriptors":[],"fs":{"id":0,"cwd":"/","root":"/","umask":0,"cwd_deleted":false},"signals":{"id":0,"actions":[],"pending":[]},
+            "rlimits":[],"ctty":null,"exit_signal":17,"child_subreaper":false,"oom_score_adj":0,"cgroup":"","unit":null,
+            "namespaces":{"cgroup":true,"ipc":true,"mnt":true,"net":true,"pid":true,"time":true,"user":true,"uts":true},
+            "start_boottime_ns":0,"unsupported":[],"decision":{"do":"undecided"}}"#;
+        let mut process: Process = serde_json::from_str(text).unwrap();
+        assert_eq!(signals(&process, 5), (0, 0));
+        process.timers.real = Some(IntervalTimer { left_ns: 1, interval_ns: 0 });
+        process.timers.posix = vec![
+            timer(0, libc::SIGEV_SIGNAL, 10, 5, true),
+            timer(1, libc::SIGEV_SIGNAL, 11, 5, false),
+            timer(2, libc::SIGEV_NONE, 12, 5, true),
+            timer(3, libc::SIGEV_THREAD_ID, 13, 6, true),
+        ];
+        assert_eq!(signals(&process, 5), (1 << 13 | 1 << 9, 0));
+        assert_eq!(signals(&process, 6), (1 << 13 | 1 << 9, 1 << 12));
     }
 
     #[test]

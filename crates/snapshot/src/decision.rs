@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    AddressSpaceId, EventFd, FileKind, Fpu, OpenFile, Pid, Process, ProcessState, Resume, Seccomp, Severity,
-    Snapshot, ThreadState, UnixSocket, VmaKind,
+    AddressSpaceId, EventFd, FileKind, Fpu, OpenFile, Pid, Process, ProcessState, Resume, Severity, Snapshot,
+    ThreadState, UnixSocket, VmaKind,
 };
 
 /// The kernel's return value of an interrupted call (-EINTR).
@@ -241,10 +241,8 @@ fn judge(
         return conclude(reasons, losses);
     }
     if !matches!(process.cgroup.as_bytes(), b"" | b"/") {
-        let text = format!(
-            "it was in the control group {}: it runs in the root group, without limits",
-            process.cgroup
-        );
+        let text =
+            format!("its control group {} is without the limits and settings that it had", process.cgroup);
         losses.push(Reason::new("cgroup", text));
     }
     judge_namespaces(process, &mut reasons);
@@ -268,10 +266,7 @@ fn judge(
             let text = format!("thread {tid}: its system call returns {error}: {why}");
             losses.push(Reason::new("interrupted", text));
         }
-        if thread.seccomp != Seccomp::Off {
-            let text = format!("thread {tid} runs under seccomp: not brought back by this version");
-            reasons.push(Reason::new("seccomp", text));
-        }
+        crate::seccomp::judge(snapshot, thread, &mut reasons);
         if let Fpu::LostInSyscall { .. } = thread.fpu {
             let text = format!(
                 "thread {tid} was in a system call on a CPU: the vector registers that it had before are lost, which compiled \
@@ -760,7 +755,8 @@ mod tests {
             s.processes[0].descriptors.push(Descriptor { fd: 3, file: FileId(7), cloexec: false });
         };
         assert_eq!(reasons(|s| s.processes[0].threads[0].fpu = Fpu::Lost), ["live-fpu"]);
-        assert_eq!(reasons(|s| s.processes[0].threads[0].seccomp = Seccomp::Strict), ["seccomp"]);
+        let unknown = || Seccomp::Filter { filters: vec![SeccompFilterId(7)] };
+        assert_eq!(reasons(|s| s.processes[0].threads[0].seccomp = unknown()), ["seccomp"]);
         assert_eq!(
             reasons(|s| s.processes[0].threads[0].resume = Resume::Impossible { why: "execve".into() }),
             ["system-call"]

@@ -34,6 +34,7 @@ mod pipe;
 mod proc;
 mod process;
 mod pty;
+mod seccomp;
 mod signal;
 mod signalfd;
 mod socket;
@@ -66,11 +67,12 @@ pub use pipe::{Pipe, PipeBuffer, PipeEnd, PipeId};
 pub use proc::{NamespaceFile, ProcFile};
 pub use process::{Namespaces, Process, ProcessState, Rlimit};
 pub use pty::Pty;
+pub use seccomp::{Seccomp, SeccompFilter, SeccompFilterId};
 pub use signal::{AltStack, PendingSignal, SigAction, SignalState};
 pub use signalfd::SignalFd;
 pub use socket::{ProtocolOption, SocketOptions};
 pub use syscall::{Exec, Resume, SyscallInFlight};
-pub use thread::{Fpu, FpuSource, Registers, Rseq, Scheduling, Seccomp, Thread, ThreadState};
+pub use thread::{Fpu, FpuSource, Registers, Rseq, Scheduling, Thread, ThreadState};
 pub use timer::{IntervalTimer, MAX_TIMER_ID, PosixExpiry, PosixTimer, Timers, timer_of};
 pub use timerfd::{TimerFd, TimerFdExpiry};
 pub use tty::{Termios, Tty, TtyId, WindowSize};
@@ -112,6 +114,9 @@ pub struct Snapshot {
     /// Regular files with a name, open or not, of which the disk may not have the last state.
     #[serde(default)]
     pub unwritten: Vec<InodeId>,
+    /// Filters for system calls.
+    #[serde(default)]
+    pub seccomp_filters: BTreeMap<SeccompFilterId, SeccompFilter>,
     /// Pipes and FIFOs.
     pub pipes: BTreeMap<PipeId, Pipe>,
     /// File locks and leases, those of processes and open files that do not come back among them.

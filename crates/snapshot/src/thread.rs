@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{AltStack, Bytes, Credentials, PendingSignal, Pid, Resume, SyscallInFlight};
+use crate::{AltStack, Bytes, Credentials, PendingSignal, Pid, Resume, Seccomp, SyscallInFlight};
 
 /// One thread.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -165,20 +165,4 @@ pub struct Scheduling {
     pub reset_on_fork: bool,
     /// CPUs that it may run on, as the user asked; empty: all.
     pub affinity: Vec<u32>,
-}
-
-/// seccomp(2).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", tag = "type")]
-pub enum Seccomp {
-    #[allow(missing_docs)]
-    #[default]
-    Off,
-    #[allow(missing_docs)]
-    Strict,
-    #[allow(missing_docs)]
-    Filter {
-        /// Filters in force.
-        filters: u32,
-    },
 }
