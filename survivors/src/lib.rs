@@ -70,6 +70,7 @@ mod timer;
 mod timerfd;
 mod tty;
 mod unix;
+mod vt;
 
 pub use crowd::Crowd;
 pub use run::{Paths, run};
@@ -95,6 +96,8 @@ pub enum Needs {
     Avx2,
     /// A serial line that nobody else uses (`--tty`).
     Tty,
+    /// Virtual consoles.
+    Console,
 }
 
 /// One survivor.
@@ -298,6 +301,7 @@ table! {
     "pty-session" pty::session Survives, Nothing, "a session on a pseudo-terminal: foreground group, /dev/tty, the interrupt key";
     "pty-masters" pty::masters Survives, Nothing, "packet mode; masters without a slave";
     "pty-hung-up" pty::hung_up Survives, Nothing, "a terminal whose master is gone";
+    "vt-console" vt::console Survives, Console, "a virtual console: screen, cursor, colours, modes, settings";
     "seccomp-filter" seccomp::filter Survives, Nothing, "seccomp filters, and a child that has inherited them and added one";
     "seccomp-threads" seccomp::threads Survives, Nothing, "threads with different seccomp filters";
     "seccomp-strict" seccomp::strict Survives, Nothing, "a child in seccomp's strict mode, blocked in read";

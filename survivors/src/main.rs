@@ -133,6 +133,7 @@ fn list() {
             Needs::Root => "root",
             Needs::Avx2 => "avx2",
             Needs::Tty => "tty",
+            Needs::Console => "console",
         };
         println!("{}\t{}\t{expect}\t{needs}\t{}", survivor.name, survivor.kind, survivor.shows);
     }

@@ -26,6 +26,7 @@ fn can_run(survivor: &Survivor) -> bool {
     match survivor.needs {
         Needs::Nothing | Needs::Tty => true,
         Needs::Root => nix::unistd::Uid::effective().is_root(),
+        Needs::Console => std::path::Path::new("/dev/vcsa9").exists(),
         Needs::Avx2 => is_x86_feature_detected!("avx2"),
     }
 }

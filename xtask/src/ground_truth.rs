@@ -364,7 +364,7 @@ fn start_survivors(guest: &mut Guest) -> Result<Vec<i32>> {
     for (root, dir) in [(false, "/home/demo/survivors"), (true, "/root/survivors")] {
         let names = chosen
             .iter()
-            .filter(|survivor| matches!(survivor.needs, Needs::Root | Needs::Tty) == root)
+            .filter(|survivor| matches!(survivor.needs, Needs::Root | Needs::Tty | Needs::Console) == root)
             .map(|survivor| survivor.name);
         let how =
             [PROGRAM, "start", "--dir", dir, "--timeout", "200", "--period", LONG, "--boot-id", BOOT_ID];

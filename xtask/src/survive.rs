@@ -223,7 +223,7 @@ pub fn verdict(guest: &mut Guest, survivor: &Survivor) -> String {
 }
 
 fn needs_root(survivor: &Survivor) -> bool {
-    matches!(survivor.needs, Needs::Root | Needs::Tty)
+    matches!(survivor.needs, Needs::Root | Needs::Tty | Needs::Console)
 }
 
 fn directory(root: bool) -> &'static str {

@@ -50,6 +50,7 @@ mod timer;
 mod timerfd;
 mod tty;
 mod unix;
+mod vt;
 mod writeback;
 
 pub use error::{Error, Result};

@@ -269,7 +269,17 @@ fn cpu_timer(expires: u64, interval_ns: u64, used: u64) -> Option<IntervalTimer>
 mod tests {
     use super::*;
     use crate::testing::{declare, open};
-    use synth::Synth;
+    use synth::{Synth, array, named};
+
+    /// Declares what is only used by offset.
+    #[derive(KernelType)]
+    #[kernel("cpu_itimer")]
+    struct CpuTimer {
+        #[kernel("expires")]
+        _expires: u64,
+        #[kernel("incr")]
+        _incr: u64,
+    }
 
     #[test]
     fn what_is_over_is_due_or_waits_for_its_next_time() {
@@ -283,7 +293,8 @@ mod tests {
 
     fn machine() -> (Synth, u64) {
         let mut synth = Synth::new();
-        declare::<Signal>(&mut synth, &[]);
+        declare::<CpuTimer>(&mut synth, &[]);
+        declare::<Signal>(&mut synth, &[("it", array(named("cpu_itimer"), 2))]);
         declare::<KItimer>(&mut synth, &[]);
         declare::<SigQueue>(&mut synth, &[]);
         declare::<CpuTime>(&mut synth, &[]);

@@ -161,10 +161,18 @@ impl Autopsy<'_> {
             (TTY_DRIVER_TYPE_SERIAL, _) => None,
             (TTY_DRIVER_TYPE_PTY, _) if pty.is_some() => None,
             (TTY_DRIVER_TYPE_PTY, _) => Some("pseudo-terminal of the BSD kind"),
-            (TTY_DRIVER_TYPE_CONSOLE, _) => Some("virtual console"),
+            (TTY_DRIVER_TYPE_CONSOLE, _) if tty.driver_data != 0 => None,
             _ => Some("terminal of an unknown kind"),
         }
         .map(|what| format!("{what}: not brought back by this version"));
+        let console = match driver.kind {
+            TTY_DRIVER_TYPE_CONSOLE if tty.driver_data != 0 => Some(self.virtual_console(tty.driver_data)?),
+            _ => None,
+        };
+        if console.as_ref().is_some_and(|console| console.graphics) {
+            unsupported =
+                Some("a program draws on the virtual console: not brought back by this version".into());
+        }
         let input = match self.line_discipline(tty.ldisc) {
             Ok(N_TTY) if tty.disc_data != 0 => self.input(&tty)?,
             Ok(N_TTY) => Vec::new(),
@@ -215,6 +223,7 @@ impl Autopsy<'_> {
             foreground: self.pid_number(tty.pgrp)?,
             input,
             output: Bytes(output),
+            console,
             pty,
         };
         self.ttys.borrow_mut().insert(id, tty);

@@ -69,6 +69,7 @@ mod timerfd;
 mod tty;
 mod unix;
 mod vfork;
+mod vt;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};

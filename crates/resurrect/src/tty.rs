@@ -9,11 +9,11 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use snapshot::{Bytes, Pid, Reason, Termios, Tty};
 
 use crate::deadline::Deadline;
-use crate::sys;
+use crate::{sys, vt};
 
 /// How long a terminal may take to accept the dead kernel's unsent output. Its own ring has room for all of it, unless somebody
 /// else writes there, too.
-const PATIENCE: Duration = Duration::from_secs(1);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(1);
 
 /// `struct termios2`.
 #[repr(C)]
@@ -73,7 +73,10 @@ pub(crate) struct Restored {
 /// Gives the terminal its settings, window size, unread input and unsent output. It keeps them while the result, or a process, has it open.
 pub(crate) fn restore(tty: &Tty, above: RawFd) -> Result<Restored, String> {
     let fd = open(tty, libc::O_RDWR).map_err(|e| format!("open {}: {e}", device(tty).display()))?;
-    let losses = fill(&fd, tty, &tty.output)?;
+    let mut losses = fill(&fd, tty, &tty.output)?;
+    if let Some(console) = &tty.console {
+        losses.extend(vt::fill(&fd, tty, console));
+    }
     let open = sys::lift(fd, above).map_err(|e| format!("dup: {e}"))?;
     Ok(Restored { losses, _open: open })
 }
@@ -125,6 +128,11 @@ pub(crate) fn configure(fd: &OwnedFd, tty: &Tty) -> Result<(), String> {
     unsafe { sys::ioctl(fd.as_raw_fd(), libc::TIOCSWINSZ, &mut size) }
         .map(drop)
         .map_err(|e| format!("TIOCSWINSZ: {e}"))
+}
+
+/// Gives a terminal settings.
+pub(crate) fn set_termios(fd: &OwnedFd, termios: &Termios) -> Result<(), String> {
+    set(fd.as_raw_fd(), &mut Termios2::from(termios))
 }
 
 fn set(fd: RawFd, termios: &mut Termios2) -> Result<(), String> {

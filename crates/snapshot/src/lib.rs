@@ -44,6 +44,7 @@ mod timer;
 mod timerfd;
 mod tty;
 mod unix;
+mod vt;
 
 pub use bytes::Bytes;
 pub use clock::Clocks;
@@ -79,6 +80,7 @@ pub use tty::{Termios, Tty, TtyId, WindowSize};
 pub use unix::{
     UnixCredentials, UnixData, UnixDirectory, UnixId, UnixKind, UnixMessage, UnixPlace, UnixSocket, unix_name,
 };
+pub use vt::{VirtualConsole, VtMode};
 
 use std::collections::BTreeMap;
 

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Bytes, Pid, Pty};
+use crate::{Bytes, Pid, Pty, VirtualConsole};
 
 /// Address of a `struct tty_struct` in the dead kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -18,7 +18,7 @@ pub struct Tty {
     pub major: u32,
     #[allow(missing_docs)]
     pub minor: u32,
-    /// Serial ports and pseudo-terminals come back; for others the reason why not.
+    /// Why it cannot be brought back; for people.
     pub unsupported: Option<String>,
     #[allow(missing_docs)]
     pub termios: Termios,
@@ -33,6 +33,9 @@ pub struct Tty {
     /// Written, accepted by the driver and not sent yet, as it goes over the line.
     #[serde(default)]
     pub output: Bytes,
+    /// Its screen and modes, if it is a virtual console.
+    #[serde(default)]
+    pub console: Option<VirtualConsole>,
     /// One end of a pseudo-terminal.
     #[serde(default)]
     pub pty: Option<Pty>,

@@ -607,6 +607,7 @@ impl Freezer {
         check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TCGETS2, &mut t) }.into(), "TCGETS2");
         check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCGWINSZ, &mut w) }.into(), "TIOCGWINSZ");
         let tty = Tty {
+            console: None,
             pty: None,
             name: path.strip_prefix(b"/dev/").unwrap().into(),
             major,
