@@ -26,12 +26,12 @@ def compute(stop, name, results):
         rounds += 1
         with LOCK:
             ROUNDS += 1
-        time.sleep(0.05)
+        time.sleep(0.3)
     results[name] = rounds
 
 
 def square(number):
-    time.sleep(0.01)
+    time.sleep(0.1)
     return number * number
 
 

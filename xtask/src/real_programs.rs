@@ -422,7 +422,7 @@ fn bash_start(agent: &mut Channel) -> Result<Vec<i32>> {
         ),
     )?;
     let pipeline =
-        "(i=0; while :; do i=$((i+1)); echo $i; sleep 0.05; done) | tee numbers | cat > /dev/null &";
+        "(i=0; while :; do i=$((i+1)); echo $i; sleep 0.3; done) | tee numbers | cat > /dev/null &";
     keys(agent, pane("bash"), &format!("'cd {DIR}; {pipeline}' Enter"))?;
     keys(agent, pane("bash"), "'sleep 54321' Enter")?;
     until(agent, "sleep", |agent| shell(agent, "pgrep -f '^sleep 54321' || true"), |text| !text.is_empty())?;
@@ -445,7 +445,7 @@ fn bash_check(agent: &mut Channel, _: &str) -> Result<()> {
     let numbers = format!("{DIR}/numbers");
     let count = |text: &str| text.lines().count();
     let before = count(&file(agent, &numbers)?);
-    let text = until(agent, "the pipeline", |agent| file(agent, &numbers), |text| count(text) > before + 20)?;
+    let text = until(agent, "the pipeline", |agent| file(agent, &numbers), |text| count(text) > before + 5)?;
     let whole = text.lines().zip(1..).all(|(line, n)| line == n.to_string());
     ensure!(whole, "the pipeline has lost or repeated numbers");
     // Once more to the foreground, and away.
@@ -586,7 +586,7 @@ fn postgres_start(agent: &mut Channel) -> Result<Vec<i32>> {
         "CREATE TABLE numbers (n INT);\nBEGIN;\nINSERT INTO numbers SELECT generate_series(1, 1000);\nSELECT count(*) FROM numbers;",
         "1000",
     )?;
-    let bench = Program::new(as_postgres("cd / && exec pgbench -n -c 2 --rate=20 -T 100000 bench"));
+    let bench = Program::new(as_postgres("cd / && exec pgbench -n -c 2 --rate=5 -T 100000 bench"));
     let bench = agent.spawn(&bench.stdout(format!("{DIR}/pgbench.out")))?;
     let mut all = pids(agent, "pgrep -u postgres -x postgres")?;
     all.retain(|pid| *pid != server);

@@ -125,9 +125,11 @@ pub(crate) fn configure(fd: &OwnedFd, tty: &Tty) -> Result<(), String> {
     let w = tty.window;
     let mut size = libc::winsize { ws_row: w.rows, ws_col: w.cols, ws_xpixel: w.xpixel, ws_ypixel: w.ypixel };
     // SAFETY: TIOCSWINSZ reads a winsize.
-    unsafe { sys::ioctl(fd.as_raw_fd(), libc::TIOCSWINSZ, &mut size) }
-        .map(drop)
-        .map_err(|e| format!("TIOCSWINSZ: {e}"))
+    match unsafe { sys::ioctl(fd.as_raw_fd(), libc::TIOCSWINSZ, &mut size) } {
+        // A console has the size of its display, which is told with its screen.
+        Err(_) if tty.console.is_some() => Ok(()),
+        done => done.map(drop).map_err(|e| format!("TIOCSWINSZ: {e}")),
+    }
 }
 
 /// Gives a terminal settings.
