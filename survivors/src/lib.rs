@@ -154,6 +154,9 @@ table! {
     "memory-file-private" memory::file_private Survives, Nothing, "private file mapping: pages written to and pages of the file";
     "memory-file-shared" memory::file_shared Survives, Nothing, "shared file mapping: what was stored reaches the file";
     "memory-protection" memory::protection Survives, Nothing, "PROT_NONE and read-only pages: contents, and no access";
+    "memory-reservation" memory::reservation Survives, Nothing, "8 TiB of PROT_NONE with an island in it";
+    "memory-lock-all" memory::lock_all Survives, Root, "mlockall, also for what comes later";
+    "memory-truncated" memory::truncated Survives, Nothing, "a shared mapping of a file that was truncated";
     "memory-growsdown" memory::growsdown Survives, Nothing, "MAP_GROWSDOWN mapping still grows";
     "memory-advice" memory::advice Survives, Nothing, "madvise flags and mlock";
     "memory-brk" memory::brk Survives, Nothing, "heap that was grown by brk, and grows on";

@@ -30,6 +30,15 @@ impl Map {
         Ok(Self { start: start.cast(), len })
     }
 
+    /// Address space that nothing can be done with yet (PROT_NONE, MAP_NORESERVE).
+    pub fn reserved(len: usize) -> Result<Self> {
+        let size = NonZeroUsize::new(len).context("an empty mapping")?;
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
+        // SAFETY: as above.
+        let start = unsafe { mmap_anonymous(None, size, ProtFlags::PROT_NONE, flags) }.context("mmap")?;
+        Ok(Self { start: start.cast(), len })
+    }
+
     /// A file from its start; `flags` say private or shared.
     pub fn file(file: impl AsFd, len: usize, flags: MapFlags) -> Result<Self> {
         let size = NonZeroUsize::new(len).context("an empty mapping")?;

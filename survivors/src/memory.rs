@@ -12,7 +12,7 @@ use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags};
 
 use crate::Stage;
 use crate::child::Child;
-use crate::map::{Map, PAGE};
+use crate::map::{Map, PAGE, READ_WRITE};
 use crate::prng;
 use crate::procfs::{self, same};
 
@@ -260,6 +260,77 @@ pub fn protection(stage: &mut Stage) -> Result<()> {
     same("read into read-only", &Err(Errno::EFAULT), &raw_read(&reader, map.address() + 8 * PAGE))?;
     map.protect(0, 24, ProtFlags::PROT_READ)?;
     prng::verify(8, map.bytes())
+}
+
+/// Terabytes that are reserved, with an island in them that is used.
+pub fn reservation(stage: &mut Stage) -> Result<()> {
+    const SIZE: usize = 8 << 40;
+    const ISLAND: usize = (3 << 40) / PAGE;
+    let mut map = Map::reserved(SIZE)?;
+    map.protect(ISLAND, 16, READ_WRITE)?;
+    prng::fill(31, &mut map.bytes_mut()[ISLAND * PAGE..][..16 * PAGE]);
+    let look = || -> Result<Vec<_>> {
+        [0, ISLAND, ISLAND + 16]
+            .into_iter()
+            .map(|page| procfs::mapping(map.address() + page * PAGE))
+            .collect()
+    };
+    let before = look()?;
+
+    let crash = stage.crash()?;
+    if crash.damage {
+        map.protect(0, 1, ProtFlags::PROT_READ)?;
+    }
+    same("mappings", &before, &look()?)?;
+    prng::verify(31, &map.bytes()[ISLAND * PAGE..][..16 * PAGE])?;
+    let (_reader, writer) = nix::unistd::pipe()?;
+    same("write from the reservation", &Err(Errno::EFAULT), &raw_write(&writer, map.address()))?;
+    // It can be taken into use.
+    map.protect(0, 1, READ_WRITE)?;
+    map.bytes_mut()[0] = 1;
+    Ok(())
+}
+
+/// mlockall: what there is, and what comes later.
+pub fn lock_all(stage: &mut Stage) -> Result<()> {
+    let mut map = Map::anonymous(8 * PAGE, PRIVATE)?;
+    prng::fill(41, map.bytes_mut());
+    use nix::sys::mman::{MlockAllFlags, mlockall, munlockall};
+    mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE)?;
+    let is_locked = |map: &Map| -> Result<bool> {
+        Ok(procfs::mapping(map.address())?.flags.split_whitespace().any(|flag| flag == "lo"))
+    };
+
+    let crash = stage.crash()?;
+    if crash.damage {
+        munlockall()?;
+    }
+    same("what was there is locked", &true, &is_locked(&map)?)?;
+    same("what is new is locked", &true, &is_locked(&Map::anonymous(8 * PAGE, PRIVATE)?)?)?;
+    prng::verify(41, map.bytes())
+}
+
+/// A mapped file that was truncated: what is behind its end is out of reach, and comes back when it grows.
+pub fn truncated(stage: &mut Stage) -> Result<()> {
+    let path = stage.path("truncated");
+    let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
+    file.set_len(8 * PAGE as u64)?;
+    let mut map = Map::file(&file, 8 * PAGE, MapFlags::MAP_SHARED)?;
+    prng::fill(51, map.bytes_mut());
+    file.set_len(2 * PAGE as u64)?;
+    let (reader, writer) = nix::unistd::pipe()?;
+
+    let crash = stage.crash()?;
+    if crash.damage {
+        file.set_len(3 * PAGE as u64)?;
+    }
+    prng::verify(51, &map.bytes()[..2 * PAGE])?;
+    same("behind the end", &Err(Errno::EFAULT), &raw_write(&writer, map.address() + 2 * PAGE))?;
+    file.set_len(8 * PAGE as u64)?;
+    same("when it has grown", &Ok(1), &raw_write(&writer, map.address() + 2 * PAGE))?;
+    let mut byte = [9];
+    nix::unistd::read(&reader, &mut byte)?;
+    same("what is there", &[0], &byte)
 }
 
 /// write(2) of one byte at an address that need not be readable.

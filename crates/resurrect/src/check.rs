@@ -304,6 +304,7 @@ fn descriptors(e: &Expected<'_>, dir: &str) -> Vec<String> {
         } else {
             found.push(at("its state cannot be read"));
         }
+        found.extend(counters(&file.kind, &info).map(|what| at(&what)));
         let has_path = matches!(
             file.kind,
             FileKind::Regular
@@ -323,6 +324,23 @@ fn descriptors(e: &Expected<'_>, dir: &str) -> Vec<String> {
         }
     }
     found
+}
+
+/// What fdinfo says of files that count or keep time, where it is not as it was.
+fn counters(kind: &FileKind, info: &[u8]) -> Option<String> {
+    let (name, was) = match kind {
+        FileKind::EventFd(state) => ("eventfd-count", format!("{:x}", state.count)),
+        FileKind::SignalFd(state) => ("sigmask", format!("{:016x}", state.mask)),
+        FileKind::TimerFd(state) => {
+            let second = 1_000_000_000;
+            let interval = format!("({}, {})", state.interval_ns / second, state.interval_ns % second);
+            let clock = differ("clockid", status_field(info, "clockid")?, state.clock.to_string().as_str());
+            return clock
+                .or_else(|| differ("it_interval", status_field(info, "it_interval")?, interval.as_str()));
+        }
+        _ => return None,
+    };
+    differ(name, status_field(info, name)?, was.as_str())
 }
 
 fn places(e: &Expected<'_>, dir: &str) -> Vec<String> {
@@ -381,6 +399,26 @@ mod tests {
         ];
         let joined: Vec<_> = joined(list.into_iter()).iter().map(|s| (s.start, s.end)).collect();
         assert_eq!(joined, [(0, 2), (2, 4), (4, 5), (5, 6), (6, 7)]);
+    }
+
+    #[test]
+    fn counters_are_compared_with_their_fdinfo() {
+        let eventfd = |count| FileKind::EventFd(snapshot::EventFd { count, semaphore: false });
+        let info = b"pos:\t0\neventfd-count:               2a\neventfd-id: 3\n";
+        assert_eq!(counters(&eventfd(42), info), None);
+        assert!(counters(&eventfd(7), info).unwrap().contains("is 2a and was 7"));
+        let signalfd = |mask| FileKind::SignalFd(snapshot::SignalFd { mask });
+        let info = b"sigmask:\t0000000000000200\n";
+        assert_eq!(counters(&signalfd(1 << 9), info), None);
+        assert!(counters(&signalfd(1), info).is_some());
+        let timerfd = |clock, interval_ns| {
+            FileKind::TimerFd(snapshot::TimerFd { clock, interval_ns, ..snapshot::TimerFd::default() })
+        };
+        let info = b"clockid: 1\nticks: 0\nit_value: (0, 0)\nit_interval: (3, 500)\n";
+        assert_eq!(counters(&timerfd(1, 3_000_000_500), info), None);
+        assert!(counters(&timerfd(7, 3_000_000_500), info).is_some());
+        assert!(counters(&timerfd(1, 3_000_000_501), info).is_some());
+        assert_eq!(counters(&FileKind::Regular, info), None);
     }
 
     #[test]

@@ -1,9 +1,11 @@
 //! TCP and UDP sockets that do not depend on anybody elsewhere.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{SockaddrIn, SockaddrIn6};
 use snapshot::{InetProtocol, InetSocket, InetState, ProtocolOption};
 
@@ -13,6 +15,8 @@ use crate::socket;
 const BEFORE_BINDING: [&str; 5] =
     ["IPV6_V6ONLY", "IP_TRANSPARENT", "SO_BINDTOIFINDEX", "IP_BIND_ADDRESS_NO_PORT", "IP_FREEBIND"];
 const IPV6_FREEBIND: i32 = 78;
+/// A reset goes through the loopback device at once, unless the machine is busy.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 type Made = Result<OwnedFd, String>;
 
@@ -122,9 +126,13 @@ fn over(v6: bool) -> Made {
     socket::set_structure(far.as_raw_fd(), libc::SOL_SOCKET, libc::SO_LINGER, &now)
         .map_err(say("SO_LINGER"))?;
     drop(far);
-    // Loopback delivers before close(2) returns; taking the error clears it.
-    near.take_error().map_err(io)?;
-    Ok(near.into())
+    // Told when it is there; taking the error clears it.
+    let timeout = PollTimeout::try_from(PATIENCE).unwrap_or(PollTimeout::MAX);
+    poll(&mut [PollFd::new(near.as_fd(), PollFlags::POLLIN)], timeout).map_err(say("wait for the reset"))?;
+    match near.take_error().map_err(io)? {
+        Some(_) => Ok(near.into()),
+        None => Err("make a connection that is over: the reset does not come".into()),
+    }
 }
 
 fn set_congestion_control(fd: RawFd, name: &str) -> Result<(), Errno> {

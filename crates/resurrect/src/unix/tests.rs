@@ -218,10 +218,16 @@ fn sockets_are_bound_where_their_names_lead() {
         directories: vec![directory(&dir), directory(&dir.join("in"))],
     };
     let mut machine = Machine::new();
-    // Bound to a relative name, and below another root.
-    for (number, name, file) in
-        [(1, "relative", "relative"), (2, "/in/root", "in/root"), (3, "/gone", "gone")]
-    {
+    // Bound to a relative name, below another root, and through a link to a directory that has to be made again.
+    std::os::unix::fs::symlink(dir.join("in"), dir.join("link")).unwrap();
+    let through = dir.join("link/file").to_str().unwrap().to_owned();
+    let names = [
+        (1, "relative", "relative"),
+        (2, "/in/root", "in/root"),
+        (3, "/gone", "gone"),
+        (4, through.as_str(), "in/file"),
+    ];
+    for (number, name, file) in names {
         let socket = machine.socket(number, UnixKind::Datagram);
         (socket.address, socket.owns_address) = (Some(path(name)), true);
         socket.place = Some(place(file, number == 3));
@@ -230,8 +236,8 @@ fn sockets_are_bound_where_their_names_lead() {
     }
     // What the dead kernel left.
     drop(std::os::unix::net::UnixListener::bind(dir.join("relative")).unwrap());
-    let fds = machine.make_well(&[1, 2, 3]);
-    for (number, name) in [(1, "relative"), (2, "/in/root"), (3, "/gone")] {
+    let fds = machine.make_well(&[4, 1, 2, 3]);
+    for (number, name, _) in names {
         assert_eq!(name_of(&fds[&number], false), path(name).as_bytes());
         assert_eq!(receive(&fds[&number]).unwrap(), "hello");
     }
