@@ -11,7 +11,7 @@ use snapshot::{
 };
 
 use crate::credentials::{parse_status, status_field};
-use crate::file::comparable_flags;
+use crate::file::{Files, comparable_flags};
 use crate::memory::{MapsLine, parse_maps};
 use crate::{lock, seccomp, sys, timer};
 
@@ -21,6 +21,7 @@ const LIMIT: usize = 8;
 /// What a process is compared with beyond its own entry.
 pub(crate) struct Expected<'a> {
     pub(crate) snapshot: &'a Snapshot,
+    pub(crate) files: &'a Files,
     pub(crate) process: &'a Process,
     pub(crate) mm: &'a AddressSpace,
     /// Threads that live.
@@ -313,7 +314,7 @@ fn descriptors(e: &Expected<'_>, dir: &str) -> Vec<String> {
                 | FileKind::Path
                 | FileKind::Proc(_)
         );
-        if has_path {
+        if has_path && !e.files.is_of_nobody(d.file) {
             if file.flags & libc::O_PATH == 0 {
                 found.extend(differ(&at("position"), number("pos", 10).unwrap_or(-1), file.pos));
             }

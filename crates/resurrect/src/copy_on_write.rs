@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use snapshot::{
@@ -18,6 +19,8 @@ use crate::pour::{Owner, ReverseMap};
 
 /// Fewer shared pages than this in one area are not worth it.
 const MIN_PAGES: u64 = 16;
+/// Bytes per second; emulated machines pour some times as much.
+const SLOWEST: u64 = 20_000_000;
 
 /// An area of a process that it fills for those that it makes.
 struct Filled {
@@ -191,9 +194,11 @@ impl Plan {
         Ok(Self { fillers, makers, done: Done::new(count)? })
     }
 
-    /// Whether there is anything to do.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.fillers.is_empty()
+    /// How long filling it all may take, beyond what skeletons take anyway.
+    pub(crate) fn patience(&self) -> Duration {
+        let pages = self.fillers.values().flatten().flat_map(|filled| &filled.pages);
+        let bytes: u64 = pages.map(|run| u64::from(run.count) * PAGE_SIZE).sum();
+        Duration::from_millis(bytes / (SLOWEST / 1000))
     }
 
     /// Bytes that have been filled in.

@@ -9,8 +9,8 @@ use std::path::Path;
 
 use nix::errno::Errno;
 use snapshot::{
-    Descriptor, FileId, FileKind, Inode, InodeId, MAX_DESCRIPTOR, OpenFile, PhysMem, Pid, PipeId, Process,
-    Reason, Snapshot, TtyId, VmaKind,
+    Descriptor, FileId, FileKind, Inode, InodeId, MAX_DESCRIPTOR, OpenFile, PhysMem, Pid, PipeId, ProcFile,
+    Process, Reason, Snapshot, TtyId, VmaKind,
 };
 
 use crate::inject::{Call, call};
@@ -38,6 +38,8 @@ pub(crate) struct Files {
     open: BTreeMap<FileId, Result<OwnedFd, Reason>>,
     /// Files about processes: opened when those exist ([`Files::open_late`]). Until then, something else is under their numbers.
     late: BTreeSet<FileId>,
+    /// Those about somebody who is not there.
+    of_nobody: BTreeSet<FileId>,
     /// A pidfd of this program, through which its children get such files.
     own_pidfd: Option<OwnedFd>,
     pipes: BTreeMap<PipeId, Result<pipe::Opened, String>>,
@@ -122,7 +124,7 @@ impl Files {
         files.ptys = pty::Pairs::make(snapshot, &terminals(snapshot, &ids, processes), files.base);
         for id in ids {
             let opened = match snapshot.files.get(&id) {
-                Some(file) if is_late(file) => files.reserve_late(id, file, processes),
+                Some(file) if is_late(file) => files.reserve_late(id),
                 Some(file) => files.open_one(snapshot, file, mem),
                 None => Err(Reason::new("descriptor", "it is not in the snapshot")),
             };
@@ -166,19 +168,8 @@ impl Files {
     }
 
     /// Keeps a number for a file about a process that is still to be made.
-    fn reserve_late(
-        &mut self,
-        id: FileId,
-        file: &OpenFile,
-        processes: &[&Process],
-    ) -> Result<OwnedFd, Reason> {
+    fn reserve_late(&mut self, id: FileId) -> Result<OwnedFd, Reason> {
         let io = |e: Errno| Reason::new("descriptor", format!("keep its number: {e}"));
-        if let FileKind::Proc(snapshot::ProcFile { task: Some(task), .. }) = file.kind
-            && !processes.iter().any(|p| p.pid == task)
-        {
-            let text = format!("it is about PID {task}, which does not come back");
-            return Err(Reason::new("descriptor", text));
-        }
         if self.own_pidfd.is_none() {
             let own = pidfd::open(nix::unistd::getpid().as_raw(), 0).map_err(io)?;
             self.own_pidfd = Some(sys::lift(own, self.base).map_err(io)?);
@@ -197,8 +188,16 @@ impl Files {
             };
             let number = reserved.as_raw_fd();
             let flags = file.flags & !CREATION_FLAGS;
+            let mut nobody = None;
             let opened = match &file.kind {
                 FileKind::PidFd(pidfd) => pidfd::restore(pidfd, exists(pidfd.pid)),
+                FileKind::Proc(ProcFile { task: Some(task), gone }) if *gone || !exists(*task) => {
+                    self.of_nobody.insert(id);
+                    proc::open_of_nobody(file.path.as_path(), flags | libc::O_NOCTTY).map(|(fd, process)| {
+                        nobody = Some(process);
+                        fd
+                    })
+                }
                 _ => sys::open(file.path.as_path(), flags | libc::O_NOCTTY, 0),
             };
             let done = opened.map_err(|e| Reason::new("descriptor", format!("open: {e}"))).and_then(|fd| {
@@ -209,10 +208,17 @@ impl Files {
                 }
                 sys::dup3(fd.as_raw_fd(), number, true).map_err(|e| io("dup", e))
             });
+            // It has to be there up to here: a position is looked for by reading.
+            drop(nobody);
             if let Err(reason) = done {
                 self.open.insert(id, Err(reason));
             }
         }
+    }
+
+    /// Whether it is a file about somebody who is not there.
+    pub(crate) fn is_of_nobody(&self, id: FileId) -> bool {
+        self.of_nobody.contains(&id)
     }
 
     /// A file of this program for the calling child: under which number it is, and through which pidfd it is to be fetched if it was

@@ -386,11 +386,7 @@ impl<'a> Run<'a> {
             maps.iter().map(|l| (l.start, l.end)).chain([scratch.reserved()]).collect();
         let copy_on_write = copy_on_write::Plan::new(self.snapshot, &plan, mem, &taken)
             .map_err(system("share memory with the processes"))?;
-        // Filling memory takes as long as pouring it.
-        let deadline = match copy_on_write.is_empty() {
-            true => self.process_deadline(),
-            false => self.deadline,
-        };
+        let deadline = self.deadline.or_after(self.options.process_deadline + copy_on_write.patience());
         self.alarm.set(deadline);
         let states = skeleton::create(self.snapshot, &plan, &mut files, (&copy_on_write, mem), deadline);
         scratch.unmap();

@@ -3,7 +3,7 @@
 use std::os::fd::{FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
-use snapshot::{FileKind, Pid, PidFd, Process, Reason};
+use snapshot::{FileKind, Pid, PidFd, ProcFile, Process, Reason};
 
 use crate::company::Company;
 use crate::sys;
@@ -49,7 +49,8 @@ pub(crate) fn restore(pidfd: &PidFd, exists: bool) -> Result<OwnedFd, Errno> {
 pub(crate) fn lost_processes(company: &Company<'_>, process: &Process) -> Vec<Reason> {
     let mut losses = Vec::new();
     for d in &process.descriptors {
-        if let Some(FileKind::PidFd(pidfd)) = company.snapshot.files.get(&d.file).map(|file| &file.kind)
+        let kind = company.snapshot.files.get(&d.file).map(|file| &file.kind);
+        if let Some(FileKind::PidFd(pidfd)) = kind
             && !pidfd.gone
             && !company.comes_back(pidfd.pid)
         {
@@ -58,6 +59,16 @@ pub(crate) fn lost_processes(company: &Company<'_>, process: &Process) -> Vec<Re
                 d.fd, pidfd.pid
             );
             losses.push(Reason::new("pidfd", text));
+        }
+        if let Some(FileKind::Proc(ProcFile { task: Some(task), gone: false })) = kind
+            && company.snapshot.process(*task).is_some()
+            && !company.comes_back(*task)
+        {
+            let text = format!(
+                "its descriptor {} is a file about PID {task}, which does not come back: it reads as if that had ended",
+                d.fd
+            );
+            losses.push(Reason::new("proc-file", text));
         }
     }
     losses

@@ -376,6 +376,7 @@ impl<'a> Build<'a> {
     ) -> Vec<String> {
         check::differences(&Expected {
             snapshot: common.snapshot,
+            files: common.files,
             process: self.process,
             mm: self.mm,
             threads: living(self.process).collect(),

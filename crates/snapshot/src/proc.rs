@@ -46,15 +46,16 @@ pub(crate) fn judge(
             FileKind::Proc(proc) => {
                 let target = proc.task.map(|task| snapshot.process(task));
                 if proc.gone {
-                    give_up("it is about a process that has ended");
+                    // Reading it fails as before.
                 } else if !file.initial_mount_namespace {
                     give_up("it belongs to another mount namespace");
                 } else if file.deleted {
                     give_up("it is gone from its file system: not brought back by this version");
                 } else if let Some(None) = target {
-                    give_up(
-                        "it is about a thread that is not the first of its process, or about the kernel: not brought back by this version",
+                    let text = at(
+                        "it is about a thread that is not the first of its process, or about the kernel: it reads as if that had ended",
                     );
+                    losses.push(Reason::new("proc-file", text));
                 } else if let Some(Some(other)) = target
                     && !matches!(other.fs.root.as_bytes(), b"" | b"/")
                 {
