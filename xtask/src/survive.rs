@@ -372,12 +372,18 @@ mod tests {
         assert!(!judge("", Claim::default(), false).good);
         assert!(!judge("pass memory-small", claim("resurrected", ""), true).good);
         assert!(judge("fail memory-small: damaged", claim("resurrected", ""), true).good);
-        let given_up = survivors::find("socket-tcp").unwrap();
+        let given_up = survivors::find("inet-established").unwrap();
         let judge = |line, claim| Row::judge(given_up, line, &claim, false);
-        assert!(judge("", claim("given-up", "a socket")).good);
+        assert!(judge("", claim("given-up", "TCP connection from 127.0.0.1:1 to 127.0.0.1:2")).good);
         assert!(!judge("", claim("given-up", "a pipe")).good);
         assert!(!judge("", claim("resurrected", "")).good);
-        assert!(!judge("pass socket-tcp", claim("given-up", "a socket")).good);
+        assert!(
+            !judge(
+                "pass inet-established",
+                claim("given-up", "TCP connection from 127.0.0.1:1 to 127.0.0.1:2")
+            )
+            .good
+        );
     }
 
     #[test]
