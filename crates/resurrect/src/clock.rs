@@ -39,6 +39,18 @@ impl GoOn {
     }
 }
 
+impl GoOn {
+    /// Whether a time of the processes lies before this kernel's start. `dead`: their clocks when they stopped.
+    pub(crate) fn is_before_boot(&self, dead: &Clocks, clock: libc::clockid_t, ns: i64) -> bool {
+        let dead = match clock {
+            libc::CLOCK_MONOTONIC => dead.monotonic_ns,
+            libc::CLOCK_BOOTTIME | libc::CLOCK_BOOTTIME_ALARM => dead.boottime_ns,
+            _ => return false,
+        };
+        self.own_time(clock, ns.saturating_sub(dead)).is_some_and(|own| own < 0)
+    }
+}
+
 /// Children forked from now on see CLOCK_MONOTONIC and CLOCK_BOOTTIME continue from `dead`; the caller itself does not. Returns the moment
 /// from which they go on.
 pub(crate) fn enter_time_namespace(dead: &Clocks) -> std::io::Result<GoOn> {

@@ -406,7 +406,7 @@ impl<'a> Run<'a> {
             syscall_offset,
             own,
             copy_on_write: &copy_on_write,
-            clocks_go_on: clocks_go_on.at,
+            clocks_go_on,
         };
         self.report.poured_bytes = copy_on_write.bytes();
         let mut builds = self.map_memory(&wanted, &common);

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::os::fd::RawFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use snapshot::{
@@ -19,7 +19,7 @@ use crate::inject::{self, Call, InjectError, Missed, Scratch, Tracee, call};
 use crate::memory::{self, Area, Sources, Specials};
 use crate::pour::{Owner, OwnerId, ReverseMap};
 use crate::syscall::{self, Continuation};
-use crate::{cgroup, copy_on_write, file, ipc, lock, signal, sys, thread, timer};
+use crate::{cgroup, clock, copy_on_write, file, ipc, lock, signal, sys, thread, timer};
 
 /// What all rebuilt processes have in common.
 pub(crate) struct Common<'a> {
@@ -36,7 +36,7 @@ pub(crate) struct Common<'a> {
     pub(crate) own: Own,
     pub(crate) copy_on_write: &'a copy_on_write::Plan,
     /// Since when the processes' clocks go on.
-    pub(crate) clocks_go_on: Instant,
+    pub(crate) clocks_go_on: clock::GoOn,
 }
 
 /// Properties of this program that a new process starts with.
@@ -183,7 +183,7 @@ impl<'a> Build<'a> {
     pub(crate) fn finish(&mut self, common: &Common<'_>, deadline: Deadline) -> Result<(), Failure> {
         self.finish_memory(common, deadline)?;
         self.adopt_threads(common, deadline)?;
-        let mut continuations = self.continuations(common.clocks_go_on.elapsed())?;
+        let mut continuations = self.continuations(common.clocks_go_on.at.elapsed())?;
         // Before it changes user, after all that a low limit could hinder.
         self.set_from_outside(common)?;
         self.set_up_threads(common, deadline)?;
@@ -258,9 +258,12 @@ impl<'a> Build<'a> {
     }
 
     /// Late: whatever expires from now on is pending when the process goes on.
-    fn start_timers(&self, common: &Common<'_>, deadline: Deadline) -> Result<(), Failure> {
+    fn start_timers(&mut self, common: &Common<'_>, deadline: Deadline) -> Result<(), Failure> {
         let step = "start timers";
-        for errand in timer::errands(self.process, common.clocks_go_on.elapsed()) {
+        let clocks = &common.snapshot.clocks;
+        let is_before_boot = |clock, ns| common.clocks_go_on.is_before_boot(clocks, clock, ns);
+        self.losses.extend(timer::losses(self.process, &is_before_boot));
+        for errand in timer::errands(self.process, common.clocks_go_on.at.elapsed()) {
             let tracee = match errand.thread {
                 Some(tid) => self.tracee(tid).ok_or("a thread is missing").map_err(failure(step))?,
                 None => self.main().map_err(failure(step))?,

@@ -4,7 +4,7 @@
 use std::ops::Range;
 use std::time::Duration;
 
-use snapshot::{IntervalTimer, Pid, PosixExpiry, PosixTimer, Process, Timers};
+use snapshot::{IntervalTimer, Pid, PosixExpiry, PosixTimer, Process, Reason, Timers};
 
 use crate::inject::{Call, call};
 use crate::sys;
@@ -33,7 +33,7 @@ pub(crate) fn errands(process: &Process, gone_by: Duration) -> impl Iterator<Ite
         let thread = timer.measures.filter(|whom| *whom != process.pid || timer.clock & PER_THREAD != 0);
         skips.chain([Errand { thread, calls: make(timer, gone_by) }])
     });
-    posix.chain([Errand { thread: None, calls: intervals(timers, gone_by) }])
+    posix.chain([Errand { thread: None, calls: intervals(process.pid, timers, gone_by) }])
 }
 
 /// CPUCLOCK_PERTHREAD_MASK of clocks below zero (include/linux/posix-timers_types.h).
@@ -89,21 +89,53 @@ fn timeval(ns: u64) -> Vec<u8> {
     [us / 1_000_000, us % 1_000_000].iter().flat_map(|word| word.to_ne_bytes()).collect()
 }
 
-fn intervals(timers: &Timers, gone_by: Duration) -> Vec<Call> {
-    let set = |what: &str, which: libc::c_int, timer: Option<IntervalTimer>, gone_by: Duration| {
-        let IntervalTimer { left_ns, interval_ns } = timer?;
-        let spec = [timeval(interval_ns), timeval(since(left_ns, gone_by).max(1))].concat();
-        Some(call!(format!("setitimer {what}"), libc::SYS_setitimer, which, spec, 0u64))
+fn intervals(pid: Pid, timers: &Timers, gone_by: Duration) -> Vec<Call> {
+    let set = |what: &str, which: libc::c_int, left_ns: u64, interval_ns: u64| {
+        let spec = [timeval(interval_ns), timeval(left_ns.max(1))].concat();
+        call!(format!("setitimer {what}"), libc::SYS_setitimer, which, spec, 0u64)
     };
-    let cpu = Duration::ZERO;
-    [
-        set("ITIMER_VIRTUAL", libc::ITIMER_VIRTUAL, timers.virtual_time, cpu),
-        set("ITIMER_PROF", libc::ITIMER_PROF, timers.profiling, cpu),
-        set("ITIMER_REAL", libc::ITIMER_REAL, timers.real, gone_by),
-    ]
-    .into_iter()
-    .flatten()
-    .collect()
+    let of_cpu = [
+        ("ITIMER_VIRTUAL", libc::ITIMER_VIRTUAL, timers.virtual_time),
+        ("ITIMER_PROF", libc::ITIMER_PROF, timers.profiling),
+    ];
+    let of_cpu = of_cpu.into_iter().filter_map(|(what, which, timer)| Some((what, which, timer?)));
+    let mut calls: Vec<Call> =
+        of_cpu.map(|(what, which, timer)| set(what, which, timer.left_ns, timer.interval_ns)).collect();
+    if let Some(timer) = timers.real {
+        let (is_due, left_ns) = next(timer, gone_by);
+        if is_due {
+            // What it_real_fn() (kernel/time/itimer.c) sends.
+            let mut info = vec![0u8; 128];
+            info[..4].copy_from_slice(&libc::SIGALRM.to_ne_bytes());
+            info[8..12].copy_from_slice(&libc::SI_KERNEL.to_ne_bytes());
+            calls.push(call!("SIGALRM", libc::SYS_rt_sigqueueinfo, pid, libc::SIGALRM, info));
+        }
+        calls.push(set("ITIMER_REAL", libc::ITIMER_REAL, left_ns, timer.interval_ns));
+    }
+    calls
+}
+
+/// Whether a periodic timer's time has come meanwhile, and what is left up to its next one: it keeps to its times, however late it is.
+fn next(timer: IntervalTimer, gone_by: Duration) -> (bool, u64) {
+    let IntervalTimer { left_ns, interval_ns } = timer;
+    let gone_by = u64::try_from(gone_by.as_nanos()).unwrap_or(u64::MAX);
+    match gone_by.checked_sub(left_ns) {
+        Some(late) if interval_ns > 0 => (true, interval_ns - late % interval_ns),
+        _ => (false, left_ns.saturating_sub(gone_by)),
+    }
+}
+
+/// POSIX timers whose signals are pending since before this kernel began: it has no time that is as early, and counts from its own start.
+pub(crate) fn losses(process: &Process, is_before_boot: &dyn Fn(i32, i64) -> bool) -> Vec<Reason> {
+    let periodic = process.timers.posix.iter().filter(|timer| timer.is_pending && timer.interval_ns > 0);
+    let early = periodic.filter(|timer| match timer.expiry {
+        Some(PosixExpiry::At { ns }) => is_before_boot(timer.clock, ns),
+        _ => false,
+    });
+    let text = |timer: &PosixTimer| {
+        format!("of its POSIX timer {} the overruns before this kernel's start are not counted", timer.id)
+    };
+    early.map(|timer| Reason::new("timer", text(timer))).collect()
 }
 
 /// Signals that timers may have sent by now, to the process and to this thread; bit n-1 is signal n.
@@ -188,6 +220,16 @@ mod tests {
         ];
         assert_eq!(signals(&process, 5), (1 << 13 | 1 << 9, 0));
         assert_eq!(signals(&process, 6), (1 << 13 | 1 << 9, 1 << 12));
+    }
+
+    #[test]
+    fn a_periodic_timer_keeps_to_its_times() {
+        let timer = |left_ns, interval_ns| IntervalTimer { left_ns, interval_ns };
+        let gone_by = Duration::from_nanos(25);
+        assert_eq!(next(timer(40, 10), gone_by), (false, 15));
+        assert_eq!(next(timer(21, 10), gone_by), (true, 6));
+        assert_eq!(next(timer(5, 10), gone_by), (true, 10));
+        assert_eq!(next(timer(5, 0), gone_by), (false, 0));
     }
 
     #[test]
