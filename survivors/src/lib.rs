@@ -216,7 +216,7 @@ table! {
     "inotify-unread" inotify::unread Survives, Nothing, "unread events are there or told to be lost";
     "inotify-blocked" inotify::blocked Survives, Nothing, "a reader that is blocked on an inotify instance";
     "proc-file" proc::file Survives, Nothing, "open files and a directory of /proc, about itself, a child and the machine";
-    "proc-ended" proc::ended Survives, Nothing, "open files of /proc about a process that has ended, and about the kernel";
+    "proc-ended" proc::ended Survives, Nothing, "open files of /proc about a process that has ended";
     "proc-mountinfo" proc::mountinfo Survives, Root, "changes of the mount table are told to who polls it";
     "proc-sysfs" proc::sysfs Survives, Nothing, "an attribute and a directory of /sys, and a namespace";
     "pipe-content" pipe::content Survives, Nothing, "bytes in a pipe, half read; its capacity";

@@ -48,9 +48,8 @@ pub fn file(stage: &mut Stage) -> Result<()> {
     child.join()
 }
 
-/// Files about who is not there afterwards, or not any more: reading them fails as for the dead, and everything else goes on.
+/// Files about a process that has ended: reading them fails as before.
 pub fn ended(stage: &mut Stage) -> Result<()> {
-    let mut kernel = File::open("/proc/2/stat")?;
     let mut child = Child::fork(stage, "ended", |_, ready| ready.announce())?;
     let mut dead = File::open(format!("/proc/{}/stat", child.pid()))?;
     let directory = nix::dir::Dir::open(
@@ -64,11 +63,6 @@ pub fn ended(stage: &mut Stage) -> Result<()> {
     let error = |file: &mut File| text(file).map_err(|e| e.downcast::<std::io::Error>().ok()?.raw_os_error());
     let expected = if crash.damage { libc::EIO } else { libc::ESRCH };
     same("what reading about the dead gives", &Err(Some(expected)), &error(&mut dead))?;
-    // The same thread of the kernel may be there, unless the crash has ended it.
-    match error(&mut kernel) {
-        Ok(text) => ensure!(text.starts_with("2 ("), "strange text: {text}"),
-        Err(e) => same("what reading about the kernel gives", &Some(libc::ESRCH), &e)?,
-    }
     drop(directory);
     Ok(())
 }

@@ -23,8 +23,12 @@ impl Drop for Nobody {
 }
 
 impl Nobody {
-    fn new() -> Result<Self, Errno> {
-        let pid = sys::fork(0, 0, 0)?;
+    /// `like`: whose number it is to have, if that is free.
+    fn new(like: Option<Pid>) -> Result<Self, Errno> {
+        let pid = match like.map(|like| sys::fork(0, like, 0)) {
+            Some(Ok(pid)) => pid,
+            _ => sys::fork(0, 0, 0)?,
+        };
         if pid == 0 {
             let _ = sys::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as u64);
             loop {
@@ -54,7 +58,8 @@ impl Nobody {
 
 /// Opens what is like a file about somebody who has ended, once the other value is dropped.
 pub(crate) fn open_of_nobody(path: &Path, flags: i32) -> Result<(OwnedFd, Nobody), Errno> {
-    let nobody = Nobody::new()?;
+    let like = path.strip_prefix("/proc").ok().and_then(|below| below.iter().next()?.to_str()?.parse().ok());
+    let nobody = Nobody::new(like)?;
     let path = nobody.path(path).ok_or(Errno::ENOENT)?;
     sys::open(&path, flags, 0).map(|fd| (fd, nobody))
 }
@@ -73,7 +78,7 @@ mod tests {
 
     #[test]
     fn files_of_nobody_read_as_those_of_the_dead() {
-        let nobody = Nobody::new().unwrap();
+        let nobody = Nobody::new(None).unwrap();
         let own = nobody.0;
         let path = |path: &str| nobody.path(Path::new(path)).map(|path| path.display().to_string());
         assert_eq!(path("/proc/38/statm"), Some(format!("/proc/{own}/statm")));
