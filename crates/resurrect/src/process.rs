@@ -263,7 +263,7 @@ impl<'a> Build<'a> {
         let clocks = &common.snapshot.clocks;
         let is_before_boot = |clock, ns| common.clocks_go_on.is_before_boot(clocks, clock, ns);
         self.losses.extend(timer::losses(self.process, &is_before_boot));
-        for errand in timer::errands(self.process, common.clocks_go_on.at.elapsed()) {
+        for errand in timer::errands(self.process, || common.clocks_go_on.at.elapsed()) {
             let tracee = match errand.thread {
                 Some(tid) => self.tracee(tid).ok_or("a thread is missing").map_err(failure(step))?,
                 None => self.main().map_err(failure(step))?,

@@ -1,6 +1,7 @@
 //! Timers that send signals. The kernel numbers POSIX timers itself, one after the other: whoever wants number 5 makes and deletes
 //! those before it.
 
+use std::iter::once_with;
 use std::ops::Range;
 use std::time::Duration;
 
@@ -21,8 +22,12 @@ pub(crate) struct Errand {
     pub(crate) calls: Vec<Call>,
 }
 
-/// Makes all POSIX timers and starts those that ran; then the interval timers. Clocks have gone on for `gone_by`.
-pub(crate) fn errands(process: &Process, gone_by: Duration) -> impl Iterator<Item = Errand> {
+/// Makes all POSIX timers and starts those that ran; then the interval timers. `gone_by` says for how long clocks have gone on; it is asked
+/// when an errand's turn has come, since what is set by how much is left is late by the time in between.
+pub(crate) fn errands(
+    process: &Process,
+    gone_by: impl Fn() -> Duration + Copy,
+) -> impl Iterator<Item = Errand> {
     let timers = &process.timers;
     let mut next = 0;
     let posix = timers.posix.iter().flat_map(move |timer| {
@@ -31,9 +36,10 @@ pub(crate) fn errands(process: &Process, gone_by: Duration) -> impl Iterator<Ite
         let skips = batches(unused).map(|ids| Errand { thread: None, calls: ids.flat_map(skip).collect() });
         // A thread's own clock is that of whoever makes the timer.
         let thread = timer.measures.filter(|whom| *whom != process.pid || timer.clock & PER_THREAD != 0);
-        skips.chain([Errand { thread, calls: make(timer, gone_by) }])
+        skips.chain(once_with(move || Errand { thread, calls: make(timer, gone_by()) }))
     });
-    posix.chain([Errand { thread: None, calls: intervals(process.pid, timers, gone_by) }])
+    let intervals = move || Errand { thread: None, calls: intervals(process.pid, timers, gone_by()) };
+    posix.chain(once_with(intervals))
 }
 
 /// CPUCLOCK_PERTHREAD_MASK of clocks below zero (include/linux/posix-timers_types.h).
