@@ -196,7 +196,12 @@ pub fn alarm(stage: &mut Stage) -> Result<()> {
     let (before, left, after) = (monotonic(), Duration::from_secs(set(0).into()), monotonic());
     // Whole seconds, rounded.
     let second = Duration::from_secs(1);
-    is_left("the alarm", left, (before, after + second), (start + HOUR, after_start + HOUR + second + SET_LATE))
+    is_left(
+        "the alarm",
+        left,
+        (before, after + second),
+        (start + HOUR, after_start + HOUR + second + SET_LATE),
+    )
 }
 
 /// ITIMER_VIRTUAL and ITIMER_PROF run on with the CPU time.

@@ -38,7 +38,7 @@ impl Installation {
     /// Resurrects all that can be.
     pub fn for_all() -> Self {
         let config = format!(
-            "all = true\n\n[[never]]\nexe = \"/usr/local/lib/lab/agent\"\n\n[after]\nstart = [\"{AGENT_COMMAND}\"]\n"
+            "mode = \"programs\"\n\n[[never]]\nexe = \"/usr/local/lib/lab/agent\"\n\n[after]\nstart = [\"{AGENT_COMMAND}\"]\n"
         );
         Self { config, saver: true }
     }

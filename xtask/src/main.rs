@@ -18,6 +18,7 @@ mod test;
 mod ui;
 mod unhappy;
 mod vmcore_cmd;
+mod whole_machine;
 mod workload;
 
 use std::process::ExitCode;
@@ -79,6 +80,8 @@ enum Command {
     Survivors(survive::Survivors),
     /// Takes real programs, as Debian ships them, through panics at random moments.
     RealPrograms(real_programs::RealPrograms),
+    /// Takes a whole Debian with systemd, PID 1 included, through panics at random moments.
+    WholeMachine(whole_machine::WholeMachine),
     /// Takes live vector registers through panics, with and without the register saver.
     FpuRuns(fpu_runs::FpuRuns),
     /// Breaks one thing at a time on a machine, and looks whether it is named and nothing else is lost.
@@ -104,6 +107,7 @@ fn main() -> ExitCode {
         Command::CrashRuns(command) => command.run(&cli.global),
         Command::Survivors(command) => command.run(&cli.global),
         Command::RealPrograms(command) => command.run(&cli.global),
+        Command::WholeMachine(command) => command.run(&cli.global),
         Command::FpuRuns(command) => command.run(&cli.global),
         Command::Unhappy(command) => command.run(&cli.global),
         Command::GroundTruth(command) => command.run(&cli.global),

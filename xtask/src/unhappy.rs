@@ -373,11 +373,11 @@ fn kexec_refused(setting: &Setting) -> Result<String> {
 
 fn bad_configuration(setting: &Setting) -> Result<String> {
     let mut guest = setting.lab.start(&setting.installed, &setting.name)?;
-    configure(&mut guest, "all = true\n[deadlines]\nwhole = 0\n")?;
+    configure(&mut guest, "mode = \"programs\"\n[deadlines]\nwhole = 0\n")?;
     let before = state(&mut guest)?;
     let ended = otherworld(&mut guest, "arm")?;
     ended.must(2, &["/etc/otherworld.toml, line 3", "whole"])?;
-    configure(&mut guest, "all = true\n[failure]\naktion = \"reboot\"\n")?;
+    configure(&mut guest, "mode = \"programs\"\n[failure]\naktion = \"reboot\"\n")?;
     otherworld(&mut guest, "arm")?.must(2, &["/etc/otherworld.toml, line 3", "aktion"])?;
     ensure!(state(&mut guest)? == before, "something has changed");
     Ok(format!("2, \"{}\"", ended.first_line()))

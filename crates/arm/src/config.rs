@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use snapshot::{LiveFpu, Policy, Selector};
+use snapshot::{LiveFpu, Mode, Policy, Selector};
 use toml::Spanned;
 
 use crate::Root;
@@ -42,7 +42,7 @@ pub struct Config {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct File {
-    all: bool,
+    mode: Mode,
     select: Vec<Spanned<Selector>>,
     never: Vec<Spanned<Selector>>,
     never_defaults: bool,
@@ -59,7 +59,7 @@ struct File {
 impl Default for File {
     fn default() -> Self {
         Self {
-            all: false,
+            mode: Mode::default(),
             select: Vec::new(),
             never: Vec::new(),
             never_defaults: true,
@@ -285,8 +285,12 @@ pub enum ConfigError {
 }
 
 /// Never brought back unless `never_defaults = false`.
-fn built_in_never() -> Vec<Selector> {
+fn built_in_never(mode: Mode) -> Vec<Selector> {
     let exe = |path: &str| Selector { exe: Some(path.to_owned()), ..Selector::default() };
+    let ours = ["/usr/local/sbin/otherworld", "/usr/sbin/otherworld", "/usr/bin/otherworld"].map(exe);
+    if mode == Mode::All {
+        return ours.into();
+    }
     let unit = |name: &str| Selector { unit: Some(name.to_owned()), ..Selector::default() };
     let mut all = vec![Selector { pid: Some(1), ..Selector::default() }];
     // PID 1 and the per-user instances are the same program.
@@ -315,18 +319,19 @@ fn built_in_never() -> Vec<Selector> {
             "/sbin/agetty",
             "/usr/bin/login",
             "/bin/login",
-            "/usr/local/sbin/otherworld",
-            "/usr/sbin/otherworld",
-            "/usr/bin/otherworld",
         ]
         .map(exe),
     );
+    all.extend(ours);
     all
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self::from_file(File::default(), Policy { never: built_in_never(), ..Policy::default() })
+        Self::from_file(
+            File::default(),
+            Policy { never: built_in_never(Mode::default()), ..Policy::default() },
+        )
     }
 }
 
@@ -431,7 +436,7 @@ impl Config {
         let select = take(std::mem::take(&mut file.select), "select")?;
         let mut never = take(std::mem::take(&mut file.never), "never")?;
         if file.never_defaults {
-            never.extend(built_in_never());
+            never.extend(built_in_never(file.mode));
         }
 
         let d = &file.deadlines;
@@ -456,7 +461,7 @@ impl Config {
             let message = "[report] dir is not an absolute path".to_owned();
             return Err(meaning(key_line("dir"), message, "write the whole path"));
         }
-        let policy = Policy { all: file.all, select, never, live_fpu: file.live_fpu, users: wanted_users };
+        let policy = Policy { mode: file.mode, select, never, live_fpu: file.live_fpu, users: wanted_users };
         Ok(Self::from_file(file, policy))
     }
 }
@@ -496,7 +501,7 @@ mod tests {
     fn every_key_can_be_set() {
         let config = parse(
             r#"
-            all = true
+            mode = "programs"
             live_fpu = "resume-anyway"
             never_defaults = false
             [[select]]
@@ -513,7 +518,7 @@ mod tests {
             "#,
         )
         .unwrap();
-        assert!(config.policy.all);
+        assert_eq!(config.policy.mode, Mode::Programs);
         assert_eq!(config.policy.live_fpu, LiveFpu::ResumeAnyway);
         assert_eq!(config.policy.never.len(), 1);
         assert_eq!(config.policy.users["alice"], 1000);
@@ -522,12 +527,22 @@ mod tests {
     }
 
     #[test]
+    fn the_whole_machine_is_all_but_ourselves() {
+        let never = |text| parse(text).unwrap().policy.never;
+        let is_pid_1 = |s: &Selector| s.pid == Some(1);
+        assert!(never("mode = \"programs\"").iter().any(is_pid_1));
+        let whole = never("mode = \"all\"");
+        assert!(whole.iter().all(|s| s.exe.as_ref().is_some_and(|exe| exe.ends_with("/otherworld"))));
+        assert!(never("mode = \"all\"\nnever_defaults = false").is_empty());
+    }
+
+    #[test]
     fn errors_name_the_line() {
-        let e = error("all = true\n\n[failure]\nacton = \"reboot\"\n");
+        let e = error("mode = \"all\"\n\n[failure]\nacton = \"reboot\"\n");
         assert!(e.starts_with("/etc/otherworld.toml, line 4: unknown field `acton`"), "{e}");
-        let e = error("all = true\n[failure]\naction = \"explode\"\n");
+        let e = error("mode = \"all\"\n[failure]\naction = \"explode\"\n");
         assert!(e.contains("line 3:") && e.contains("explode"), "{e}");
-        assert!(error("all = \n").contains("line 1:"));
+        assert!(error("mode = \n").contains("line 1:"));
     }
 
     #[test]

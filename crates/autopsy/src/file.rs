@@ -1,7 +1,7 @@
 //! Open files: `files_struct`, `struct file` (include/linux/fdtable.h, fs.h; 6.1 and 6.12).
 
 use ktypes::KernelType;
-use snapshot::{Descriptor, FileId, FileKind, InodeId, OpenFile, PipeEnd, PipeId, TtyId};
+use snapshot::{Descriptor, Device, DeviceKind, FileId, FileKind, InodeId, OpenFile, PipeEnd, PipeId, TtyId};
 
 use crate::Autopsy;
 use crate::error::{Result, corrupt};
@@ -114,7 +114,7 @@ impl Autopsy<'_> {
         let open = OpenFile {
             deleted: path.deleted && !path.synthetic || matches!(kind, FileKind::Memfd { .. }),
             kind,
-            initial_mount_namespace: path.initial_namespace,
+            mount_namespace: path.namespace,
             flags: file.f_flags as i32,
             pos: file.f_pos,
             inode: InodeId(file.f_inode),
@@ -256,7 +256,10 @@ impl Autopsy<'_> {
             _ if major == MEM_MAJOR && STATELESS_MINORS.contains(&minor) => {
                 Ok(FileKind::CharDevice { major, minor })
             }
-            _ => Ok(FileKind::Unsupported { what: format!("device {} ({major}:{minor})", path.path) }),
+            _ => match device_kind(operations) {
+                Some(what) => Ok(FileKind::Device(Device { major, minor, what })),
+                None => Ok(FileKind::Unsupported { what: format!("device {} ({major}:{minor})", path.path) }),
+            },
         }
     }
 
@@ -276,6 +279,18 @@ const SYSV: &[u8] = b"/SYSV";
 
 /// What the kernel calls the file behind shared anonymous memory (`shmem_zero_setup`, mm/shmem.c).
 const SHARED_ANONYMOUS: &[u8] = b"/dev/zero";
+
+/// Devices that can be opened again, by their operations (kernel/printk/printk.c, fs/autofs/dev-ioctl.c, drivers/input/evdev.c,
+/// net/rfkill/core.c).
+fn device_kind(operations: &str) -> Option<DeviceKind> {
+    match operations {
+        "kmsg_fops" => Some(DeviceKind::KernelLog),
+        "_dev_ioctl_fops" => Some(DeviceKind::Autofs),
+        "evdev_fops" => Some(DeviceKind::Input),
+        "rfkill_fops" => Some(DeviceKind::Radio),
+        _ => None,
+    }
+}
 
 /// What an anonymous inode is, by its operations.
 fn anonymous_description(operations: &str, path: &FullPath) -> String {

@@ -2,7 +2,7 @@
 //! 6.1 and 6.12).
 
 use ktypes::KernelType;
-use snapshot::{Bytes, FsContext, Mount, MountFlags};
+use snapshot::{Bytes, FsContext, Mount, MountFlags, NamespaceId};
 
 use crate::Autopsy;
 use crate::error::{Result, corrupt};
@@ -20,6 +20,7 @@ const MAX_KERNFS_DEPTH: usize = 512;
 /// vfsmount.mnt_flags of mounts that nobody sees (include/linux/mount.h).
 pub(crate) const MNT_INTERNAL: u32 = 0x4000;
 const MNT_CURSOR: u32 = 0x1000_0000;
+const MNT_SHARED: u32 = 0x1000;
 
 #[derive(KernelType)]
 #[kernel("path")]
@@ -69,6 +70,8 @@ struct MountStruct {
     mnt_devname: u64,
     mnt_ns: u64,
     mnt_id: i32,
+    mnt_group_id: i32,
+    mnt_master: u64,
 }
 
 #[derive(KernelType)]
@@ -94,8 +97,8 @@ pub(crate) struct FullPath {
     pub path: Bytes,
     /// The name was gone.
     pub deleted: bool,
-    /// Lies in the initial mount namespace.
-    pub initial_namespace: bool,
+    /// The mount namespace of the path, if that is not the initial one.
+    pub namespace: Option<NamespaceId>,
     /// The kernel shows a name of its own making (`pipe:[4711]`).
     pub synthetic: bool,
     /// On a mount that the kernel keeps for itself.
@@ -146,7 +149,7 @@ impl Autopsy<'_> {
         Ok(Bytes(name))
     }
 
-    fn name(&self, dentry: &Dentry, addr: u64) -> Result<Vec<u8>> {
+    pub(crate) fn name(&self, dentry: &Dentry, addr: u64) -> Result<Vec<u8>> {
         if dentry.name_len > MAX_NAME {
             return Err(corrupt("dentry", addr, format!("has a name of {} bytes", dentry.name_len)));
         }
@@ -185,13 +188,7 @@ impl Autopsy<'_> {
             if d_dname != 0 {
                 let path = self.synthetic_name(&dentry, path.dentry, d_dname)?;
                 // simple_dname() always says so; for these objects it means nothing.
-                return Ok(FullPath {
-                    path,
-                    deleted: true,
-                    initial_namespace: true,
-                    synthetic: true,
-                    internal,
-                });
+                return Ok(FullPath { path, deleted: true, namespace: None, synthetic: true, internal });
             }
         }
         let deleted = dentry.hashed == 0 && !is_root;
@@ -205,7 +202,7 @@ impl Autopsy<'_> {
                     return Ok(FullPath {
                         path: join(&names),
                         deleted,
-                        initial_namespace: mount.mnt_ns == init_ns,
+                        namespace: (mount.mnt_ns != init_ns).then_some(NamespaceId(mount.mnt_ns)),
                         synthetic: false,
                         internal,
                     });
@@ -276,6 +273,11 @@ impl Autopsy<'_> {
     /// # Errors
     /// When the namespace or its root mount cannot be read.
     pub fn mounts(&self) -> Result<Vec<Mount>> {
+        self.mounts_of(self.initial_mount_namespace()?)
+    }
+
+    /// The mounts of one mount namespace.
+    pub(crate) fn mounts_of(&self, ns_addr: u64) -> Result<Vec<Mount>> {
         #[derive(KernelType)]
         #[kernel("mnt_namespace")]
         struct MountNamespace {
@@ -284,7 +286,6 @@ impl Autopsy<'_> {
             #[kernel("nr_mounts", or = "mounts")]
             count: u32,
         }
-        let ns_addr = self.initial_mount_namespace()?;
         let ns: MountNamespace = self.kernel.read(ns_addr)?;
         let to_child = self.kernel.offset_of("mount", "mnt_child")?;
         let root: MountStruct = self.kernel.read(ns.root)?;
@@ -337,6 +338,12 @@ impl Autopsy<'_> {
             dev_major,
             dev_minor,
             flags: mount_flags(mount.flags, sb.s_flags),
+            // A mount that is private has no group, or one of its own from earlier days.
+            peer_group: if mount.flags & MNT_SHARED != 0 { mount.mnt_group_id } else { 0 },
+            master: match mount.mnt_master {
+                0 => 0,
+                master => self.kernel.read::<MountStruct>(master)?.mnt_group_id,
+            },
         })
     }
 

@@ -14,6 +14,8 @@
 //! One file per kind of kernel object, with the same name as in `snapshot` and `resurrect`. Each declares the kernel
 //! structures that it walks and says where they live in the kernel's sources. Known to work on Linux 6.1 and 6.12 (x86-64).
 
+mod autofs;
+mod cgroup;
 mod clock;
 mod credentials;
 mod epoll;
@@ -30,6 +32,7 @@ mod ipc;
 mod lock;
 mod memfd;
 mod memory;
+mod namespace;
 mod netlink;
 mod panic;
 mod pidfd;
@@ -48,6 +51,7 @@ mod testing;
 mod thread;
 mod timer;
 mod timerfd;
+mod tmpfs;
 mod tty;
 mod unix;
 mod vt;
@@ -58,12 +62,13 @@ pub use process::TaskSummary;
 pub use syscall::name as syscall_name;
 
 use std::cell::{Cell, OnceCell, RefCell};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use ktypes::Kernel;
 use snapshot::{
-    AddressSpace, AddressSpaceId, Clocks, FileId, Finding, Inode, InodeId, Lock, Mount, OpenFile, Pid, Pipe,
-    PipeId, SeccompFilter, SeccompFilterId, Severity, Snapshot, Tty, TtyId, UnixId, UnixSocket,
+    AddressSpace, AddressSpaceId, Clocks, FileId, Finding, Inode, InodeId, Lock, Mount, MountNamespace,
+    NamespaceId, OpenFile, Pid, Pipe, PipeId, SeccompFilter, SeccompFilterId, Severity, Snapshot, Tty, TtyId,
+    UnixId, UnixSocket, UtsNamespace,
 };
 
 /// Reads everything.
@@ -92,6 +97,8 @@ pub struct Autopsy<'k> {
     pub(crate) held: RefCell<Vec<u64>>,
     pub(crate) address_spaces: RefCell<BTreeMap<AddressSpaceId, AddressSpace>>,
     pub(crate) paths: RefCell<HashMap<(u64, u64), fs::FullPath>>,
+    pub(crate) mount_namespaces: RefCell<BTreeMap<NamespaceId, MountNamespace>>,
+    pub(crate) uts_namespaces: RefCell<BTreeMap<NamespaceId, UtsNamespace>>,
     pub(crate) mount_ids: RefCell<BTreeMap<FileId, i32>>,
     pub(crate) mount_table: OnceCell<Vec<Mount>>,
     /// How many epoll instances are being read, one within the other.
@@ -124,6 +131,8 @@ impl<'k> Autopsy<'k> {
             held: RefCell::default(),
             address_spaces: RefCell::default(),
             paths: RefCell::default(),
+            mount_namespaces: RefCell::default(),
+            uts_namespaces: RefCell::default(),
             mount_ids: RefCell::default(),
             mount_table: OnceCell::new(),
             epoll_depth: Cell::new(0),
@@ -159,6 +168,12 @@ impl<'k> Autopsy<'k> {
         let processes = self.processes()?;
         self.set_subject(None);
         let ipc = self.ipc();
+        let autofs = self.autofs(&mounts);
+        let cgroups = self.cgroups();
+        let mount_namespaces = self.mount_namespaces.take();
+        let everywhere: Vec<&Mount> =
+            mounts.iter().chain(mount_namespaces.values().flat_map(|ns| &ns.mounts)).collect();
+        let tmpfs = self.tmpfs(&everywhere);
         let unwritten = self.unwritten_files(&mounts, clocks.realtime_ns / 1_000_000_000);
         Ok(Snapshot {
             format: snapshot::FORMAT,
@@ -166,9 +181,15 @@ impl<'k> Autopsy<'k> {
             panic,
             clocks,
             mounts,
+            mount_namespaces,
+            uts_namespaces: self.uts_namespaces.take(),
+            tmpfs,
+            autofs,
+            cgroups,
             processes,
             address_spaces: self.address_spaces.take(),
             files: self.files.take(),
+            dead_files: BTreeSet::new(),
             inodes: self.inodes.take(),
             unwritten,
             pipes: self.pipes.take(),

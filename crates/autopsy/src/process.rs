@@ -590,6 +590,8 @@ impl Autopsy<'_> {
             cgroup: Bytes::default(),
             unit: None,
             namespaces: Namespaces::default(),
+            mount_namespace: None,
+            uts_namespace: None,
             start_boottime_ns: task.start_boottime,
             unsupported: Vec::new(),
             decision: Decision::Undecided,
@@ -603,6 +605,7 @@ impl Autopsy<'_> {
             return Ok(Some(process));
         }
         process.namespaces = self.namespaces(representative)?;
+        self.own_namespaces(representative, &mut process);
         match self.cgroup_path(representative) {
             Ok(path) => {
                 process.unit = unit_of(&path);
@@ -764,6 +767,26 @@ impl Autopsy<'_> {
             user: user_ns == self.kernel.symbol("init_user_ns")?,
             uts: own.uts_ns == init.uts_ns,
         })
+    }
+
+    /// Reads those namespaces that are not the initial ones and can be made again.
+    fn own_namespaces(&self, task: &Task, process: &mut Process) {
+        let read = || -> Result<_> {
+            let own: NsProxy = self.kernel.read(task.nsproxy)?;
+            let initial = &process.namespaces;
+            let mount = if initial.mnt { None } else { Some(self.mount_namespace(own.mnt_ns)?) };
+            let uts = if initial.uts { None } else { Some(self.uts_namespace(own.uts_ns)?) };
+            Ok((mount, uts))
+        };
+        if process.namespaces.mnt && process.namespaces.uts {
+            return;
+        }
+        match read() {
+            Ok(own) => (process.mount_namespace, process.uts_namespace) = own,
+            Err(error) => {
+                self.find(Severity::Broken, "namespace", format!("its namespaces cannot be read: {error}"));
+            }
+        }
     }
 
     fn is_in_initial_pid_namespace(&self, task: &Task) -> Result<bool> {

@@ -315,7 +315,7 @@ impl Autopsy<'_> {
         Ok(Some(UnixPlace {
             path: full.path,
             deleted: full.deleted,
-            initial_mount_namespace: full.initial_namespace,
+            mount_namespace: full.namespace,
             mode: u32::from(inode.i_mode) & 0o7777,
             uid: inode.i_uid,
             gid: inode.i_gid,

@@ -417,7 +417,7 @@ fn a_real_machine_loses_only_the_process_whose_memory_is_damaged() {
         assert!(lost.is_empty() || lost == [victim.pid], "{}: {lost:?} lost", path.display());
         assert!(said.iter().any(|text| text.contains("the task list is damaged")), "{said:?}");
         // It is not brought back as if it were whole.
-        let all = snapshot::Policy { all: true, ..snapshot::Policy::default() };
+        let all = snapshot::Policy { mode: snapshot::Mode::Programs, ..snapshot::Policy::default() };
         let mut decided = damaged;
         snapshot::decide(&mut decided, &all);
         let decision = decided.process(victim.pid).map(|p| p.decision.clone());

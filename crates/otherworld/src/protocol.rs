@@ -30,7 +30,7 @@ pub enum FromWorker {
     /// How the kernel died.
     Panic { kernel: Box<Kernel>, panic: Box<Panic> },
     /// What init needs to rebuild the surroundings; and what to report of the processes should this be the last word.
-    Surveyed { mounts: Vec<Mount>, highest_pid: i32, processes: Vec<Fate>, findings: Vec<Finding> },
+    Surveyed { survey: Survey, processes: Vec<Fate>, findings: Vec<Finding> },
     /// It has the directory open that init named.
     Holding,
     /// A point in time for the report.
@@ -43,6 +43,19 @@ pub enum FromWorker {
     Done { processes: Vec<Fate>, findings: Vec<Finding>, pour: Option<Pour>, resurrection: serde_json::Value },
     /// Nothing was brought back.
     Failed { why: String, processes: Vec<Fate>, findings: Vec<Finding> },
+}
+
+/// What init needs to know of the dead machine.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Survey {
+    /// Of the initial mount namespace.
+    pub mounts: Vec<Mount>,
+    /// The highest PID or TID that anybody had.
+    pub highest_pid: i32,
+    /// PID 1 is to come back.
+    pub with_first: bool,
+    /// Some of those who are to come back have mounts of their own, copies of the machine's.
+    pub has_namespaces: bool,
 }
 
 /// To the worker.

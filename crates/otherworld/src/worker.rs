@@ -17,7 +17,7 @@ use ktypes::Kernel;
 use snapshot::{Finding, PhysMap, PhysMem, PhysMemError, PhysRange, Reason, Severity, Snapshot, StableBytes};
 use vmcore::Vmcore;
 
-use crate::protocol::{Channel, FromWorker, ToWorker};
+use crate::protocol::{Channel, FromWorker, Survey, ToWorker};
 use crate::report::{Fate, FateKind, Mark, Pour, fates, uptime_ms};
 
 /// The hidden command that makes this program the worker.
@@ -83,9 +83,15 @@ impl Worker {
         rustix::process::setpriority_process(None, 0).context("cannot become less nice")?;
         let highest_pid =
             snapshot.processes.iter().flat_map(|p| p.threads.iter().map(|t| t.tid).chain([p.pid])).max();
-        let surveyed = FromWorker::Surveyed {
+        let mut back = snapshot.processes.iter().filter(|p| p.decision.is_continue());
+        let survey = Survey {
             mounts: snapshot.mounts.clone(),
             highest_pid: highest_pid.unwrap_or(300),
+            with_first: back.clone().any(|p| p.pid == 1),
+            has_namespaces: back.any(|p| p.mount_namespace.is_some()),
+        };
+        let surveyed = FromWorker::Surveyed {
+            survey,
             processes: self.processes.clone(),
             findings: self.findings.clone(),
         };
@@ -123,6 +129,8 @@ impl Worker {
         let options = resurrect::Options {
             deadline: time_left,
             process_deadline: Duration::from_secs(config.deadlines.process),
+            whole_machine: config.policy.mode == snapshot::Mode::All,
+            fallback: crate::init::steward::fallback(&config.after.start),
         };
         let memory = DeadMemory::new(kernel.vmcore());
         let mut report = resurrect::resurrect(snapshot, &memory, &options, &mut Told(&mut self.channel))?;

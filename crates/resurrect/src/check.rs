@@ -291,7 +291,7 @@ fn descriptors(e: &Expected<'_>, dir: &str) -> Vec<String> {
         found.push(format!("its descriptors are {now:?} and were {then:?}"));
     }
     for d in &e.process.descriptors {
-        let Some(file) = e.snapshot.files.get(&d.file) else { continue };
+        let Some(file) = e.snapshot.files.get(&d.file).filter(|_| !e.files.is_dead(d.file)) else { continue };
         let info = sys::read_proc(&format!("{dir}/fdinfo/{}", d.fd)).unwrap_or_default();
         let number = |name, radix| status_field(&info, name).and_then(|v| i64::from_str_radix(v, radix).ok());
         let at = |what: &str| format!("descriptor {} ({}): {what}", d.fd, file.path);

@@ -51,6 +51,12 @@ impl GoOn {
     }
 }
 
+/// The time namespace that children are made in, for one that is there already. The descriptor is `base` or higher.
+pub(crate) fn namespace(base: std::os::fd::RawFd) -> Result<std::os::fd::OwnedFd, nix::errno::Errno> {
+    let path = std::path::Path::new("/proc/self/ns/time_for_children");
+    sys::open(path, libc::O_RDONLY, 0).and_then(|fd| sys::lift(fd, base))
+}
+
 /// Children forked from now on see CLOCK_MONOTONIC and CLOCK_BOOTTIME continue from `dead`; the caller itself does not. Returns the moment
 /// from which they go on.
 pub(crate) fn enter_time_namespace(dead: &Clocks) -> std::io::Result<GoOn> {

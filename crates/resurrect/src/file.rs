@@ -14,9 +14,10 @@ use snapshot::{
 };
 
 use crate::inject::{Call, call};
+use crate::namespace::Namespaces;
 use crate::{
-    FileStale, FileWritten, clock, epoll, eventfd, inet, inotify, memfd, netlink, page_cache, pidfd, pipe,
-    proc, pty, signalfd, sys, timerfd, tty, unix,
+    FileStale, FileWritten, autofs, clock, dead, epoll, eventfd, inet, inotify, memfd, netlink, page_cache,
+    pidfd, pipe, proc, pty, signalfd, sys, timerfd, tty, unix,
 };
 
 /// Flags that only mean something to the open call itself.
@@ -30,9 +31,24 @@ const CREATION_FLAGS: i32 = libc::O_CREAT
 const STATUS_FLAGS: i32 =
     libc::O_APPEND | libc::O_NONBLOCK | libc::O_DIRECT | libc::O_NOATIME | libc::O_ASYNC;
 
+/// What is made before files are opened.
+#[derive(Default)]
+pub(crate) struct Prepared {
+    /// Where files of other mount namespaces are.
+    pub(crate) namespaces: Namespaces,
+    /// Pipes that have been made already.
+    pub(crate) pipes: autofs::Pipes,
+    /// Files that cannot be opened become dead ones.
+    pub(crate) with_dead: bool,
+}
+
 /// The open files of all processes that come back, and why some could not be opened.
 #[derive(Default)]
 pub(crate) struct Files {
+    pub(crate) namespaces: Namespaces,
+    with_dead: bool,
+    /// Those that stand in for what could not be rebuilt.
+    dead: BTreeSet<FileId>,
     /// Lowest descriptor that is ours: above every number that a process uses.
     pub(crate) base: RawFd,
     open: BTreeMap<FileId, Result<OwnedFd, Reason>>,
@@ -106,12 +122,12 @@ impl Files {
         snapshot: &Snapshot,
         processes: &[&Process],
         mem: &dyn PhysMem,
+        base: RawFd,
+        prepared: Prepared,
     ) -> Result<Self, Errno> {
         let ids = with_held(snapshot, processes.iter().flat_map(|p| needed(snapshot, p)).map(|(id, _)| id));
-        // Our own numbers lie above everybody's, within fs.nr_open; each process is made with a table for all of them.
-        let used = processes.iter().flat_map(|p| &p.descriptors).map(|d| d.fd);
-        let highest = used.chain(watched_numbers(snapshot, &ids)).max().unwrap_or(0);
-        let mut files = Self { base: (highest + 1).max(500), ..Self::default() };
+        let Prepared { namespaces, pipes, with_dead } = prepared;
+        let mut files = Self { base, namespaces, pipes, with_dead, ..Self::default() };
         // Beside files and pipes one for the memory of each process.
         files.make_room(
             1 + ids.len()
@@ -124,6 +140,7 @@ impl Files {
         files.ptys = pty::Pairs::make(snapshot, &terminals(snapshot, &ids, processes), files.base);
         for id in ids {
             let opened = match snapshot.files.get(&id) {
+                file if snapshot.dead_files.contains(&id) => files.make_dead(id, file),
                 Some(file) if is_late(file) => files.reserve_late(id),
                 Some(file) => files.open_one(snapshot, file, mem),
                 None => Err(Reason::new("descriptor", "it is not in the snapshot")),
@@ -132,7 +149,61 @@ impl Files {
         }
         files.connect(snapshot, mem);
         files.watch(snapshot);
+        files.bury(snapshot, processes);
         Ok(files)
+    }
+
+    /// The lowest number that is above all that `processes` use, within fs.nr_open: each process is made with a table up to there.
+    pub(crate) fn lowest_own(snapshot: &Snapshot, processes: &[&Process]) -> RawFd {
+        let ids = with_held(snapshot, processes.iter().flat_map(|p| needed(snapshot, p)).map(|(id, _)| id));
+        let used = processes.iter().flat_map(|p| &p.descriptors).map(|d| d.fd);
+        let highest = used.chain(watched_numbers(snapshot, &ids)).max().unwrap_or(0);
+        (highest + 1).max(500)
+    }
+
+    fn make_dead(&mut self, id: FileId, file: Option<&OpenFile>) -> Result<OwnedFd, Reason> {
+        let fd = dead::restore(file).and_then(|fd| sys::lift(fd, self.base));
+        self.dead.insert(id);
+        fd.map_err(|e| Reason::new("descriptor", format!("a dead descriptor: {e}")))
+    }
+
+    /// What could not be opened becomes dead, if that is asked for, unless programs or mappings need it.
+    fn bury(&mut self, snapshot: &Snapshot, processes: &[&Process]) {
+        if !self.with_dead {
+            return;
+        }
+        let failed: Vec<(FileId, Reason)> =
+            self.open.iter().filter_map(|(id, opened)| Some((*id, opened.as_ref().err()?.clone()))).collect();
+        let descriptors = |p: &Process| p.descriptors.iter().map(|d| d.file).collect::<Vec<_>>();
+        for (id, reason) in failed {
+            let users = processes.iter().filter(|p| descriptors(p).contains(&id));
+            let is_needed_otherwise = |p: &&&Process| {
+                needed(snapshot, p).filter(|(file, _)| *file == id).count()
+                    > p.descriptors.iter().filter(|d| d.file == id).count()
+            };
+            if users.clone().next().is_none() || users.clone().any(|p| is_needed_otherwise(&p)) {
+                continue;
+            }
+            let file = snapshot.files.get(&id);
+            let dead = self.make_dead(id, file);
+            self.open.insert(id, dead);
+            let path = file.map(|file| file.path.to_string()).unwrap_or_default();
+            let text = format!(
+                "{path} could not be opened ({}); it answers with errors and the end of the file from now on",
+                reason.text
+            );
+            self.losses.entry(id).or_default().push(Reason::new("dead-descriptor", text));
+        }
+    }
+
+    /// Whether it stands in for what could not be rebuilt.
+    pub(crate) fn is_dead(&self, id: FileId) -> bool {
+        self.dead.contains(&id)
+    }
+
+    /// All numbers under which something is open for processes.
+    pub(crate) fn numbers(&self) -> impl Iterator<Item = RawFd> + '_ {
+        self.open.keys().filter_map(|id| self.number(*id))
     }
 
     /// What needs several files to be open: contents of sockets that hold open files, and the like.
@@ -182,6 +253,7 @@ impl Files {
     /// Opens the files about processes, now that all processes are there. `exists`: whether a process that comes back is.
     /// A file that cannot be opened is gone from its number: whoever fetches it fails.
     pub(crate) fn open_late(&mut self, snapshot: &Snapshot, exists: &dyn Fn(Pid) -> bool) {
+        let mut failed = Vec::new();
         for id in std::mem::take(&mut self.late) {
             let (Some(file), Some(Ok(reserved))) = (snapshot.files.get(&id), self.open.get(&id)) else {
                 continue;
@@ -198,7 +270,10 @@ impl Files {
                         fd
                     })
                 }
-                _ => sys::open(file.path.as_path(), flags | libc::O_NOCTTY, 0),
+                _ => match self.namespaces.place(file) {
+                    Ok(path) => sys::open(&path, flags | libc::O_NOCTTY, 0),
+                    Err(_) => Err(Errno::ENOENT),
+                },
             };
             let done = opened.map_err(|e| Reason::new("descriptor", format!("open: {e}"))).and_then(|fd| {
                 let fd = if file.flags & libc::O_PATH == 0 { self.seek(fd, file)? } else { fd };
@@ -211,7 +286,21 @@ impl Files {
             // It has to be there up to here: a position is looked for by reading.
             drop(nobody);
             if let Err(reason) = done {
-                self.open.insert(id, Err(reason));
+                failed.push((id, number, reason));
+            }
+        }
+        for (id, number, reason) in failed {
+            let stand_in = dead::restore(snapshot.files.get(&id)).ok().filter(|_| self.with_dead);
+            match stand_in.map(|fd| sys::dup3(fd.as_raw_fd(), number, true)) {
+                Some(Ok(())) => {
+                    self.dead.insert(id);
+                    let text = format!(
+                        "{}; it answers with errors and the end of the file from now on",
+                        reason.text
+                    );
+                    self.losses.entry(id).or_default().push(Reason::new("dead-descriptor", text));
+                }
+                _ => _ = self.open.insert(id, Err(reason)),
             }
         }
     }
@@ -346,7 +435,8 @@ impl Files {
         mem: &dyn PhysMem,
     ) -> Result<OwnedFd, Reason> {
         let io = |what: &str, e: Errno| Reason::new("descriptor", format!("{what}: {e}"));
-        let path = file.path.as_path();
+        let place = self.namespaces.place(file).map_err(|why| Reason::new("descriptor", why))?;
+        let path = place.as_path();
         let flags = file.flags & !CREATION_FLAGS;
         let fd = match &file.kind {
             FileKind::Regular | FileKind::Memfd { .. } if file.deleted => {
@@ -355,7 +445,7 @@ impl Files {
             }
             FileKind::Memfd { .. } => return Err(Reason::new("file", "a memory file with a name")),
             FileKind::Regular => {
-                self.bring_up_to_date(snapshot, file, mem)?;
+                self.bring_up_to_date(snapshot, file, path, mem)?;
                 let fd = sys::open(path, flags | libc::O_NOCTTY, 0).map_err(|e| io("open", e))?;
                 self.seek(fd, file)?
             }
@@ -368,6 +458,12 @@ impl Files {
                 let fd = sys::open(path, flags | libc::O_NOCTTY | libc::O_NONBLOCK, 0)
                     .map_err(|e| io("open", e))?;
                 verify_device(path, *major, *minor)?;
+                fd
+            }
+            FileKind::Device(device) => {
+                let fd = sys::open(path, flags | libc::O_NOCTTY | libc::O_NONBLOCK, 0)
+                    .map_err(|e| io("open", e))?;
+                verify_device(path, device.major, device.minor)?;
                 fd
             }
             FileKind::Pipe { pipe, end } => {
@@ -391,7 +487,7 @@ impl Files {
                 }
                 let restored = self.ttys.entry(*id).or_insert_with(|| tty::restore(tty, base));
                 restored.as_ref().map_err(|why| Reason::new("terminal", why.clone()))?;
-                if path == Path::new("/dev/console") {
+                if file.path.as_path() == Path::new("/dev/console") {
                     sys::open(path, flags | libc::O_NOCTTY | libc::O_NONBLOCK, 0)
                 } else {
                     tty::open(tty, flags)
@@ -431,11 +527,11 @@ impl Files {
         &mut self,
         snapshot: &Snapshot,
         file: &OpenFile,
+        path: &Path,
         mem: &dyn PhysMem,
     ) -> Result<(), Reason> {
         let inode = snapshot.inodes.get(&file.inode);
         let inode = inode.ok_or_else(|| Reason::new("file", "its inode is not in the snapshot"))?;
-        let path = file.path.as_path();
         let restored = self.inodes.entry(file.inode).or_insert_with(|| restore(snapshot, path, inode, mem));
         restored.as_ref().map(drop).map_err(|why| Reason::new("file", why.clone()))
     }

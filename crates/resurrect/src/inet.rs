@@ -112,7 +112,7 @@ fn connect(fd: RawFd, address: SocketAddr) -> Result<(), Errno> {
 }
 
 /// A TCP socket whose connection is over: the other end has gone, and that has been told.
-fn over(v6: bool) -> Made {
+pub(crate) fn over(v6: bool) -> Made {
     let io = |e: std::io::Error| format!("make a connection that is over: {e}");
     let any: SocketAddr = match v6 {
         true => (Ipv6Addr::LOCALHOST, 0).into(),

@@ -88,6 +88,17 @@ impl Scratch {
         (self.addr, self.addr + Self::LEN + crate::memory::PARKING)
     }
 
+    /// What is to be at its beginning.
+    pub(crate) fn code() -> &'static [u8] {
+        stub()
+    }
+
+    /// Address of a `syscall` instruction in it.
+    pub(crate) fn instruction(self) -> u64 {
+        let at = stub().windows(2).position(|bytes| bytes == [0x0f, 0x05]);
+        self.addr + at.unwrap_or(0) as u64
+    }
+
     /// Maps the area in the calling process, for its children to inherit.
     pub(crate) fn map(self) -> sys::Result<()> {
         let prot = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
@@ -222,6 +233,8 @@ enum Stop {
     Clone,
     /// PTRACE_EVENT_EXIT.
     Exit,
+    /// PTRACE_EVENT_EXEC.
+    Exec,
     /// Entry to or exit from a system call (PTRACE_O_TRACESYSGOOD).
     Syscall,
     /// About to get this signal.
@@ -284,6 +297,7 @@ fn wait_stop(tid: Pid, what: &str, deadline: Deadline) -> Result<Stop, InjectErr
         (libc::PTRACE_EVENT_STOP, _) => Stop::Event,
         (libc::PTRACE_EVENT_CLONE, _) => Stop::Clone,
         (libc::PTRACE_EVENT_EXIT, _) => Stop::Exit,
+        (libc::PTRACE_EVENT_EXEC, _) => Stop::Exec,
         (0, s) if s == libc::SIGTRAP | 0x80 => Stop::Syscall,
         (0, s) => Stop::Signal(s),
         (e, s) => return Err(InjectError::Unexpected(format!("{what}: ptrace event {e}, signal {s}"))),
@@ -529,6 +543,50 @@ impl Tracee {
             Stop::Exit => self.resume(),
             other => Err(InjectError::Unexpected(format!("exit: {other:?} stop"))),
         }
+    }
+
+    /// The rseq(2) registration of a thread, as the call that ends it; `None` if there is none.
+    pub(crate) fn rseq_unregistration(&self) -> Result<Option<[u64; 6]>, InjectError> {
+        // struct ptrace_rseq_configuration: address, size, signature, flags.
+        const PTRACE_GET_RSEQ_CONFIGURATION: libc::c_uint = 0x420f;
+        const RSEQ_FLAG_UNREGISTER: u64 = 1;
+        let mut words = [0u32; 6];
+        let len = size_of_val(&words) as u64;
+        ptrace("GET_RSEQ", PTRACE_GET_RSEQ_CONFIGURATION, self.tid, len, &raw mut words as u64)?;
+        let address = u64::from(words[0]) | u64::from(words[1]) << 32;
+        let args = [address, words[2].into(), RSEQ_FLAG_UNREGISTER, words[3].into(), 0, 0];
+        Ok((address != 0).then_some(args))
+    }
+
+    /// Lets it run another program: `args` are those of execve(2). It is stopped before that program's first instruction, and let go.
+    pub(crate) fn replace_program(
+        &self,
+        instruction: u64,
+        args: [u64; 3],
+        deadline: Deadline,
+    ) -> Result<(), InjectError> {
+        let what = "execve";
+        let [rdi, rsi, rdx] = args;
+        let nr = libc::SYS_execve as u64;
+        let options = SEIZE_OPTIONS | libc::PTRACE_O_TRACEEXEC;
+        ptrace("SETOPTIONS", libc::PTRACE_SETOPTIONS, self.tid, 0, options as u64)?;
+        self.set_registers(&Registers {
+            rip: instruction,
+            rax: nr,
+            orig_rax: u64::MAX,
+            rdi,
+            rsi,
+            rdx,
+            ..self.base
+        })?;
+        self.resume()?;
+        match wait_stop(self.tid, what, deadline)? {
+            Stop::Exec => {}
+            Stop::Signal(signal) => return Err(InjectError::Fault { what: what.into(), signal }),
+            other => return Err(InjectError::Unexpected(format!("{what}: {other:?} stop"))),
+        }
+        self.set_signal_mask(0)?;
+        self.detach()
     }
 
     fn resume(&self) -> Result<(), InjectError> {

@@ -28,17 +28,20 @@
 //! glibc: `GLIBC_TUNABLES=glibc.pthread.rseq=0`). Processes whose parent does not come back become children of the *caller's*
 //! parent, which should be PID 1 or reap them.
 
+mod autofs;
 mod cgroup;
 mod check;
 mod clock;
 mod company;
 mod copy_on_write;
 mod credentials;
+mod dead;
 mod deadline;
 mod epoll;
 mod eventfd;
 mod exec;
 mod file;
+mod first;
 mod inet;
 mod inject;
 mod inotify;
@@ -46,6 +49,8 @@ mod ipc;
 mod lock;
 mod memfd;
 mod memory;
+mod mount;
+mod namespace;
 mod netlink;
 pub mod page_cache;
 mod pidfd;
@@ -66,12 +71,14 @@ mod syscall;
 mod thread;
 mod timer;
 mod timerfd;
+mod tmpfs;
 mod tty;
 mod unix;
 mod vfork;
 mod vt;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -79,10 +86,12 @@ use snapshot::{Bytes, Decision, MAX_DESCRIPTOR, PhysMem, Pid, Process, ProcessSt
 
 use crate::company::Company;
 use crate::deadline::{Alarm, Deadline};
-use crate::file::Files;
+use crate::file::{Files, Prepared};
+use crate::first::First;
 use crate::inject::{InjectError, Scratch};
 use crate::memory::Specials;
-use crate::plan::Plan;
+use crate::namespace::Namespaces;
+use crate::plan::{Plan, Role};
 use crate::pour::{OwnerId, ReverseMap};
 use crate::process::{Build, Common, Failure, Own};
 use crate::skeleton::State;
@@ -94,11 +103,21 @@ pub struct Options {
     pub deadline: Duration,
     /// For each step of each process.
     pub process_deadline: Duration,
+    /// The whole machine: descriptors that cannot be rebuilt become dead ones, and PID 1 is rebuilt in the place of the caller's parent, which
+    /// has to be PID 1, with a single thread, and waiting.
+    pub whole_machine: bool,
+    /// Should PID 1 not come back although it has been begun: arguments with which it runs the caller's program again.
+    pub fallback: Vec<std::ffi::OsString>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { deadline: Duration::from_secs(60), process_deadline: Duration::from_secs(10) }
+        Self {
+            deadline: Duration::from_secs(60),
+            process_deadline: Duration::from_secs(10),
+            whole_machine: false,
+            fallback: Vec::new(),
+        }
     }
 }
 
@@ -288,7 +307,7 @@ pub fn resurrect(
     let maps = sys::read_proc("/proc/self/maps").map_err(system("read /proc/self/maps"))?;
     let maps =
         memory::parse_maps(&maps).ok_or_else(|| Error::Caller("its memory map cannot be read".into()))?;
-    let specials = Specials::own(&maps);
+    let specials = Specials::of(&maps);
     exec::insert_stand_ins(snapshot, &specials);
     let snapshot = &*snapshot;
     let mut run = Run {
@@ -350,19 +369,22 @@ impl<'a> Run<'a> {
 
         // Plan.
         let mut wanted = self.select();
+        let first = self.look_at_first(&mut wanted, syscall_offset);
         self.raise_last_pid(&wanted)?;
         self.refuse_occupied(&mut wanted);
         self.refuse_memory(&mut wanted, specials, vdso);
-        let scratch = self.find_scratch(&wanted, maps)?;
+        let of_first = first.iter().flat_map(First::taken);
+        let scratch = self.find_scratch(&wanted, maps, of_first.collect())?;
 
         // Files and shared memory.
         self.refuse_high_descriptors(&mut wanted);
+        let (base, prepared) = self.prepare_places(&mut wanted, mem);
         let processes = self.processes(&wanted);
-        let mut files =
-            Files::open(self.snapshot, &processes, mem).map_err(system("raise the limit on descriptors"))?;
+        let mut files = Files::open(self.snapshot, &processes, mem, base, prepared)
+            .map_err(system("raise the limit on descriptors"))?;
         self.refuse_files(&mut wanted, &files);
         self.report.files_written = files.written(self.snapshot);
-        self.report.files_stale = files.stale(self.snapshot);
+        self.report.files_stale.extend(files.stale(self.snapshot));
         let mut reverse = ReverseMap::default();
         let shared =
             shared_memory::Objects::make(self.snapshot, &self.processes(&wanted), files.base, &mut reverse);
@@ -377,6 +399,10 @@ impl<'a> Run<'a> {
         let clocks_go_on =
             clock::enter_time_namespace(&self.snapshot.clocks).map_err(system("enter a time namespace"))?;
         files.start_timers(self.snapshot, &clocks_go_on);
+        let time_namespace = match first {
+            Some(_) => Some(clock::namespace(files.base).map_err(system("open the time namespace"))?),
+            None => None,
+        };
         self.refuse_files(&mut wanted, &files);
         self.note_file_losses(&wanted, &files);
         let plan = self.plan(&mut wanted)?;
@@ -407,9 +433,12 @@ impl<'a> Run<'a> {
             own,
             copy_on_write: &copy_on_write,
             clocks_go_on,
+            time_namespace: time_namespace.as_ref().map(AsRawFd::as_raw_fd),
+            first: first.as_ref().filter(|_| wanted.contains(&first::PID)),
+            fallback: first::arguments(&self.options.fallback),
         };
         self.report.poured_bytes = copy_on_write.bytes();
-        let mut builds = self.map_memory(&wanted, &common);
+        let mut builds = self.map_memory(&wanted, &plan, &common);
         self.pour(mem, reverse, &shared, &ipc, &mut builds);
 
         // The rest.
@@ -435,11 +464,59 @@ impl<'a> Run<'a> {
         self.note_lost_company(&wanted);
         // Ends of pipes must not seem open because we have them.
         drop(files);
+        drop(time_namespace);
         drop(shared);
         // Segments that were to go with the last who is attached must not find us.
         drop(ipc);
         self.release(builds, zombies);
+        cgroup::freeze_all(self.snapshot);
         Ok(self.conclude())
+    }
+
+    /// PID 1 as it is now, if it is to come back and can.
+    fn look_at_first(&mut self, wanted: &mut BTreeSet<Pid>, syscall_offset: u64) -> Option<First> {
+        if !wanted.contains(&first::PID) {
+            return None;
+        }
+        let looked = match self.options.whole_machine {
+            true => First::look(syscall_offset),
+            false => Err("only the whole machine comes back with its PID 1".into()),
+        };
+        match looked {
+            Ok(first) => Some(first),
+            Err(why) => {
+                self.give_up(wanted, first::PID, vec![Reason::new("first-process", why)]);
+                None
+            }
+        }
+    }
+
+    /// What must be there before files are opened: control groups, the contents of file systems in memory, automounters' mount points,
+    /// namespaces. Returns the lowest number of our own descriptors as well.
+    fn prepare_places(&mut self, wanted: &mut BTreeSet<Pid>, mem: &dyn PhysMem) -> (i32, Prepared) {
+        let processes = self.processes(wanted);
+        let base = Files::lowest_own(self.snapshot, &processes);
+        if processes.is_empty() {
+            return (base, Prepared::default());
+        }
+        for (group, why) in cgroup::make_all(self.snapshot, &processes) {
+            for p in processes.iter().filter(|p| p.cgroup.as_path().starts_with(group.as_path())) {
+                let text = format!("its control group {group} is not as it was: {why}");
+                self.losses.entry(p.pid).or_default().push(Reason::new("cgroup", text));
+            }
+        }
+        let with_system = wanted.contains(&first::PID);
+        self.report.files_stale.extend(tmpfs::fill_all(self.snapshot, with_system, mem));
+        let (pipes, failed) = autofs::mount_all(self.snapshot, &processes, mem, base);
+        self.report.files_stale.extend(failed);
+        let namespaces = Namespaces::make(self.snapshot, &processes, mem, base);
+        for p in processes {
+            match namespaces.failure(p) {
+                Some(why) => self.give_up(wanted, p.pid, vec![Reason::new("namespace", why)]),
+                None => self.losses.entry(p.pid).or_default().extend(namespaces.losses(p)),
+            }
+        }
+        (base, Prepared { namespaces, pipes, with_dead: self.options.whole_machine })
     }
 
     /// Locks of open files that their processes have not taken themselves.
@@ -531,7 +608,8 @@ impl<'a> Run<'a> {
     fn refuse_occupied(&mut self, wanted: &mut BTreeSet<Pid>) {
         for p in self.processes(wanted) {
             let leaders = [p.sid, p.pgid].into_iter().filter(|id| *id > 0 && !wanted.contains(id));
-            let occupied = plan::ids(p).chain(leaders).find_map(|id| sys::occupant(id).map(|who| (id, who)));
+            let own = plan::ids(p).filter(|id| *id != first::PID);
+            let occupied = own.chain(leaders).find_map(|id| sys::occupant(id).map(|who| (id, who)));
             if let Some((id, who)) = occupied.filter(|(id, _)| !self.is_own_session_or_group(*id)) {
                 let reason = Reason::new("pid-taken", format!("PID {id} is taken by {who}"));
                 self.give_up(wanted, p.pid, vec![reason]);
@@ -564,8 +642,13 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn find_scratch(&self, wanted: &BTreeSet<Pid>, own_maps: &[memory::MapsLine]) -> Result<Scratch, Error> {
-        let mut taken: Vec<(u64, u64)> = own_maps.iter().map(|l| (l.start, l.end)).collect();
+    fn find_scratch(
+        &self,
+        wanted: &BTreeSet<Pid>,
+        own_maps: &[memory::MapsLine],
+        of_first: Vec<(u64, u64)>,
+    ) -> Result<Scratch, Error> {
+        let mut taken: Vec<(u64, u64)> = own_maps.iter().map(|l| (l.start, l.end)).chain(of_first).collect();
         for p in self.processes(wanted) {
             let mm = p.address_space.and_then(|id| self.snapshot.address_spaces.get(&id));
             taken.extend(mm.into_iter().flat_map(|mm| &mm.vmas).map(|v| (v.start, v.end)));
@@ -634,7 +717,9 @@ impl<'a> Run<'a> {
         let (session, group) = own_session_and_group();
         // Each round gives up at least one process.
         for _ in 0..=wanted.len() {
-            match Plan::new(self.snapshot, wanted, session, group) {
+            // PID 1 is there.
+            let to_make = wanted.iter().copied().filter(|pid| *pid != first::PID).collect();
+            match Plan::new(self.snapshot, &to_make, session, group) {
                 Ok(plan) => return Ok(plan),
                 Err(failures) => {
                     for (pid, reason) in failures {
@@ -653,7 +738,7 @@ impl<'a> Run<'a> {
         states: &BTreeMap<Pid, State>,
         files: &Files,
     ) {
-        for p in self.processes(wanted) {
+        for p in self.processes(wanted).into_iter().filter(|p| p.pid != first::PID) {
             let state = states.get(&p.pid).unwrap_or(&State::Missing);
             let reason = match state {
                 State::Ready => continue,
@@ -719,16 +804,23 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn map_memory(&mut self, wanted: &BTreeSet<Pid>, common: &Common<'_>) -> Vec<Build<'a>> {
+    fn map_memory(&mut self, wanted: &BTreeSet<Pid>, plan: &Plan, common: &Common<'_>) -> Vec<Build<'a>> {
         let mut builds = Vec::new();
+        let is_zombie_of_first = |p: &&&Process| {
+            p.ppid == first::PID && plan.node(p.pid).is_some_and(|n| matches!(n.role, Role::Zombie(_)))
+        };
+        let zombies: Vec<Pid> =
+            self.processes(wanted).iter().filter(is_zombie_of_first).map(|p| p.pid).collect();
         for p in self.processes(wanted) {
             let mm = p.address_space.and_then(|id| self.snapshot.address_spaces.get(&id));
             let Some(mm) = mm.filter(|_| !matches!(p.state, ProcessState::Zombie { .. })) else { continue };
             let deadline = self.process_deadline();
-            match Build::seize(p, mm, common, deadline) {
+            match Build::seize(p, mm, common, &zombies, deadline) {
                 Ok(build) => builds.push(build),
                 Err(failure) => {
-                    process::abandon(p.pid, &[p.pid], deadline);
+                    if p.pid != first::PID {
+                        process::abandon(p.pid, &[p.pid], deadline);
+                    }
                     self.fail(p.pid, failure);
                 }
             }
@@ -764,8 +856,16 @@ impl<'a> Run<'a> {
 
     fn abandon(&mut self, build: Build<'a>, failure: Failure) {
         let deadline = self.process_deadline();
-        process::abandon(build.process.pid, &build.traced(), deadline);
-        self.fail(build.process.pid, failure);
+        let (process, Failure { step, mut reason }) = (build.process, failure);
+        if process.pid == first::PID {
+            match build.give_back(deadline) {
+                Ok(()) => {}
+                Err(e) => reason.push_str(&format!("; and it cannot be given back: {e}")),
+            }
+        } else {
+            process::abandon(process.pid, &build.traced(), deadline);
+        }
+        self.fail(process.pid, Failure { step, reason });
     }
 
     fn pour(

@@ -89,8 +89,8 @@ pub(crate) fn unescape_octal(text: &[u8]) -> Bytes {
 pub(crate) struct Specials(Vec<(Bytes, u64, u64)>);
 
 impl Specials {
-    /// Those of this process (and of the children that it forks).
-    pub(crate) fn own(maps: &[MapsLine]) -> Self {
+    /// Those of a process: of this one (and of the children that it forks), or of PID 1.
+    pub(crate) fn of(maps: &[MapsLine]) -> Self {
         let is_special =
             |l: &&MapsLine| l.path.as_bytes().starts_with(b"[v") && l.path.as_bytes() != b"[vsyscall]";
         Self(maps.iter().filter(is_special).map(|l| (l.path.clone(), l.start, l.end)).collect())
@@ -105,7 +105,12 @@ impl Specials {
         self.0.iter().find(|(n, ..)| n == name).map(|&(_, start, end)| (start, end))
     }
 
-    /// Contents of our vDSO.
+    /// Where the vDSO begins.
+    pub(crate) fn vdso_start(&self) -> Option<u64> {
+        self.find(&"[vdso]".into()).map(|(start, _)| start)
+    }
+
+    /// Contents of the vDSO; to be asked of this process's own only.
     pub(crate) fn vdso(&self) -> Option<&'static [u8]> {
         let (start, end) = self.find(&"[vdso]".into())?;
         // SAFETY: the kernel maps the vDSO readable and we never unmap our own.

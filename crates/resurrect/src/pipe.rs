@@ -71,6 +71,11 @@ impl Opened {
         Ok(())
     }
 
+    /// The number of a descriptor through which it can be written to.
+    pub(crate) fn writing_end(&self) -> i32 {
+        self.write.as_raw_fd()
+    }
+
     /// An open file of this pipe with the given O_* access mode.
     pub(crate) fn end(&mut self, end: PipeEnd, base: i32) -> Result<OwnedFd, String> {
         let (slot, own, mode) = match end {

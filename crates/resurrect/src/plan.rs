@@ -83,6 +83,7 @@ impl Plan {
                 ProcessState::Zombie { .. } => Role::Zombie(i),
                 _ => Role::Process(i),
             };
+            // Of whoever is not among them the caller's parent takes the place, which may be PID 1 itself.
             let parent = wanted.contains(&p.ppid).then_some(p.ppid);
             nodes.push(Node {
                 pid: p.pid,
@@ -242,6 +243,8 @@ mod tests {
             cgroup: "/".into(),
             unit: None,
             namespaces: Namespaces::default(),
+            mount_namespace: None,
+            uts_namespace: None,
             start_boottime_ns: 0,
             unsupported: vec![],
             decision: Default::default(),

@@ -1,6 +1,7 @@
 //! One process on its way back: from a skeleton to a stopped copy of what it was.
 
 use std::collections::BTreeMap;
+use std::ffi::CString;
 use std::fs::OpenOptions;
 use std::os::fd::RawFd;
 use std::time::Duration;
@@ -15,6 +16,7 @@ use crate::check::{self, Expected};
 use crate::copy_on_write::Kept;
 use crate::deadline::Deadline;
 use crate::file::Files;
+use crate::first::{self, First};
 use crate::inject::{self, Call, InjectError, Missed, Scratch, Tracee, call};
 use crate::memory::{self, Area, Sources, Specials};
 use crate::pour::{Owner, OwnerId, ReverseMap};
@@ -37,6 +39,12 @@ pub(crate) struct Common<'a> {
     pub(crate) copy_on_write: &'a copy_on_write::Plan,
     /// Since when the processes' clocks go on.
     pub(crate) clocks_go_on: clock::GoOn,
+    /// A descriptor of the time namespace of the processes.
+    pub(crate) time_namespace: Option<RawFd>,
+    /// What PID 1 is now, if it comes back.
+    pub(crate) first: Option<&'a First>,
+    /// What it runs if it does not.
+    pub(crate) fallback: Vec<CString>,
 }
 
 /// Properties of this program that a new process starts with.
@@ -104,6 +112,11 @@ pub(crate) struct Build<'a> {
     leader_lives: bool,
     /// Address of a `syscall` instruction in its vDSO.
     instruction: u64,
+    /// Where the kernel's own mappings are before it has its memory.
+    specials: Specials,
+    /// What PID 1 runs should it not come back.
+    fallback: Vec<CString>,
+    scratch: Scratch,
 }
 
 impl<'a> Build<'a> {
@@ -112,16 +125,53 @@ impl<'a> Build<'a> {
         process: &'a Process,
         mm: &'a AddressSpace,
         common: &Common<'_>,
+        zombies: &[Pid],
         deadline: Deadline,
     ) -> Result<Self, Failure> {
-        let leader = Tracee::seize(process.pid, common.scratch, deadline).map_err(failure("seize"))?;
+        let first = common.first.filter(|_| process.pid == first::PID);
+        let (specials, leader) = match first {
+            Some(first) => {
+                let time = common.time_namespace.ok_or("no time namespace").map_err(failure("seize"))?;
+                let leader = first
+                    .prepare(
+                        process,
+                        (common.snapshot, common.files),
+                        zombies,
+                        time,
+                        (common.scratch, &common.fallback),
+                        deadline,
+                    )
+                    .map_err(failure("seize"))?;
+                (&first.specials, leader)
+            }
+            None => {
+                let leader =
+                    Tracee::seize(process.pid, common.scratch, deadline).map_err(failure("seize"))?;
+                (common.specials, leader)
+            }
+        };
         let leader_lives = process.leader().is_some_and(lives);
         let areas = memory::areas(mm);
         let vdso = memory::vdso_start(mm).ok_or("no vDSO").map_err(failure("seize"))?;
         let instruction = vdso + common.syscall_offset;
         let (others, losses) = (vec![], vec![]);
         let kept = common.copy_on_write.kept(process.pid, &areas);
-        Ok(Self { process, mm, areas, kept, leader, others, losses, leader_lives, instruction })
+        let fallback = common.fallback.clone();
+        let specials = specials.clone();
+        Ok(Self {
+            process,
+            mm,
+            areas,
+            kept,
+            leader,
+            others,
+            losses,
+            leader_lives,
+            instruction,
+            specials,
+            fallback,
+            scratch: common.scratch,
+        })
     }
 
     fn tracee(&self, tid: Pid) -> Option<&Tracee> {
@@ -140,7 +190,7 @@ impl<'a> Build<'a> {
     /// Replaces the address space by the old one's mappings, still empty.
     pub(crate) fn map(&mut self, common: &Common<'_>, deadline: Deadline) -> Result<(), Failure> {
         let step = "map memory";
-        let mut calls = memory::clear(self.mm, common.specials, common.scratch, &self.kept);
+        let mut calls = memory::clear(self.mm, &self.specials, common.scratch, &self.kept);
         let fd = |id| common.files.fd(id);
         let segments = |id| common.snapshot.shm_segment(id).map(ShmSegment::mapped_len);
         let sources = Sources { files: &fd, shared: common.shared, segments: &segments };
@@ -408,6 +458,11 @@ impl<'a> Build<'a> {
         self.process.vfork
             && self.process.ppid == other.process.pid
             && self.process.address_space == other.process.address_space
+    }
+
+    /// PID 1 cannot be killed: it runs the caller's program again.
+    pub(crate) fn give_back(&self, deadline: Deadline) -> Result<(), InjectError> {
+        first::give_back(&self.leader, self.instruction, self.scratch, &self.fallback, deadline)
     }
 
     /// Lets all threads go.

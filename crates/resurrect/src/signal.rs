@@ -1,6 +1,6 @@
 //! Signals: what is pending is queued again; actions are set by the skeletons, the mask with the registers.
 
-use snapshot::{PendingSignal, Pid, Reason, SigAction, timer_of};
+use snapshot::{PendingSignal, Pid, Process, Reason, SigAction, timer_of};
 
 use crate::inject::{Call, call};
 
@@ -14,15 +14,26 @@ pub(crate) fn is_set_late(signo: i32, action: &SigAction) -> bool {
 }
 
 /// The SIGTRAP action that [`is_set_late`] put off, as rt_sigaction(2) reads it.
-pub(crate) fn late_action(actions: &[SigAction]) -> Option<[u8; 32]> {
-    let action = actions.get(libc::SIGTRAP as usize - 1).filter(|a| is_set_late(libc::SIGTRAP, a))?;
-    let mut bytes = [0; 32];
-    for (to, word) in
-        bytes.chunks_exact_mut(8).zip([action.handler, action.flags, action.restorer, action.mask])
-    {
-        to.copy_from_slice(&word.to_ne_bytes());
-    }
-    Some(bytes)
+pub(crate) fn late_action(actions: &[SigAction]) -> Option<Vec<u8>> {
+    actions.get(libc::SIGTRAP as usize - 1).filter(|a| is_set_late(libc::SIGTRAP, a)).map(raw)
+}
+
+/// The actions for all signals, those by default among them, as rt_sigaction(2) reads them.
+pub(crate) fn actions(process: &Process) -> impl Iterator<Item = (i32, Vec<u8>)> + '_ {
+    let default = SigAction::default();
+    let action = move |signo: i32| *process.signals.actions.get(signo as usize - 1).unwrap_or(&default);
+    let can_be_set = |(signo, action): &(i32, SigAction)| {
+        !matches!(*signo, libc::SIGKILL | libc::SIGSTOP) && !is_set_late(*signo, action)
+    };
+    (1..=64)
+        .map(move |signo| (signo, action(signo)))
+        .filter(can_be_set)
+        .map(|(signo, action)| (signo, raw(&action)))
+}
+
+fn raw(action: &SigAction) -> Vec<u8> {
+    let words = [action.handler, action.flags, action.restorer, action.mask];
+    words.iter().flat_map(|word| word.to_ne_bytes()).collect()
 }
 
 /// To whom signals are queued.

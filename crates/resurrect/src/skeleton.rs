@@ -33,10 +33,11 @@ enum Step {
     Children,
     Identity,
     Subreaper,
+    Namespaces,
 }
 
 impl Step {
-    const ALL: [(Step, &'static str); 12] = [
+    const ALL: [(Step, &'static str); 13] = [
         (Step::Create, "create the process"),
         (Step::Session, "start the session"),
         (Step::Group, "join the process group"),
@@ -49,6 +50,7 @@ impl Step {
         (Step::Children, "wait for exited children"),
         (Step::Identity, "set the user of the exited process"),
         (Step::Subreaper, "become a subreaper"),
+        (Step::Namespaces, "enter its namespaces"),
     ];
 
     fn describe(code: u8) -> &'static str {
@@ -352,6 +354,7 @@ impl Context<'_> {
         }
         attempt(Step::Signals, set_actions(p));
         // Nothing is opened by path from here on: it may mean something else below another root.
+        attempt(Step::Namespaces, self.files.namespaces.enter(p));
         attempt(Step::Directory, enter_directories(p));
         attempt(Step::Descriptors, self.set_descriptors(p));
         self.report(1, node.pid, READY, 0, Errno::UnknownErrno);

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    AddressSpaceId, EventFd, FileKind, Fpu, OpenFile, Pid, Process, ProcessState, Resume, Severity, Snapshot,
-    ThreadState, UnixSocket, VmaKind,
+    AddressSpaceId, Descriptor, EventFd, FileKind, Fpu, OpenFile, Pid, Process, ProcessState, Resume,
+    Severity, Snapshot, ThreadState, UnixSocket, VmaKind,
 };
 
 /// The kernel's return value of an interrupted call (-EINTR).
@@ -90,12 +90,26 @@ pub enum LiveFpu {
     ResumeAnyway,
 }
 
+/// How much of the machine goes on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// The processes that are selected, and what they have started.
+    #[default]
+    Selected,
+    /// Every program but those that make up the running system: PID 1, its daemons, login prompts.
+    Programs,
+    /// The whole machine, PID 1 included. Descriptors that cannot be rebuilt become dead ones, instead of taking their processes with
+    /// them.
+    All,
+}
+
 /// The part of the configuration that decides over processes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Policy {
-    /// Bring back every process that no entry of `never` means.
-    pub all: bool,
-    /// Otherwise: the processes that one of these means, and their descendants.
+    /// How much goes on, apart from what `never` means.
+    pub mode: Mode,
+    /// With [`Mode::Selected`]: the processes that one of these means, and their descendants.
     pub select: Vec<Selector>,
     /// Wins over everything else.
     pub never: Vec<Selector>,
@@ -154,6 +168,12 @@ pub fn decide(snapshot: &mut Snapshot, policy: &Policy) {
             process.decision = d;
         }
     }
+    if policy.mode == Mode::All {
+        let back = snapshot.processes.iter().filter(|p| p.decision.is_continue());
+        let descriptors = back.flat_map(|p| &p.descriptors);
+        let is_dead = |d: &&Descriptor| !judge_descriptor(snapshot, d).0.is_empty();
+        snapshot.dead_files = descriptors.filter(is_dead).map(|d| d.file).collect();
+    }
 }
 
 /// Who is asked for: `Ok` selected, `Err` excluded by name; absent: no rule applies.
@@ -163,7 +183,9 @@ fn select(snapshot: &Snapshot, policy: &Policy) -> BTreeMap<Pid, Result<(), Stri
         let exe = exe_path(snapshot, process);
         if let Some(rule) = policy.never.iter().find(|s| policy.matches(s, process, &exe)) {
             result.insert(process.pid, Err(format!("never resurrected: {}", describe(rule))));
-        } else if policy.all || policy.select.iter().any(|s| policy.matches(s, process, &exe)) {
+        } else if policy.mode != Mode::Selected
+            || policy.select.iter().any(|s| policy.matches(s, process, &exe))
+        {
             result.insert(process.pid, Ok(()));
         }
     }
@@ -245,15 +267,10 @@ fn judge(
             format!("its control group {} is without the limits and settings that it had", process.cgroup);
         losses.push(Reason::new("cgroup", text));
     }
-    judge_namespaces(process, &mut reasons);
+    crate::namespace::judge(snapshot, process, policy.mode, &mut reasons, &mut losses);
     judge_memory(snapshot, process, mm_users, &mut reasons);
-    judge_descriptors(snapshot, process, &mut reasons, &mut losses);
+    judge_descriptors(snapshot, process, policy.mode, &mut reasons, &mut losses);
     crate::lock::judge(snapshot, process, &mut reasons, &mut losses);
-    crate::pidfd::judge(snapshot, process, &mut reasons);
-    crate::inotify::judge(snapshot, process, &mut reasons, &mut losses);
-    crate::proc::judge(snapshot, process, &mut reasons, &mut losses);
-    crate::inet::judge(snapshot, process, &mut reasons, &mut losses);
-    crate::netlink::judge(snapshot, process, &mut reasons, &mut losses);
     crate::timer::judge(process, &mut reasons, &mut losses);
     for thread in process.threads.iter().filter(|t| t.state != ThreadState::Dead) {
         let tid = thread.tid;
@@ -293,26 +310,6 @@ fn judge(
 
 fn conclude(reasons: Vec<Reason>, losses: Vec<Reason>) -> Decision {
     if reasons.is_empty() { Decision::Continue { losses } } else { Decision::GiveUp { reasons } }
-}
-
-fn judge_namespaces(process: &Process, reasons: &mut Vec<Reason>) {
-    let ns = &process.namespaces;
-    let others = [
-        (ns.cgroup, "cgroup"),
-        (ns.ipc, "ipc"),
-        (ns.mnt, "mount"),
-        (ns.net, "network"),
-        (ns.pid, "PID"),
-        (ns.time, "time"),
-        (ns.user, "user"),
-        (ns.uts, "uts"),
-    ];
-    let names: Vec<&str> = others.iter().filter(|(initial, _)| !initial).map(|(_, n)| *n).collect();
-    if !names.is_empty() {
-        let text =
-            format!("it lives in its own {} namespace: not brought back by this version", names.join(", "));
-        reasons.push(Reason::new("namespace", text));
-    }
 }
 
 fn judge_memory(
@@ -422,6 +419,7 @@ fn share_by_vfork(snapshot: &Snapshot, users: &[Pid]) -> bool {
 fn judge_descriptors(
     snapshot: &Snapshot,
     process: &Process,
+    mode: Mode,
     reasons: &mut Vec<Reason>,
     losses: &mut Vec<Reason>,
 ) {
@@ -432,74 +430,97 @@ fn judge_descriptors(
         reasons.push(Reason::new("shared-descriptors", text));
     }
     for d in &process.descriptors {
-        let Some(file) = snapshot.files.get(&d.file) else {
-            reasons
-                .push(Reason::new("descriptor", format!("descriptor {}: its file could not be read", d.fd)));
-            continue;
-        };
-        let fd = format!("descriptor {} ({})", d.fd, file.path);
-        let mut give_up = |code: &str, why: String| reasons.push(Reason::new(code, format!("{fd}: {why}")));
-        match &file.kind {
-            FileKind::Unsupported { what } => {
-                give_up("descriptor", format!("{what}: not brought back by this version"))
+        let (obstacles, of_file) = judge_descriptor(snapshot, d);
+        match mode {
+            Mode::All if !obstacles.is_empty() => losses.extend(obstacles.into_iter().map(dead)),
+            _ => {
+                reasons.extend(obstacles);
+                losses.extend(of_file);
             }
-            FileKind::Tty { tty } => match snapshot.ttys.get(tty) {
-                Some(t) => {
-                    if let Some(why) = &t.unsupported {
-                        give_up("terminal", why.clone());
-                    }
-                    if t.pty.as_ref().is_some_and(|pty| !snapshot.ttys.contains_key(&pty.other)) {
-                        give_up("terminal", "its other end could not be read".into());
-                    }
-                }
-                None => give_up("terminal", "its terminal could not be read".into()),
-            },
-            FileKind::Pipe { pipe, .. } if !snapshot.pipes.contains_key(pipe) => {
-                give_up("pipe", "its pipe could not be read".into());
-            }
-            FileKind::Unix { socket: id } => match snapshot.unix_sockets.get(id) {
-                Some(socket) => {
-                    if let Some(why) = unix_obstacle(snapshot, socket) {
-                        give_up("socket", format!("{}: {why}", snapshot.unix_description(*id)));
-                    }
-                }
-                None => give_up("socket", "its socket could not be read".into()),
-            },
-            // A pipe has no name that could be gone, a FIFO has.
-            FileKind::Pipe { .. } if !file.path.as_bytes().starts_with(b"/") => {}
-            FileKind::Regular
-            | FileKind::Memfd { .. }
-            | FileKind::Directory
-            | FileKind::Path
-            | FileKind::Pipe { .. } => {
-                if let Some(why) = obstacle_without_name(snapshot, file) {
-                    give_up("deleted-file", why);
-                } else if !file.initial_mount_namespace && !matches!(file.kind, FileKind::Memfd { .. }) {
-                    give_up("descriptor", "it belongs to another mount namespace".into());
-                }
-                let swapped = snapshot.inodes.get(&file.inode).map_or(0, |inode| inode.swapped_pages);
-                if swapped > 0 {
-                    give_up("swapped", format!("{swapped} pages were swapped out: not read by this version"));
-                }
-            }
-            FileKind::EventFd(EventFd { count: EventFd::OVERFLOW, .. }) => {
-                give_up("eventfd", "its counter has overflowed".into());
-            }
-            FileKind::Epoll(epoll) => losses.extend(epoll.losses(snapshot, d.fd)),
-            FileKind::CharDevice { .. }
-            | FileKind::EventFd(_)
-            | FileKind::TimerFd(_)
-            | FileKind::SignalFd(_)
-            | FileKind::HungUpTty => {}
-            // Judged in the files of their kinds.
-            FileKind::PidFd(_)
-            | FileKind::Inotify(_)
-            | FileKind::Proc(_)
-            | FileKind::Namespace(_)
-            | FileKind::Inet(_)
-            | FileKind::Netlink(_) => {}
         }
     }
+}
+
+/// What an obstacle is for a process that comes back nevertheless.
+fn dead(obstacle: Reason) -> Reason {
+    let text = format!("{}; it answers with errors and the end of the file from now on", obstacle.text);
+    Reason::new("dead-descriptor", text)
+}
+
+/// Why a descriptor's file cannot be brought back; and what is different when it can.
+fn judge_descriptor(snapshot: &Snapshot, d: &Descriptor) -> (Vec<Reason>, Vec<Reason>) {
+    let (mut reasons, mut losses) = (Vec::new(), Vec::new());
+    let Some(file) = snapshot.files.get(&d.file) else {
+        let text = format!("descriptor {}: its file could not be read", d.fd);
+        return (vec![Reason::new("descriptor", text)], losses);
+    };
+    let fd = format!("descriptor {} ({})", d.fd, file.path);
+    let mut give_up = |code: &str, why: String| reasons.push(Reason::new(code, format!("{fd}: {why}")));
+    match &file.kind {
+        FileKind::Unsupported { what } => {
+            give_up("descriptor", format!("{what}: not brought back by this version"));
+        }
+        FileKind::Tty { tty } => match snapshot.ttys.get(tty) {
+            Some(t) => {
+                if let Some(why) = &t.unsupported {
+                    give_up("terminal", why.clone());
+                }
+                if t.pty.as_ref().is_some_and(|pty| !snapshot.ttys.contains_key(&pty.other)) {
+                    give_up("terminal", "its other end could not be read".into());
+                }
+            }
+            None => give_up("terminal", "its terminal could not be read".into()),
+        },
+        FileKind::Pipe { pipe, .. } if !snapshot.pipes.contains_key(pipe) => {
+            give_up("pipe", "its pipe could not be read".into());
+        }
+        FileKind::Unix { socket: id } => match snapshot.unix_sockets.get(id) {
+            Some(socket) => {
+                if let Some(why) = unix_obstacle(snapshot, socket) {
+                    give_up("socket", format!("{}: {why}", snapshot.unix_description(*id)));
+                }
+            }
+            None => give_up("socket", "its socket could not be read".into()),
+        },
+        // A pipe has no name that could be gone, a FIFO has.
+        FileKind::Pipe { .. } if !file.path.as_bytes().starts_with(b"/") => {}
+        FileKind::Regular
+        | FileKind::Memfd { .. }
+        | FileKind::Directory
+        | FileKind::Path
+        | FileKind::Pipe { .. } => {
+            if let Some(why) = obstacle_without_name(snapshot, file) {
+                give_up("deleted-file", why);
+            } else if let Some(why) = crate::namespace::obstacle_of_place(snapshot, file) {
+                give_up("descriptor", why);
+            }
+            let swapped = snapshot.inodes.get(&file.inode).map_or(0, |inode| inode.swapped_pages);
+            if swapped > 0 {
+                give_up("swapped", format!("{swapped} pages were swapped out: not read by this version"));
+            }
+        }
+        FileKind::EventFd(EventFd { count: EventFd::OVERFLOW, .. }) => {
+            give_up("eventfd", "its counter has overflowed".into());
+        }
+        FileKind::Epoll(epoll) => losses.extend(epoll.losses(snapshot, d.fd)),
+        FileKind::Device(device) => {
+            let text = format!("{fd}: {}", device.loss());
+            losses.push(Reason::new("device", text));
+        }
+        FileKind::CharDevice { .. }
+        | FileKind::EventFd(_)
+        | FileKind::TimerFd(_)
+        | FileKind::SignalFd(_)
+        | FileKind::HungUpTty => {}
+        FileKind::PidFd(pidfd) => crate::pidfd::judge(snapshot, d, pidfd, &mut reasons),
+        FileKind::Inotify(inotify) => crate::inotify::judge(d, inotify, &mut reasons, &mut losses),
+        FileKind::Proc(_) | FileKind::Namespace(_) => {
+            crate::proc::judge(snapshot, d, file, &mut reasons, &mut losses);
+        }
+        FileKind::Inet(socket) => crate::inet::judge(d, socket, &mut reasons, &mut losses),
+        FileKind::Netlink(socket) => crate::netlink::judge(d, socket, &mut reasons, &mut losses),
+    }
+    (reasons, losses)
 }
 
 /// Why a unix socket cannot be brought back.
@@ -514,7 +535,7 @@ fn unix_obstacle(snapshot: &Snapshot, socket: &UnixSocket) -> Option<String> {
     if socket.peer.is_some_and(|id| !snapshot.unix_sockets.contains_key(&id)) {
         return Some("the socket that it is connected to could not be read".into());
     }
-    if socket.owns_address && socket.place.as_ref().is_some_and(|place| !place.initial_mount_namespace) {
+    if socket.owns_address && socket.place.as_ref().is_some_and(|place| place.mount_namespace.is_some()) {
         return Some("its name belongs to another mount namespace".into());
     }
     // What is on its way through it must be there, too: nobody else would miss it.
@@ -587,6 +608,8 @@ mod tests {
             cgroup: Bytes::default(),
             unit: None,
             namespaces: Namespaces::default(),
+            mount_namespace: None,
+            uts_namespace: None,
             start_boottime_ns: 0,
             unsupported: Vec::new(),
             decision: Decision::Undecided,
@@ -609,7 +632,7 @@ mod tests {
             kind,
             path: path.into(),
             deleted: false,
-            initial_mount_namespace: true,
+            mount_namespace: None,
             flags: 0,
             pos: 0,
             inode: InodeId(1),
@@ -663,7 +686,7 @@ mod tests {
     }
 
     fn all() -> Policy {
-        Policy { all: true, ..Policy::default() }
+        Policy { mode: Mode::Programs, ..Policy::default() }
     }
 
     fn decision(s: &Snapshot, pid: Pid) -> &Decision {
@@ -724,7 +747,7 @@ mod tests {
         let losses = |value| {
             let mut s = machine(vec![process(500, 1, 0)]);
             s.processes[0].threads[0].resume = Resume::Return { value, why: "it waited".into() };
-            decide(&mut s, &Policy { all: true, ..Policy::default() });
+            decide(&mut s, &Policy { mode: Mode::Programs, ..Policy::default() });
             let Decision::Continue { losses } = decision(&s, 500).clone() else { panic!("it is to go on") };
             losses.into_iter().map(|reason| reason.code).collect::<Vec<_>>()
         };
@@ -779,9 +802,10 @@ mod tests {
         assert_eq!(reasons(|s| with_fd(s, open_file(socket, "socket:[1]"))), ["descriptor"]);
         let deleted = OpenFile { deleted: true, ..open_file(FileKind::Regular, "/tmp/x") };
         assert_eq!(reasons(|s| with_fd(s, deleted)), ["deleted-file"]);
-        let pipe = |path, deleted| {
+        let pipe = |path: &str, deleted: bool| {
             let kind = FileKind::Pipe { pipe: PipeId(1), end: PipeEnd::Read };
-            let file = OpenFile { deleted, initial_mount_namespace: !deleted, ..open_file(kind, path) };
+            let elsewhere = (!deleted).then_some(NamespaceId(9));
+            let file = OpenFile { deleted, mount_namespace: elsewhere, ..open_file(kind, path) };
             reasons(|s| {
                 let contents = Pipe { path: None, capacity: 0, buffers: vec![], readers: 1, writers: 1 };
                 s.pipes.insert(PipeId(1), contents);

@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Bytes, Epoll, EventFd, InetSocket, Inotify, NamespaceFile, NetlinkSocket, PAGE_SIZE, PidFd, PipeEnd,
-    PipeId, ProcFile, SignalFd, TimerFd, Timestamp, TtyId, UnixId,
+    Bytes, Device, Epoll, EventFd, InetSocket, Inotify, NamespaceFile, NamespaceId, NetlinkSocket, PAGE_SIZE,
+    PidFd, PipeEnd, PipeId, ProcFile, SignalFd, TimerFd, Timestamp, TtyId, UnixId,
 };
 
 /// Address of a `struct file` in the dead kernel.
@@ -36,13 +36,14 @@ pub struct Descriptor {
 pub struct OpenFile {
     /// What it is.
     pub kind: FileKind,
-    /// Absolute path in the initial mount namespace, as /proc/PID/fd shows it but without ` (deleted)`. For objects
+    /// Absolute path in its mount namespace, as /proc/PID/fd shows it but without ` (deleted)`. For objects
     /// without a path the kernel's own name, such as `pipe:[4711]`.
     pub path: Bytes,
     /// The name was gone: unlinked, or never had one (O_TMPFILE).
     pub deleted: bool,
-    /// The mount namespace of the path is the initial one. When not, the path may not mean the same file here.
-    pub initial_mount_namespace: bool,
+    /// The mount namespace of the path, if that is not the initial one.
+    #[serde(default)]
+    pub mount_namespace: Option<NamespaceId>,
     /// O_* access mode and status flags, as F_GETFL shows them.
     pub flags: i32,
     /// File position, bytes.
@@ -76,6 +77,8 @@ pub enum FileKind {
         #[allow(missing_docs)]
         minor: u32,
     },
+    /// Another character device that the machine has again.
+    Device(Device),
     /// One or both ends of a pipe or FIFO.
     Pipe {
         #[allow(missing_docs)]

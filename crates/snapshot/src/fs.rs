@@ -46,7 +46,7 @@ bitflags! {
     }
 }
 
-/// One mount of the initial mount namespace (`struct mount`).
+/// One mount (`struct mount`).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mount {
     /// `mnt_id`, as in /proc/PID/mountinfo.
@@ -67,4 +67,17 @@ pub struct Mount {
     pub dev_minor: u32,
     #[allow(missing_docs)]
     pub flags: MountFlags,
+    /// Number of the group of mounts that share what is mounted below them, 0: it is private.
+    #[serde(default)]
+    pub peer_group: i32,
+    /// Number of the group from which it gets what is mounted below, 0: none.
+    #[serde(default)]
+    pub master: i32,
+}
+
+impl Mount {
+    /// Whether all that another mount of the same file system shows can be reached through this one.
+    pub fn is_above(&self, other: &Mount) -> bool {
+        other.root.as_path().starts_with(self.root.as_path())
+    }
 }

@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{FileKind, Process, ProtocolOption, Reason, Snapshot, SocketOptions};
+use crate::{Descriptor, ProtocolOption, Reason, SocketOptions};
 
 /// A TCP or UDP socket.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -95,48 +95,43 @@ impl InetSocket {
     }
 }
 
-/// What of a process's Internet sockets cannot be as it was.
+/// What of an Internet socket cannot be as it was.
 pub(crate) fn judge(
-    snapshot: &Snapshot,
-    process: &Process,
+    descriptor: &Descriptor,
+    socket: &InetSocket,
     reasons: &mut Vec<Reason>,
     losses: &mut Vec<Reason>,
 ) {
-    for descriptor in &process.descriptors {
-        let Some(FileKind::Inet(socket)) = snapshot.files.get(&descriptor.file).map(|file| &file.kind) else {
-            continue;
-        };
-        let at = |text: String| format!("descriptor {} ({}): {text}", descriptor.fd, socket.description());
-        if let Some(why) = &socket.unsupported {
-            reasons.push(Reason::new("socket", at(why.clone())));
+    let at = |text: String| format!("descriptor {} ({}): {text}", descriptor.fd, socket.description());
+    if let Some(why) = &socket.unsupported {
+        reasons.push(Reason::new("socket", at(why.clone())));
+    }
+    match &socket.state {
+        InetState::Connected { .. } if socket.protocol == InetProtocol::Tcp => {
+            reasons.push(Reason::new("socket", at("not brought back by this version".into())));
         }
-        match &socket.state {
-            InetState::Connected { .. } if socket.protocol == InetProtocol::Tcp => {
-                reasons.push(Reason::new("socket", at("not brought back by this version".into())));
-            }
-            InetState::Listening { waiting, .. } if !waiting.is_empty() => {
-                let who: Vec<String> = waiting.iter().take(8).map(SocketAddr::to_string).collect();
-                let text = format!(
-                    "{} connections that nobody had accepted yet are lost: {}",
-                    waiting.len(),
-                    who.join(", ")
-                );
-                losses.push(Reason::new("socket-data", at(text)));
-            }
-            _ => {}
-        }
-        if socket.unread > 0 {
-            let text = format!("{} datagrams that nobody had read are lost", socket.unread);
+        InetState::Listening { waiting, .. } if !waiting.is_empty() => {
+            let who: Vec<String> = waiting.iter().take(8).map(SocketAddr::to_string).collect();
+            let text = format!(
+                "{} connections that nobody had accepted yet are lost: {}",
+                waiting.len(),
+                who.join(", ")
+            );
             losses.push(Reason::new("socket-data", at(text)));
         }
-        if socket.error != 0 {
-            let text = format!("the error {} that it was to return is not returned", socket.error);
-            losses.push(Reason::new("socket-error", at(text)));
-        }
-        if socket.is_on_the_network() {
-            let text = "reachable from this machine only, until somebody sets up the network again".into();
-            losses.push(Reason::new("network", at(text)));
-        }
+        _ => {}
+    }
+    if socket.unread > 0 {
+        let text = format!("{} datagrams that nobody had read are lost", socket.unread);
+        losses.push(Reason::new("socket-data", at(text)));
+    }
+    if socket.error != 0 {
+        let text = format!("the error {} that it was to return is not returned", socket.error);
+        losses.push(Reason::new("socket-error", at(text)));
+    }
+    if socket.is_on_the_network() {
+        let text = "reachable from this machine only, until somebody sets up the network again".into();
+        losses.push(Reason::new("network", at(text)));
     }
 }
 

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Bytes, FileKind, Process, Reason, Snapshot};
+use crate::{Bytes, Descriptor, Reason};
 
 /// An inotify instance: what it watches.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,33 +37,23 @@ pub struct Watch {
 /// Watch descriptors are given out by counting, some microseconds each; more than this are not counted through.
 pub const MAX_WATCH_DESCRIPTOR: i32 = 1 << 18;
 
-pub(crate) fn judge(
-    snapshot: &Snapshot,
-    process: &Process,
-    reasons: &mut Vec<Reason>,
-    losses: &mut Vec<Reason>,
-) {
-    for d in &process.descriptors {
-        let Some(FileKind::Inotify(inotify)) = snapshot.files.get(&d.file).map(|file| &file.kind) else {
-            continue;
-        };
-        let mut give_up = |why: String| {
-            reasons.push(Reason::new("inotify", format!("descriptor {}: {why}", d.fd)));
-        };
-        for watch in &inotify.watches {
-            if let Some(why) = &watch.unsupported {
-                give_up(format!("watch {}: {why}", watch.wd));
-            }
+pub(crate) fn judge(d: &Descriptor, inotify: &Inotify, reasons: &mut Vec<Reason>, losses: &mut Vec<Reason>) {
+    let mut give_up = |why: String| {
+        reasons.push(Reason::new("inotify", format!("descriptor {}: {why}", d.fd)));
+    };
+    for watch in &inotify.watches {
+        if let Some(why) = &watch.unsupported {
+            give_up(format!("watch {}: {why}", watch.wd));
         }
-        if let Some(watch) = inotify.watches.last().filter(|watch| watch.wd > MAX_WATCH_DESCRIPTOR) {
-            give_up(format!("the watch descriptor {} is too high to be counted up to", watch.wd));
-        }
-        if inotify.unread > 0 {
-            let text = format!(
-                "descriptor {}: {} unread inotify events are gone; it is told that events were lost (IN_Q_OVERFLOW)",
-                d.fd, inotify.unread
-            );
-            losses.push(Reason::new("inotify", text));
-        }
+    }
+    if let Some(watch) = inotify.watches.last().filter(|watch| watch.wd > MAX_WATCH_DESCRIPTOR) {
+        give_up(format!("the watch descriptor {} is too high to be counted up to", watch.wd));
+    }
+    if inotify.unread > 0 {
+        let text = format!(
+            "descriptor {}: {} unread inotify events are gone; it is told that events were lost (IN_Q_OVERFLOW)",
+            d.fd, inotify.unread
+        );
+        losses.push(Reason::new("inotify", text));
     }
 }

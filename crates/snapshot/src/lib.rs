@@ -12,10 +12,13 @@
 //!
 //! One file per kind of kernel object, with the same name as in `autopsy`, `resurrect` and `survivors`.
 
+mod autofs;
 mod bytes;
+mod cgroup;
 mod clock;
 mod credentials;
 mod decision;
+mod device;
 mod epoll;
 mod eventfd;
 mod file;
@@ -26,6 +29,7 @@ mod inotify;
 mod ipc;
 mod lock;
 mod memory;
+mod namespace;
 mod netlink;
 mod panic;
 mod physmem;
@@ -42,14 +46,18 @@ mod syscall;
 mod thread;
 mod timer;
 mod timerfd;
+mod tmpfs;
 mod tty;
 mod unix;
 mod vt;
 
+pub use autofs::Autofs;
 pub use bytes::Bytes;
+pub use cgroup::Cgroup;
 pub use clock::Clocks;
 pub use credentials::{Capabilities, Credentials};
-pub use decision::{Decision, LiveFpu, Policy, Reason, Selector, decide};
+pub use decision::{Decision, LiveFpu, Mode, Policy, Reason, Selector, decide};
+pub use device::{Device, DeviceKind};
 pub use epoll::{Epoll, EpollItem};
 pub use eventfd::EventFd;
 pub use file::{Descriptor, FileId, FileKind, Inode, InodeId, MAX_DESCRIPTOR, OpenFile, PageCacheRun};
@@ -60,6 +68,7 @@ pub use inotify::{Inotify, MAX_WATCH_DESCRIPTOR, Watch};
 pub use ipc::{Ipc, IpcPerm, Message, MsgQueue, SemArray, SemUndo, ShmSegment};
 pub use lock::{Lock, LockKind, LockOwner};
 pub use memory::{AddressSpace, AddressSpaceId, MmLayout, PageRun, Prot, SwapRun, Vma, VmaFlags, VmaKind};
+pub use namespace::{MountNamespace, NamespaceId, UtsNamespace};
 pub use netlink::NetlinkSocket;
 pub use panic::{Frame, Kernel, LogRecord, Panic, vdso_fingerprint};
 pub use physmem::{PAGE_SIZE, PhysMap, PhysMem, PhysMemError, PhysRange, StableBytes};
@@ -76,13 +85,14 @@ pub use syscall::{Exec, Resume, SyscallInFlight};
 pub use thread::{Fpu, FpuSource, Registers, Rseq, Scheduling, Thread, ThreadState};
 pub use timer::{IntervalTimer, MAX_TIMER_ID, PosixExpiry, PosixTimer, Timers, timer_of};
 pub use timerfd::{TimerFd, TimerFdExpiry};
+pub use tmpfs::{Tmpfs, TmpfsEntry, TmpfsKind};
 pub use tty::{Termios, Tty, TtyId, WindowSize};
 pub use unix::{
     UnixCredentials, UnixData, UnixDirectory, UnixId, UnixKind, UnixMessage, UnixPlace, UnixSocket, unix_name,
 };
 pub use vt::{VirtualConsole, VtMode};
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -105,12 +115,30 @@ pub struct Snapshot {
     pub clocks: Clocks,
     /// Mount table of the dead machine's initial mount namespace, parents before children.
     pub mounts: Vec<Mount>,
+    /// Mount namespaces other than the initial one.
+    #[serde(default)]
+    pub mount_namespaces: BTreeMap<NamespaceId, MountNamespace>,
+    /// UTS namespaces other than the initial one.
+    #[serde(default)]
+    pub uts_namespaces: BTreeMap<NamespaceId, UtsNamespace>,
+    /// What was in file systems that are in memory only.
+    #[serde(default)]
+    pub tmpfs: Vec<Tmpfs>,
+    /// Mount points of automounters.
+    #[serde(default)]
+    pub autofs: Vec<Autofs>,
+    /// Control groups (v2), parents before children.
+    #[serde(default)]
+    pub cgroups: Vec<Cgroup>,
     /// User processes (thread groups), by ascending PID. Kernel threads are not listed.
     pub processes: Vec<Process>,
     /// Address spaces, shared by the processes that name them.
     pub address_spaces: BTreeMap<AddressSpaceId, AddressSpace>,
     /// Open file descriptions (`struct file`).
     pub files: BTreeMap<FileId, OpenFile>,
+    /// Those that cannot be rebuilt and, as was decided, become dead ones: they answer with errors and the end of the file.
+    #[serde(default)]
+    pub dead_files: BTreeSet<FileId>,
     /// Inodes behind the files and mappings, with what the page cache held of them.
     pub inodes: BTreeMap<InodeId, Inode>,
     /// Regular files with a name, open or not, of which the disk may not have the last state.

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{FileKind, Process, ProtocolOption, Reason, Snapshot, SocketOptions};
+use crate::{Descriptor, ProtocolOption, Reason, SocketOptions};
 
 /// A socket to the kernel (`struct netlink_sock`).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,29 +36,23 @@ impl NetlinkSocket {
     }
 }
 
-/// What of a process's netlink sockets cannot be as it was.
+/// What of a netlink socket cannot be as it was.
 pub(crate) fn judge(
-    snapshot: &Snapshot,
-    process: &Process,
+    descriptor: &Descriptor,
+    socket: &NetlinkSocket,
     reasons: &mut Vec<Reason>,
     losses: &mut Vec<Reason>,
 ) {
-    for descriptor in &process.descriptors {
-        let Some(FileKind::Netlink(socket)) = snapshot.files.get(&descriptor.file).map(|file| &file.kind)
-        else {
-            continue;
-        };
-        let at = |text: String| format!("descriptor {} ({}): {text}", descriptor.fd, socket.description());
-        if let Some(why) = &socket.unsupported {
-            reasons.push(Reason::new("socket", at(why.clone())));
-        }
-        if socket.unread > 0 {
-            let text = format!("{} messages from the kernel that nobody had read are lost", socket.unread);
-            losses.push(Reason::new("socket-data", at(text)));
-        }
-        if socket.error != 0 {
-            let text = format!("the error {} that it was to return is not returned", socket.error);
-            losses.push(Reason::new("socket-error", at(text)));
-        }
+    let at = |text: String| format!("descriptor {} ({}): {text}", descriptor.fd, socket.description());
+    if let Some(why) = &socket.unsupported {
+        reasons.push(Reason::new("socket", at(why.clone())));
+    }
+    if socket.unread > 0 {
+        let text = format!("{} messages from the kernel that nobody had read are lost", socket.unread);
+        losses.push(Reason::new("socket-data", at(text)));
+    }
+    if socket.error != 0 {
+        let text = format!("the error {} that it was to return is not returned", socket.error);
+        losses.push(Reason::new("socket-error", at(text)));
     }
 }

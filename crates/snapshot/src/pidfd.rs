@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{FileKind, Pid, Process, Reason, Snapshot};
+use crate::{Descriptor, Pid, Process, Reason, Snapshot};
 
 /// What pidfd_open(2) makes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,16 +23,12 @@ impl PidFd {
     }
 }
 
-pub(crate) fn judge(snapshot: &Snapshot, process: &Process, reasons: &mut Vec<Reason>) {
-    for d in &process.descriptors {
-        if let Some(FileKind::PidFd(pidfd)) = snapshot.files.get(&d.file).map(|file| &file.kind)
-            && pidfd.is_inner_thread(snapshot)
-        {
-            let text = format!(
-                "descriptor {}: a pidfd of thread {}, which is not the first of its process: not brought back by this version",
-                d.fd, pidfd.pid
-            );
-            reasons.push(Reason::new("descriptor", text));
-        }
+pub(crate) fn judge(snapshot: &Snapshot, d: &Descriptor, pidfd: &PidFd, reasons: &mut Vec<Reason>) {
+    if pidfd.is_inner_thread(snapshot) {
+        let text = format!(
+            "descriptor {}: a pidfd of thread {}, which is not the first of its process: not brought back by this version",
+            d.fd, pidfd.pid
+        );
+        reasons.push(Reason::new("descriptor", text));
     }
 }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{FileKind, Pid, Process, Reason, Snapshot};
+use crate::{Descriptor, FileKind, OpenFile, Pid, Reason, Snapshot};
 
 /// A file or directory of a file system that is a view into the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,51 +27,49 @@ const O_WRONLY: i32 = 1;
 
 pub(crate) fn judge(
     snapshot: &Snapshot,
-    process: &Process,
+    d: &Descriptor,
+    file: &OpenFile,
     reasons: &mut Vec<Reason>,
     losses: &mut Vec<Reason>,
 ) {
-    for d in &process.descriptors {
-        let Some(file) = snapshot.files.get(&d.file) else { continue };
-        let at = |why: &str| format!("descriptor {} ({}): {why}", d.fd, file.path);
-        let mut give_up = |why: &str| reasons.push(Reason::new("descriptor", at(why)));
-        match &file.kind {
-            FileKind::Namespace(namespace) if !namespace.initial => {
-                give_up("a namespace other than the initial one: not brought back by this version");
-            }
-            // The processes live in another one than before, in which their clocks go on.
-            FileKind::Namespace(namespace) if namespace.name.starts_with("time") => {
-                give_up("the time namespace: not brought back by this version");
-            }
-            FileKind::Proc(proc) => {
-                let target = proc.task.map(|task| snapshot.process(task));
-                if proc.gone {
-                    // Reading it fails as before.
-                } else if !file.initial_mount_namespace {
-                    give_up("it belongs to another mount namespace");
-                } else if file.deleted {
-                    give_up("it is gone from its file system: not brought back by this version");
-                } else if let Some(None) = target {
-                    let text = at(
-                        "it is about a thread that is not the first of its process, or about the kernel: it reads as if that had ended",
-                    );
-                    losses.push(Reason::new("proc-file", text));
-                } else if let Some(Some(other)) = target
-                    && !matches!(other.fs.root.as_bytes(), b"" | b"/")
-                {
-                    // What mounts, for one, shows depends on the root at the time of opening.
-                    give_up(
-                        "it is about a process with a root directory of its own: not brought back by this version",
-                    );
-                } else if file.pos != 0 && file.flags & O_ACCMODE != O_WRONLY {
-                    let text = at(&format!(
-                        "it had been read up to position {}: what follows is of new contents",
-                        file.pos
-                    ));
-                    losses.push(Reason::new("proc-file", text));
-                }
-            }
-            _ => {}
+    let at = |why: &str| format!("descriptor {} ({}): {why}", d.fd, file.path);
+    let mut give_up = |why: &str| reasons.push(Reason::new("descriptor", at(why)));
+    match &file.kind {
+        FileKind::Namespace(namespace) if !namespace.initial => {
+            give_up("a namespace other than the initial one: not brought back by this version");
         }
+        // The processes live in another one than before, in which their clocks go on.
+        FileKind::Namespace(namespace) if namespace.name.starts_with("time") => {
+            give_up("the time namespace: not brought back by this version");
+        }
+        FileKind::Proc(proc) => {
+            let target = proc.task.map(|task| snapshot.process(task));
+            if proc.gone {
+                // Reading it fails as before.
+            } else if let Some(why) = crate::namespace::obstacle_of_place(snapshot, file) {
+                give_up(&why);
+            } else if file.deleted {
+                give_up("it is gone from its file system: not brought back by this version");
+            } else if let Some(None) = target {
+                let text = at(
+                    "it is about a thread that is not the first of its process, or about the kernel: it reads as if that had ended",
+                );
+                losses.push(Reason::new("proc-file", text));
+            } else if let Some(Some(other)) = target
+                && !matches!(other.fs.root.as_bytes(), b"" | b"/")
+            {
+                // What mounts, for one, shows depends on the root at the time of opening.
+                give_up(
+                    "it is about a process with a root directory of its own: not brought back by this version",
+                );
+            } else if file.pos != 0 && file.flags & O_ACCMODE != O_WRONLY {
+                let text = at(&format!(
+                    "it had been read up to position {}: what follows is of new contents",
+                    file.pos
+                ));
+                losses.push(Reason::new("proc-file", text));
+            }
+        }
+        _ => {}
     }
 }

@@ -3,7 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    AddressSpaceId, Bytes, Decision, Descriptor, FsContext, Pid, SignalState, Thread, Timers, TtyId,
+    AddressSpaceId, Bytes, Decision, Descriptor, FsContext, NamespaceId, Pid, SignalState, Thread, Timers,
+    TtyId,
 };
 
 /// A process: what `fork` makes (`task_struct` of a thread group leader, `signal_struct`).
@@ -56,6 +57,12 @@ pub struct Process {
     pub unit: Option<String>,
     #[allow(missing_docs)]
     pub namespaces: Namespaces,
+    /// Its mount namespace, if that is not the initial one.
+    #[serde(default)]
+    pub mount_namespace: Option<NamespaceId>,
+    /// Its UTS namespace, if that is not the initial one.
+    #[serde(default)]
+    pub uts_namespace: Option<NamespaceId>,
     /// Start time on the dead kernel's CLOCK_BOOTTIME, nanoseconds.
     pub start_boottime_ns: u64,
     /// State that this version does not bring back, named for people: the process is given up because of it.

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Bytes, FileId, Snapshot, SocketOptions};
+use crate::{Bytes, FileId, NamespaceId, Snapshot, SocketOptions};
 
 /// Address of a `struct unix_sock` in the dead kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -68,8 +68,9 @@ pub struct UnixPlace {
     pub path: Bytes,
     /// The name was gone.
     pub deleted: bool,
-    /// Lies in the initial mount namespace.
-    pub initial_mount_namespace: bool,
+    /// The mount namespace of the path, if that is not the initial one.
+    #[serde(default)]
+    pub mount_namespace: Option<NamespaceId>,
     /// Permission bits.
     pub mode: u32,
     #[allow(missing_docs)]

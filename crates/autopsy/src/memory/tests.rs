@@ -2,7 +2,7 @@
 
 use ktypes::Kernel;
 use snapshot::{
-    Decision, FsContext, Namespaces, Policy, Process, ProcessState, SignalState, Snapshot, decide,
+    Decision, FsContext, Mode, Namespaces, Policy, Process, ProcessState, SignalState, Snapshot, decide,
 };
 use synth::{PTR, Record, Synth, U32, U64, array, named};
 use vmcore::{PageSize, PageTables, PrStatus};
@@ -211,6 +211,8 @@ fn reasons(vma: Vma) -> Vec<String> {
         cgroup: Bytes::default(),
         unit: None,
         namespaces: Namespaces::default(),
+        mount_namespace: None,
+        uts_namespace: None,
         start_boottime_ns: 0,
         unsupported: Vec::new(),
         decision: Decision::Undecided,
@@ -219,7 +221,7 @@ fn reasons(vma: Vma) -> Vec<String> {
     snapshot
         .address_spaces
         .insert(id, AddressSpace { vmas: vec![vma], exe: Some(FileId(1)), ..AddressSpace::default() });
-    decide(&mut snapshot, &Policy { all: true, ..Policy::default() });
+    decide(&mut snapshot, &Policy { mode: Mode::Programs, ..Policy::default() });
     match snapshot.processes.remove(0).decision {
         Decision::GiveUp { reasons } => reasons.into_iter().map(|reason| reason.code).collect(),
         other => panic!("{other:?}"),

@@ -53,7 +53,7 @@ pub fn run(args: &Args) -> Result<Exit> {
         armed.kernel.display(),
         armed.initramfs_bytes.div_ceil(1024)
     );
-    if !config.policy.all && config.policy.select.is_empty() {
+    if config.policy.mode == snapshot::Mode::Selected && config.policy.select.is_empty() {
         text.push_str(&format!(
             "note: {} selects no process; after a panic none will go on\n",
             args.config.display()

@@ -12,6 +12,7 @@ pub mod mounts;
 mod run;
 mod shutdown;
 mod stay;
+pub mod steward;
 mod supervise;
 mod switch;
 mod sys;
@@ -27,10 +28,10 @@ use arm::config::{FailureAction, FsckMode};
 use arm::devices::BlockDevice;
 use rustix::mount::MountFlags;
 use rustix::system::RebootCommand;
-use snapshot::{Mount, Pid};
+use snapshot::Pid;
 
-use crate::protocol::{FromWorker, ToWorker};
-use crate::report::{Mark, MountFate, Report, State, uptime_ms};
+use crate::protocol::{FromWorker, Survey, ToWorker};
+use crate::report::{Fate, Mark, MountFate, Report, State, uptime_ms};
 use console::{mark, say};
 use memory::MemoryWatch;
 use supervise::Worker;
@@ -47,6 +48,9 @@ const WATCHDOG_GRACE: u64 = 60;
 
 /// Runs the crash kernel's user space. Never returns: the end of PID 1 would be the next panic.
 pub fn main() -> ! {
+    if let Some(action) = steward::begin_anew() {
+        shutdown::end(action);
+    }
     let life = catch_unwind(|| {
         let mut life = Life::begin();
         // What is known must outlive a bug: whether there are processes that live.
@@ -70,6 +74,10 @@ struct Life {
     watchdog: Option<Watchdog>,
     /// The configured commands to start at the end.
     after: Vec<String>,
+    /// This is not PID 1, but goes on for it.
+    is_steward: bool,
+    /// PID 1 is what it was before the panic.
+    first_is_back: bool,
 }
 
 impl Life {
@@ -86,6 +94,8 @@ impl Life {
             back: Vec::new(),
             watchdog: None,
             after: Vec::new(),
+            is_steward: false,
+            first_is_back: false,
         };
         life.mark("init");
         if let Err(error) = surroundings {
@@ -150,7 +160,15 @@ impl Life {
     /// From here on nobody but an administrator ends the machine.
     fn stay(&mut self) -> FailureAction {
         self.watchdog = None;
-        stay::stay(&std::mem::take(&mut self.after))
+        let after = std::mem::take(&mut self.after);
+        if !self.is_steward {
+            return stay::stay(&after);
+        }
+        // Otherwise PID 1 starts them.
+        if self.first_is_back {
+            stay::start_all(&after);
+        }
+        steward::end()
     }
 
     /// A bug of this process costs those that live nothing but their report.
@@ -192,7 +210,7 @@ impl Life {
         // Also when there is no disk: how the kernel died is worth knowing.
         let survey = self.survey(&mut worker, within(deadlines.autopsy));
         let node = node?;
-        let old_mounts = survey.as_ref().map(|s| s.0.clone()).unwrap_or_default();
+        let old_mounts = survey.as_ref().map(|s| s.mounts.clone()).unwrap_or_default();
         let root_mount = old_mounts.iter().rfind(|m| m.mountpoint.as_bytes() == b"/");
         let flags = root_mount.map_or(MountFlags::empty(), |m| mounts::flags(m.flags));
         let note = mounts::mount_device(
@@ -213,11 +231,23 @@ impl Life {
         let holding = survey.is_ok() && self.hand_over_root(&mut worker, within(deadlines.mount));
         switch::root(Path::new(NEW_ROOT))?;
         self.switched = true;
-        let plan = mounts::plan(&old_mounts, &manifest.devices);
-        let (late, now): (Vec<_>, Vec<_>) = plan.into_iter().partition(mounts::Step::can_wait);
+        let has_namespaces = survey.as_ref().is_ok_and(|s| s.has_namespaces);
+        let with_first = survey.as_ref().is_ok_and(|s| s.with_first);
+        let mut plan = mounts::plan(&old_mounts, &manifest.devices);
+        if with_first {
+            // Automounters come back, and with them their mount points.
+            plan.retain(|step| step.fs_type.as_bytes() != b"autofs");
+        }
+        let can_wait = |step: &mounts::Step| !has_namespaces && !with_first && step.can_wait();
+        let (late, now): (Vec<_>, Vec<_>) = plan.into_iter().partition(can_wait);
         // What they take must leave the processes their time.
         let mounted = whole.checked_sub(Duration::from_secs(deadlines.resurrect)).unwrap_or(whole);
         self.mount(now, manifest, mounted.max(within(deadlines.mount)));
+        if root_mount.is_some_and(|m| m.peer_group != 0)
+            && let Err(error) = mounts::share_all()
+        {
+            self.trouble(format!("mounts are not passed on to mount namespaces: {error}"));
+        }
         sys::set_hostname(
             self.report.dead_kernel.as_ref().map(|k| k.nodename.as_bytes()).unwrap_or_default(),
         );
@@ -226,11 +256,14 @@ impl Life {
         }
         self.note_time("surroundings");
 
-        let outcome = survey.and_then(|(_, highest_pid)| {
+        let outcome = survey.and_then(|Survey { highest_pid, .. }| {
             if !holding {
                 bail!("the worker ended before the root file system was mounted");
             }
             sys::continue_pids_after(highest_pid);
+            if with_first {
+                self.step_aside(&mut worker, longest)?;
+            }
             let deadline = within(deadlines.resurrect);
             worker.send(&ToWorker::Go { time_left: deadline.saturating_duration_since(Instant::now()) })?;
             // Whatever comes next: how the machine died is on the disk from here on. The worker does not wait for the disk.
@@ -243,6 +276,18 @@ impl Life {
         });
         self.mount(late, manifest, whole);
         outcome
+    }
+
+    /// A child goes on from here, while PID 1 waits to be made into what it was. `longest`: seconds for the watchdog.
+    fn step_aside(&mut self, worker: &mut Worker, longest: u64) -> Result<()> {
+        // Its thread would not be in the child, and PID 1 must have none.
+        self.watchdog = None;
+        steward::step_aside(&self.after).context("cannot start a steward for PID 1")?;
+        self.is_steward = true;
+        worker.is_no_child();
+        let left = Duration::from_secs(longest).saturating_sub(self.began.elapsed());
+        self.watchdog = Watchdog::start(left, RebootCommand::Restart);
+        Ok(())
     }
 
     /// Waits for the root device and checks its file system.
@@ -264,7 +309,7 @@ impl Life {
     }
 
     /// Waits until the worker has read the dead kernel; the last words first.
-    fn survey(&mut self, worker: &mut Worker, deadline: Instant) -> Result<(Vec<Mount>, i32)> {
+    fn survey(&mut self, worker: &mut Worker, deadline: Instant) -> Result<Survey> {
         loop {
             match worker.receive(deadline, &mut self.memory).context("reading the dead kernel")? {
                 FromWorker::Panic { kernel, panic } => {
@@ -272,10 +317,10 @@ impl Life {
                     self.report.dead_kernel = Some(*kernel);
                     self.report.panic = Some(*panic);
                 }
-                FromWorker::Surveyed { mounts, highest_pid, processes, findings } => {
+                FromWorker::Surveyed { survey, processes, findings } => {
                     self.report.processes = processes;
                     self.report.findings = findings;
-                    return Ok((mounts, highest_pid));
+                    return Ok(survey);
                 }
                 other => self.side_matter(other)?,
             }
@@ -326,7 +371,9 @@ impl Life {
                 FromWorker::Done { processes, findings, pour, resurrection } => {
                     use crate::report::FateKind::{Failed, GivenUp, NotSelected};
                     let lost = processes.iter().any(|p| matches!(p.fate, Failed | GivenUp));
-                    let back = processes.iter().any(|p| !matches!(p.fate, Failed | GivenUp | NotSelected));
+                    let is_back = |p: &Fate| !matches!(p.fate, Failed | GivenUp | NotSelected);
+                    let back = processes.iter().any(is_back);
+                    self.first_is_back = processes.iter().any(|p| p.pid == 1 && is_back(p));
                     self.report.state = if lost { State::Partial } else { State::Complete };
                     self.report.processes = processes;
                     self.report.findings = findings;

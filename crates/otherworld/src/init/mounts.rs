@@ -137,6 +137,12 @@ pub fn flags(old: OldFlags) -> MountFlags {
     pairs.iter().filter(|(o, _)| old.contains(*o)).fold(MountFlags::empty(), |all, (_, new)| all | *new)
 }
 
+/// Lets all mounts pass on what is mounted below them, as systemd has it.
+pub fn share_all() -> std::io::Result<()> {
+    let flags = rustix::mount::MountPropagationFlags::SHARED | rustix::mount::MountPropagationFlags::REC;
+    Ok(rustix::mount::mount_change("/", flags)?)
+}
+
 /// Makes one mount. What is worth telling about a success comes back as text.
 pub fn carry_out(step: &Step, manifest: &Manifest, until: Instant) -> Result<Option<String>> {
     let at = step.mountpoint.as_path();
@@ -149,12 +155,12 @@ pub fn carry_out(step: &Step, manifest: &Manifest, until: Instant) -> Result<Opt
             if matches!(fs_type.as_str(), "proc" | "sysfs" | "devtmpfs") && sys::is_mount_point(at) {
                 return Ok(None);
             }
+            // A module that has to be loaded may make the directory.
+            _ = rustix::mount::fsopen(fs_type.as_str(), rustix::mount::FsOpenFlags::FSOPEN_CLOEXEC);
             make_directory(at)?;
             mount_with_data(&fs_type, at, &fs_type, flags, &virtual_options(&fs_type, at))?;
-            Ok((fs_type == "tmpfs").then(|| match tmpfs_options(at) {
-                Some(_) => "its files are gone".to_owned(),
-                None => "its files are gone; its owner and mode are not known, root has it now".to_owned(),
-            }))
+            // Its files, owner and mode come with the processes.
+            Ok(None)
         }
         How::Bind { from } => {
             if from.is_dir() {
@@ -297,6 +303,8 @@ mod tests {
             dev_major: number.0,
             dev_minor: number.1,
             flags: OldFlags::RELATIME,
+            peer_group: 0,
+            master: 0,
         }
     }
 

@@ -4,6 +4,7 @@ use std::io;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use anyhow::{Context, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
@@ -13,6 +14,26 @@ use super::console::say;
 pub fn within(command: &mut Command, deadline: Instant) -> io::Result<Option<ExitStatus>> {
     let mut child = command.stdin(Stdio::null()).spawn()?;
     wait(&mut child, deadline)
+}
+
+/// Waits for the end of somebody else's child; kills it at the deadline, which is an error.
+pub fn await_end(child: &Child, deadline: Instant) -> anyhow::Result<()> {
+    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).context("it has no PID")?;
+    // Whoever waits for it may have done so.
+    let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else { return Ok(()) };
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
+        match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&timeout)) {
+            Ok(0) => {
+                _ = rustix::process::pidfd_send_signal(&pidfd, rustix::process::Signal::KILL);
+                bail!("the worker did not end after its work and was killed");
+            }
+            Ok(_) => return Ok(()),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
 }
 
 /// How long a killed process may take to be gone.

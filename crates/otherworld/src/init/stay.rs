@@ -22,9 +22,7 @@ pub fn stay(commands: &[String]) -> FailureAction {
     _ = wanted.thread_block();
     // Ctrl-alt-del becomes SIGINT instead of an immediate reset.
     _ = rustix::system::reboot(RebootCommand::CadOff);
-    for command in commands {
-        start(command);
-    }
+    start_all(commands);
     say("ready");
     loop {
         reap();
@@ -34,6 +32,11 @@ pub fn stay(commands: &[String]) -> FailureAction {
             _ => {}
         }
     }
+}
+
+/// Starts the commands that the configuration names.
+pub fn start_all(commands: &[String]) {
+    commands.iter().for_each(|command| start(command));
 }
 
 /// Starts a command line in a session of its own, with the console as its terminal.

@@ -18,6 +18,8 @@ pub struct Worker {
     child: Child,
     channel: Channel,
     ended: bool,
+    /// PID 1 has it as its child, and waits for it.
+    is_child: bool,
 }
 
 impl Worker {
@@ -32,7 +34,12 @@ impl Worker {
             .env("GLIBC_TUNABLES", "glibc.pthread.rseq=0")
             .spawn()?;
         drop(theirs);
-        Ok(Self { child, channel: Channel::new(ours)?, ended: false })
+        Ok(Self { child, channel: Channel::new(ours)?, ended: false, is_child: true })
+    }
+
+    /// This process has become the child of the one that started the worker.
+    pub fn is_no_child(&mut self) {
+        self.is_child = false;
     }
 
     /// Says something to it.
@@ -46,6 +53,9 @@ impl Worker {
             Ok(message) => Ok(message),
             Err(NoMessage::Closed) => {
                 self.ended = true;
+                if !self.is_child {
+                    bail!("the worker died");
+                }
                 let status = run::wait(&mut self.child, Instant::now() + Duration::from_secs(2))?;
                 bail!("the worker died ({})", status.map_or("it hung at its end".into(), |s| s.to_string()))
             }
@@ -59,6 +69,9 @@ impl Worker {
     /// Waits for its end, once it has said that it is done.
     pub fn end(&mut self, patience: Duration) -> Result<()> {
         self.ended = true;
+        if !self.is_child {
+            return run::await_end(&self.child, Instant::now() + patience);
+        }
         let status =
             run::wait(&mut self.child, Instant::now() + patience).context("waiting for the worker")?;
         match status {

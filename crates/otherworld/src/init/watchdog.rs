@@ -10,7 +10,18 @@ use rustix::system::RebootCommand;
 /// Ends the machine after a time, unless it is dropped before.
 #[derive(Debug)]
 pub struct Watchdog {
-    _alive: Sender<()>,
+    alive: Option<Sender<()>>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Drop for Watchdog {
+    /// Its thread has ended then.
+    fn drop(&mut self) {
+        drop(self.alive.take());
+        if let Some(thread) = self.thread.take() {
+            _ = thread.join();
+        }
+    }
 }
 
 impl Watchdog {
@@ -29,7 +40,8 @@ impl Watchdog {
                 act();
             }
         };
-        thread::Builder::new().name("watchdog".into()).spawn(watch).ok().map(|_| Self { _alive: alive })
+        let thread = thread::Builder::new().name("watchdog".into()).spawn(watch).ok()?;
+        Some(Self { alive: Some(alive), thread: Some(thread) })
     }
 }
 

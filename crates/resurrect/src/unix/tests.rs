@@ -54,7 +54,7 @@ impl Machine {
             kind: FileKind::Unix { socket: UnixId(number) },
             path: "socket:[1]".into(),
             deleted: false,
-            initial_mount_namespace: true,
+            mount_namespace: None,
             flags: libc::O_RDWR,
             pos: 0,
             inode: snapshot::InodeId(number),
@@ -211,7 +211,7 @@ fn sockets_are_bound_where_their_names_lead() {
     let place = |file: &str, deleted| UnixPlace {
         path: Bytes(dir.join(file).as_os_str().as_bytes().to_vec()),
         deleted,
-        initial_mount_namespace: true,
+        mount_namespace: None,
         mode: 0o640,
         uid: 12,
         gid: 13,
@@ -342,7 +342,7 @@ fn a_socket_on_its_way_that_cannot_be_made_costs_its_receiver() {
     bad.place = Some(UnixPlace {
         path: "/dev/null".into(),
         deleted: false,
-        initial_mount_namespace: true,
+        mount_namespace: None,
         mode: 0,
         uid: 0,
         gid: 0,

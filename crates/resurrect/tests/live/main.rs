@@ -262,7 +262,8 @@ fn worker(dir: &Path, sabotage: Option<&str>) {
     let mut snapshot: Snapshot =
         serde_json::from_slice(&fs::read(dir.join("snapshot.json")).unwrap()).unwrap();
     let memory = Memory::of(fs::read(dir.join("memory")).unwrap());
-    let options = Options { deadline: PATIENCE, process_deadline: Duration::from_secs(5) };
+    let options =
+        Options { deadline: PATIENCE, process_deadline: Duration::from_secs(5), ..Options::default() };
     let mut watcher = Watcher { sabotage, dir };
     let report = resurrect::resurrect(&mut snapshot, &memory, &options, &mut watcher).unwrap();
     if std::env::var_os("SHOW_REPORT").is_some() {

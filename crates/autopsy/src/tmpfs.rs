@@ -1,0 +1,199 @@
+//! File systems in memory: tmpfs, ramfs, devtmpfs (mm/shmem.c, fs/ramfs/inode.c; their names are dentries that are never dropped, d_subdirs
+//! or d_children of include/linux/dcache.h; 6.1 and 6.12).
+
+use std::collections::BTreeSet;
+
+use ktypes::KernelType;
+use snapshot::{Bytes, InodeId, Mount, PAGE_SIZE, Severity, Tmpfs, TmpfsEntry, TmpfsKind};
+
+use crate::Autopsy;
+use crate::error::{Result, corrupt};
+use crate::fs::device;
+use crate::inode::{S_IFDIR, S_IFLNK, S_IFREG};
+
+/// Super blocks of one machine.
+const MAX_SUPER_BLOCKS: usize = 1 << 20;
+/// Names in one file system.
+const MAX_ENTRIES: usize = 1 << 22;
+/// Directories within directories.
+const MAX_DEPTH: usize = 512;
+/// PATH_MAX.
+const MAX_TARGET: u64 = 4096;
+/// In memory without a super block of one's own: what only the kernel mounts is not asked for.
+const TYPES: [&[u8]; 3] = [b"tmpfs", b"ramfs", b"devtmpfs"];
+
+#[derive(KernelType)]
+#[kernel("super_block")]
+struct SuperBlockRoot {
+    s_dev: u32,
+    s_root: u64,
+    s_fs_info: u64,
+}
+
+#[derive(KernelType)]
+#[kernel("inode")]
+struct Links {
+    i_mode: u16,
+    i_uid: u32,
+    i_gid: u32,
+    i_link: u64,
+}
+
+#[derive(KernelType)]
+#[kernel("shmem_sb_info")]
+struct ShmemSbInfo {
+    max_blocks: u64,
+}
+
+impl Autopsy<'_> {
+    /// What is in all file systems in memory that are mounted among `mounts`; their inodes go into the table.
+    pub(crate) fn tmpfs(&self, mounts: &[&Mount]) -> Vec<Tmpfs> {
+        let mounted: BTreeSet<(u32, u32)> = mounts
+            .iter()
+            .filter(|m| TYPES.contains(&m.fs_type.as_bytes()))
+            .map(|m| (m.dev_major, m.dev_minor))
+            .collect();
+        let mut all = Vec::new();
+        if let Err(error) = self.all_tmpfs(mounts, &mounted, &mut all) {
+            let text = format!("not all file systems in memory could be found: {error}");
+            self.find(Severity::Loss, "tmpfs", text);
+        }
+        all
+    }
+
+    fn all_tmpfs(
+        &self,
+        mounts: &[&Mount],
+        mounted: &BTreeSet<(u32, u32)>,
+        all: &mut Vec<Tmpfs>,
+    ) -> Result<()> {
+        let to_list = self.kernel.offset_of("super_block", "s_list")?;
+        for node in self.list(self.kernel.symbol("super_blocks")?, MAX_SUPER_BLOCKS)? {
+            let sb = node.wrapping_sub(to_list);
+            let root: SuperBlockRoot = self.kernel.read(sb)?;
+            let number = device(root.s_dev);
+            if !mounted.contains(&number) {
+                continue;
+            }
+            let Some(mount) = mounts.iter().find(|m| (m.dev_major, m.dev_minor) == number) else { continue };
+            match self.one_tmpfs(&root, mount) {
+                Ok(tmpfs) => all.push(tmpfs),
+                Err(error) => {
+                    let text =
+                        format!("the files of {} at {} are lost: {error}", mount.fs_type, mount.mountpoint);
+                    self.find(Severity::Loss, "tmpfs", text);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn one_tmpfs(&self, root: &SuperBlockRoot, mount: &Mount) -> Result<Tmpfs> {
+        let top: Links = self.kernel.read(self.dentry(root.s_root)?.d_inode)?;
+        let blocks = match mount.fs_type.as_bytes() {
+            b"tmpfs" => self.kernel.read::<ShmemSbInfo>(root.s_fs_info)?.max_blocks,
+            _ => 0,
+        };
+        let mut tmpfs = Tmpfs {
+            dev_major: mount.dev_major,
+            dev_minor: mount.dev_minor,
+            fs_type: mount.fs_type.clone(),
+            mode: u32::from(top.i_mode) & 0o7777,
+            uid: top.i_uid,
+            gid: top.i_gid,
+            size: (blocks > 0).then(|| blocks.saturating_mul(PAGE_SIZE)),
+            entries: Vec::new(),
+        };
+        let mut pending = vec![(root.s_root, Vec::new(), 0)];
+        while let Some((directory, path, depth)) = pending.pop() {
+            if depth > MAX_DEPTH {
+                return Err(corrupt("dentry", directory, "is too deep"));
+            }
+            for child in self.children(directory)? {
+                if tmpfs.entries.len() >= MAX_ENTRIES {
+                    return Err(corrupt("dentry", directory, "has too many names below it"));
+                }
+                match self.tmpfs_entry(child, &path, mount) {
+                    Ok(None) => {}
+                    Ok(Some(entry)) => {
+                        if entry.kind == TmpfsKind::Directory {
+                            pending.push((child, entry.path.as_bytes().to_vec(), depth + 1));
+                        }
+                        tmpfs.entries.push(entry);
+                    }
+                    Err(error) => {
+                        let text =
+                            format!("a file in {}{} is lost: {error}", mount.mountpoint, Bytes(path.clone()));
+                        self.find(Severity::Loss, "tmpfs", text);
+                    }
+                }
+            }
+        }
+        Ok(tmpfs)
+    }
+
+    /// The names in a directory, as dentries.
+    fn children(&self, directory: u64) -> Result<Vec<u64>> {
+        // A list until 6.7.
+        if self.kernel.has_member("dentry", "d_subdirs") {
+            let head = directory.wrapping_add(self.kernel.offset_of("dentry", "d_subdirs")?);
+            let to_child = self.kernel.offset_of("dentry", "d_child")?;
+            return Ok(self
+                .list(head, MAX_ENTRIES)?
+                .into_iter()
+                .map(|node| node.wrapping_sub(to_child))
+                .collect());
+        }
+        let head = directory.wrapping_add(self.kernel.offset_of("dentry", "d_children")?);
+        let to_child = self.kernel.offset_of("dentry", "d_sib")?;
+        let nodes = self.kernel.hlist(head, MAX_ENTRIES);
+        nodes.map(|node| Ok(node?.wrapping_sub(to_child))).collect()
+    }
+
+    /// `None`: a name of nothing, or a cursor of somebody who reads the directory.
+    fn tmpfs_entry(&self, addr: u64, directory: &[u8], mount: &Mount) -> Result<Option<TmpfsEntry>> {
+        let dentry = self.dentry(addr)?;
+        if dentry.d_inode == 0 || dentry.hashed == 0 {
+            return Ok(None);
+        }
+        let path = [directory, b"/", self.name(&dentry, addr)?.as_slice()].concat();
+        let facts = self.inode_facts(dentry.d_inode)?;
+        let at = mount.mountpoint.as_bytes().strip_suffix(b"/").unwrap_or(mount.mountpoint.as_bytes());
+        self.inode(dentry.d_inode, &facts, &Bytes([at, &path].concat()))?;
+        let kind = match facts.mode & 0o170_000 {
+            S_IFREG => TmpfsKind::Regular,
+            S_IFDIR => TmpfsKind::Directory,
+            S_IFLNK => TmpfsKind::Symlink { target: self.symlink_target(dentry.d_inode)? },
+            _ => {
+                let (major, minor) = device(facts.rdev);
+                TmpfsKind::Special { major, minor }
+            }
+        };
+        Ok(Some(TmpfsEntry { path: Bytes(path), inode: InodeId(dentry.d_inode), kind }))
+    }
+
+    /// Where a symbolic link of a file system in memory leads: beside the inode if it is short, else on a page.
+    fn symlink_target(&self, inode: u64) -> Result<Bytes> {
+        let link: Links = self.kernel.read(inode)?;
+        if link.i_link != 0 {
+            return Ok(Bytes(self.kernel.read_cstr(link.i_link, MAX_TARGET as usize)?));
+        }
+        let known = self.inodes.borrow();
+        let known = known.get(&InodeId(inode)).ok_or_else(|| corrupt("inode", inode, "is not known"))?;
+        let mapping =
+            self.kernel.read_u64(inode.wrapping_add(self.kernel.offset_of("inode", "i_mapping")?))?;
+        let pages = mapping.wrapping_add(self.kernel.offset_of("address_space", "i_pages")?);
+        let mut first = None;
+        self.kernel.xarray_for_each(pages, 2, |index, entry| {
+            if index == 0 {
+                first = entry.pointer();
+            }
+            Ok(())
+        })?;
+        let page = first.ok_or_else(|| corrupt("inode", inode, "is a symbolic link without a page"))?;
+        let mut target = vec![0; known.size.min(MAX_TARGET) as usize];
+        let at = self.kernel.page_to_pfn(page)?.saturating_mul(PAGE_SIZE);
+        self.kernel.vmcore().read_phys(at, &mut target).map_err(ktypes::Error::from)?;
+        Ok(Bytes(target))
+    }
+}
