@@ -253,7 +253,7 @@ fn nothing(_: &mut Channel) -> Result<String> {
 fn processes(agent: &mut Channel) -> Result<String> {
     ask(
         agent,
-        "ps -e -o pid=,ppid=,sid=,tty=,comm=,cgroup= | grep -v -e kthread -e lab-agent -e '0::/$' | awk '$2 != 2' | sort -n",
+        "ps -e -o pid=,ppid=,sid=,tty=,comm=,cgroup= | grep -v -e lab-agent -e udev-worker | awk '$NF ~ /0::\\/./' | sort -n",
     )
 }
 
@@ -283,11 +283,16 @@ fn journal(agent: &mut Channel) -> Result<()> {
 }
 
 fn udev(agent: &mut Channel) -> Result<()> {
-    ask(
+    let asked = ask(
         agent,
         "udevadm control --ping --timeout=60 && udevadm trigger --action=change --settle /sys/class/mem/null",
-    )
-    .map(drop)
+    );
+    // What it does instead.
+    asked.map(drop).map_err(|error| {
+        let state = "journalctl -u systemd-udevd -n 20 -o cat --no-pager; \
+                     for pid in $(pgrep udev); do echo $pid $(cat /proc/$pid/comm /proc/$pid/wchan /proc/$pid/syscall); ls -l /proc/$pid/fd; done";
+        error.context(ask(agent, state).unwrap_or_default())
+    })
 }
 
 fn names(agent: &mut Channel) -> Result<String> {
@@ -318,7 +323,7 @@ fn mounts(agent: &mut Channel) -> Result<String> {
 fn files_of_run(agent: &mut Channel) -> Result<String> {
     ask(
         agent,
-        "find /run -xdev -printf '%p %y %m %u %g %l\\n' | grep -v -e /run/log -e /run/systemd/transient -e 'run-u[0-9]' -e /run/systemd/units -e /run/udev/queue | sort",
+        "find /run -xdev -printf '%p %y %m %u %g %l\\n' | grep -v -e /run/log -e /run/systemd/transient -e 'run-u[0-9]' -e /run/systemd/units -e /run/systemd/journal/ -e /run/udev/queue | sort",
     )
 }
 

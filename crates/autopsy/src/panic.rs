@@ -73,7 +73,14 @@ impl Autopsy<'_> {
             kaslr_offset: kernel.info().kerneloffset().unwrap_or_default(),
             tainted: tainted.unwrap_or_default(),
             vdso: self.attempt("the vDSO", || self.vdso_fingerprint()),
+            modules: self.loaded_modules(),
         }
+    }
+
+    fn loaded_modules(&self) -> Vec<String> {
+        let mut names: Vec<String> = self.kernel.module_names().map(str::to_owned).collect();
+        names.reverse();
+        names
     }
 
     /// The message, who panicked and where, and the whole log.

@@ -211,6 +211,11 @@ impl Kernel {
         self.modules().module_of(addr)
     }
 
+    /// The names of the modules that were loaded, the latest first.
+    pub fn module_names(&self) -> impl Iterator<Item = &str> {
+        self.modules().loaded()
+    }
+
     fn modules(&self) -> &Modules {
         self.modules.get_or_init(|| Modules::read(self))
     }

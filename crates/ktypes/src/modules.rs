@@ -146,6 +146,11 @@ impl Modules {
         }
     }
 
+    /// Their names.
+    pub fn loaded(&self) -> impl Iterator<Item = &str> {
+        self.modules.iter().map(|module| module.name.as_str())
+    }
+
     fn name(&self, symbol: &Symbol) -> &str {
         &self.names[symbol.name.start as usize..symbol.name.end as usize]
     }

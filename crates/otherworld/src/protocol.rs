@@ -50,6 +50,8 @@ pub enum FromWorker {
 pub struct Survey {
     /// Of the initial mount namespace.
     pub mounts: Vec<Mount>,
+    /// Modules that were loaded.
+    pub modules: Vec<String>,
     /// The highest PID or TID that anybody had.
     pub highest_pid: i32,
     /// PID 1 is to come back.

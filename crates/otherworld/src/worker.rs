@@ -86,6 +86,7 @@ impl Worker {
         let mut back = snapshot.processes.iter().filter(|p| p.decision.is_continue());
         let survey = Survey {
             mounts: snapshot.mounts.clone(),
+            modules: snapshot.kernel.modules.clone(),
             highest_pid: highest_pid.unwrap_or(300),
             with_first: back.clone().any(|p| p.pid == 1),
             has_namespaces: back.any(|p| p.mount_namespace.is_some()),

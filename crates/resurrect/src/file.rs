@@ -229,11 +229,17 @@ impl Files {
         let created: BTreeSet<_> =
             created.filter_map(|(id, _)| Some(snapshot.inodes.get(id)?.path.clone())).collect();
         for (id, opened) in &mut self.open {
-            if let Some(FileKind::Inotify(state)) = snapshot.files.get(id).map(|file| &file.kind)
-                && let Ok(fd) = opened
-                && let Err(why) = inotify::watch(fd.as_fd(), state, &|path| created.contains(path))
-            {
-                *opened = Err(Reason::new("inotify", why));
+            let Some(FileKind::Inotify(state)) = snapshot.files.get(id).map(|file| &file.kind) else {
+                continue;
+            };
+            let Some(fd) = opened.as_ref().ok().filter(|_| !self.dead.contains(id)) else { continue };
+            match inotify::watch(fd.as_fd(), state, &|path| created.contains(path), self.with_dead) {
+                Ok(gone) => {
+                    let text = |why| format!("its inotify instance is told that a watch has gone: {why}");
+                    let losses = gone.into_iter().map(|why| Reason::new("inotify", text(why)));
+                    self.losses.entry(*id).or_default().extend(losses);
+                }
+                Err(why) => *opened = Err(Reason::new("inotify", why)),
             }
         }
     }

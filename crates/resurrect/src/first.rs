@@ -7,7 +7,7 @@ use std::ffi::CString;
 use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStrExt;
 
-use snapshot::{Pid, Process, Snapshot};
+use snapshot::{FileKind, Pid, Process, Snapshot};
 
 use crate::deadline::Deadline;
 use crate::file::Files;
@@ -187,6 +187,15 @@ fn arrangements(process: &Process, snapshot: &Snapshot, files: &Files, zombies: 
         let from = files.inherited(d.file).map_or(-1, |(fd, _)| fd);
         let name = snapshot.files.get(&d.file).map(|file| file.path.to_string()).unwrap_or_default();
         calls.push(call!(format!("descriptor {} ({name})", d.fd), libc::SYS_dup3, from, d.fd, flags));
+        // Who listens is whom those who connect see (SO_PEERCRED).
+        if let Some(FileKind::Unix { socket }) = snapshot.files.get(&d.file).map(|file| &file.kind)
+            && let Some(socket) = snapshot.unix_sockets.get(socket)
+            && let Some(backlog) = socket.listening
+            && socket.peer_credentials.as_ref().is_some_and(|who| who.pid == PID)
+            && !files.is_dead(d.file)
+        {
+            calls.push(call!(format!("listen {}", d.fd), libc::SYS_listen, d.fd, backlog));
+        }
     }
     calls
 }

@@ -33,12 +33,16 @@ pub(crate) fn create() -> Result<OwnedFd, Errno> {
 
 /// Watches what was watched, under the same numbers. `is_new`: whether the file with this name has been made anew.
 ///
+/// With `can_be_gone` a watch of something that is not there is removed, as the kernel does when a file goes; these are returned.
+///
 /// To be done when everything else has been opened: watched directories would report that.
 pub(crate) fn watch(
     fd: BorrowedFd<'_>,
     inotify: &Inotify,
     is_new: &dyn Fn(&snapshot::Bytes) -> bool,
-) -> Result<(), String> {
+    can_be_gone: bool,
+) -> Result<Vec<String>, String> {
+    let (mut gone, mut kept) = (Vec::new(), Vec::new());
     let flags = sys::fcntl(fd.as_raw_fd(), libc::F_GETFL, 0).map_err(|e| e.to_string())?;
     set_flags(fd, flags | libc::O_NONBLOCK)?;
     let group = Group::new(fd)?;
@@ -48,7 +52,14 @@ pub(crate) fn watch(
             return Err(format!("watch descriptor {}", watch.wd));
         }
         group.skip(next, watch.wd)?;
-        group.add_as(watch, is_new)?;
+        match group.add_as(watch, is_new) {
+            Ok(()) => {}
+            Err(why) if can_be_gone => {
+                kept.push(group.add_gone(watch)?);
+                gone.push((watch, why));
+            }
+            Err(why) => return Err(why),
+        }
         next = watch.wd + 1;
     }
     // Numbers that were in use must not come up again soon.
@@ -57,10 +68,16 @@ pub(crate) fn watch(
         group.skip(next, wanted)?;
     }
     group.drain()?;
+    for (watch, _) in &gone {
+        // It is told that there is nothing to watch any more (IN_IGNORED).
+        group.remove(watch.wd)?;
+    }
     if inotify.unread > 0 {
         group.overflow()?;
     }
-    set_flags(fd, flags)
+    drop(kept);
+    set_flags(fd, flags)?;
+    Ok(gone.into_iter().map(|(_, why)| why).collect())
 }
 
 fn set_flags(fd: BorrowedFd<'_>, flags: i32) -> Result<(), String> {
@@ -111,6 +128,17 @@ impl<'a> Group<'a> {
             Ok(wd) if wd == watch.wd => Ok(()),
             Ok(wd) => Err(at(&format!("it got the watch descriptor {wd}"))),
             Err(e) => Err(at(&e)),
+        }
+    }
+
+    /// Watches nothing of interest under the number of a watch that has to go; lasts as long as what comes back.
+    fn add_gone(&self, watch: &Watch) -> Result<OwnedFd, String> {
+        let dummy = memfd_create(c"gone", MFdFlags::MFD_CLOEXEC).map_err(|e| format!("memfd_create: {e}"))?;
+        let path = CString::new(format!("/proc/self/fd/{}", dummy.as_raw_fd())).map_err(|e| e.to_string())?;
+        match self.add(&path, libc::IN_MOVE_SELF) {
+            Ok(wd) if wd == watch.wd => Ok(dummy),
+            Ok(wd) => Err(format!("it got the watch descriptor {wd} instead of {}", watch.wd)),
+            Err(e) => Err(format!("inotify_add_watch: {e}")),
         }
     }
 

@@ -85,6 +85,25 @@ pub(crate) fn propagate_all(how: libc::c_ulong) -> Result<()> {
     Errno::result(r).map(drop)
 }
 
+/// Makes the file system that is mounted like an old one was writable, or read-only (again).
+pub(crate) fn remount(like: &Mount, read_only: bool) -> Result<()> {
+    let table = [
+        (MountFlags::NOSUID, libc::MS_NOSUID),
+        (MountFlags::NODEV, libc::MS_NODEV),
+        (MountFlags::NOEXEC, libc::MS_NOEXEC),
+        (MountFlags::NOATIME, libc::MS_NOATIME),
+        (MountFlags::NODIRATIME, libc::MS_NODIRATIME),
+        (MountFlags::RELATIME, libc::MS_RELATIME),
+    ];
+    let flags =
+        table.iter().filter(|(flag, _)| like.flags.contains(*flag)).fold(0, |all, (_, bit)| all | bit);
+    let flags = flags | libc::MS_REMOUNT | if read_only { libc::MS_RDONLY } else { 0 };
+    let at = sys::c_path(like.mountpoint.as_path())?;
+    let none = std::ptr::null();
+    // SAFETY: the path is NUL-terminated; nothing else is read.
+    Errno::result(unsafe { libc::mount(none, at.as_ptr(), none, flags, std::ptr::null()) }).map(drop)
+}
+
 /// Gives a mount the flags of an old one, and its way of passing on what is mounted below.
 pub(crate) fn set_attributes(mount: &OwnedFd, like: &Mount) -> Result<()> {
     let table = [

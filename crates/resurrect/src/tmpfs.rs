@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::sys::statfs::{FsType, statfs};
-use snapshot::{Bytes, Inode, InodeId, PhysMem, Snapshot, Tmpfs, TmpfsEntry, TmpfsKind};
+use snapshot::{Bytes, Inode, InodeId, MountFlags, PhysMem, Snapshot, Tmpfs, TmpfsEntry, TmpfsKind};
 
-use crate::{FileStale, page_cache, sys};
+use crate::{FileStale, mount, page_cache, sys};
 
 /// TMPFS_MAGIC and RAMFS_MAGIC (include/uapi/linux/magic.h).
 const IN_MEMORY: [FsType; 2] = [FsType(0x0102_1994), FsType(0x8584_58f6)];
@@ -37,7 +37,18 @@ pub(crate) fn fill_all(snapshot: &Snapshot, with_system: bool, mem: &dyn PhysMem
             continue;
         }
         let leave_out = |path: &Path| !with_system && OF_THE_SYSTEM.iter().any(|of| path.starts_with(of));
+        let read_only = m.flags.intersects(MountFlags::READ_ONLY | MountFlags::SB_READ_ONLY);
+        if let Some(Err(e)) = read_only.then(|| mount::remount(m, false)) {
+            lost.push(FileStale { path: m.mountpoint.clone(), why: format!("it cannot be written to: {e}") });
+            continue;
+        }
         lost.extend(fill(snapshot, tmpfs, at, &leave_out, mem));
+        if let Some(Err(e)) = read_only.then(|| mount::remount(m, true)) {
+            lost.push(FileStale {
+                path: m.mountpoint.clone(),
+                why: format!("it is not read-only any more: {e}"),
+            });
+        }
     }
     lost
 }

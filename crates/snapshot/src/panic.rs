@@ -24,6 +24,9 @@ pub struct Kernel {
     /// [`vdso_fingerprint`] of the dead kernel's 64-bit vDSO, to see whether this kernel's fits the old
     /// processes. `None` when it could not be read.
     pub vdso: Option<(u64, u64)>,
+    /// Modules that were loaded, in the order in which they were.
+    #[serde(default)]
+    pub modules: Vec<String>,
 }
 
 /// How it died.

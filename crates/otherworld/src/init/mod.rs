@@ -231,6 +231,12 @@ impl Life {
         let holding = survey.is_ok() && self.hand_over_root(&mut worker, within(deadlines.mount));
         switch::root(Path::new(NEW_ROOT))?;
         self.switched = true;
+        if let Ok(survey) = &survey
+            && survey.with_first
+            && let Err(error) = modules::load_all(&survey.modules, within(deadlines.mount))
+        {
+            self.trouble(format!("not all modules that were loaded are: {error:#}"));
+        }
         let has_namespaces = survey.as_ref().is_ok_and(|s| s.has_namespaces);
         let with_first = survey.as_ref().is_ok_and(|s| s.with_first);
         let mut plan = mounts::plan(&old_mounts, &manifest.devices);
