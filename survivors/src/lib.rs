@@ -33,10 +33,12 @@
 //! checks; an error is the verdict `fail`. The test `every_survivor_passes_and_can_fail` then covers it.
 
 mod await_signal;
+mod cgroup;
 mod child;
 mod clock;
 mod credentials;
 mod crowd;
+mod device;
 mod edge;
 mod epoll;
 mod eventfd;
@@ -50,6 +52,7 @@ mod lock;
 mod map;
 mod memfd;
 mod memory;
+mod namespace;
 mod netlink;
 mod pidfd;
 mod pipe;
@@ -68,6 +71,7 @@ mod syscall;
 mod thread;
 mod timer;
 mod timerfd;
+mod tmpfs;
 mod tty;
 mod unix;
 mod vt;
@@ -215,6 +219,11 @@ table! {
     "inotify-numbers" inotify::numbers Survives, Nothing, "watch descriptors with gaps between them, and the next one";
     "inotify-unread" inotify::unread Survives, Nothing, "unread events are there or told to be lost";
     "inotify-blocked" inotify::blocked Survives, Nothing, "a reader that is blocked on an inotify instance";
+    "tmpfs-tree" tmpfs::tree Survives, Nothing, "files in memory that nobody has open: a tree with links, modes, times";
+    "namespace-mount" namespace::mounts Survives, Root, "a mount namespace with a tmpfs, a read-only directory, its ways of passing mounts on";
+    "namespace-uts" namespace::uts Survives, Root, "host and domain name of one's own";
+    "cgroup-settings" cgroup::settings Survives, Root, "control groups with limits and enabled controllers";
+    "device-kmsg" device::kmsg Survives, Root, "the kernel's log, open for reading and writing";
     "proc-file" proc::file Survives, Nothing, "open files and a directory of /proc, about itself, a child and the machine";
     "proc-ended" proc::ended Survives, Nothing, "open files of /proc about a process that has ended";
     "proc-mountinfo" proc::mountinfo Survives, Root, "changes of the mount table are told to who polls it";

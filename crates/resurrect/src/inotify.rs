@@ -243,7 +243,7 @@ mod tests {
         std::fs::write(&b, "").unwrap();
         let watches = vec![watch_on(&a, 3, libc::IN_MODIFY), watch_on(&b, 700, libc::IN_MODIFY)];
         let fd = create().unwrap();
-        watch(fd.as_fd(), &Inotify { watches, next: 1000, unread: 0 }, &|_| false).unwrap();
+        watch(fd.as_fd(), &Inotify { watches, next: 1000, unread: 0 }, &|_| false, false).unwrap();
         assert_eq!(events(&fd), []);
         std::fs::write(&b, "b").unwrap();
         std::fs::write(&a, "a").unwrap();
@@ -258,7 +258,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let watches = vec![watch_on(dir.path(), 1, libc::IN_CREATE)];
         let fd = create().unwrap();
-        watch(fd.as_fd(), &Inotify { watches, next: 2, unread: 5 }, &|_| false).unwrap();
+        watch(fd.as_fd(), &Inotify { watches, next: 2, unread: 5 }, &|_| false, false).unwrap();
         assert_eq!(events(&fd), [(-1, libc::IN_Q_OVERFLOW)]);
         std::fs::write(dir.path().join("new"), "").unwrap();
         assert_eq!(events(&fd), [(1, libc::IN_CREATE)]);
@@ -269,7 +269,21 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let other = Watch { ino: 1, ..watch_on(dir.path(), 1, libc::IN_CREATE) };
         let inotify = Inotify { watches: vec![other], next: 2, unread: 0 };
-        assert!(watch(create().unwrap().as_fd(), &inotify, &|_| false).is_err());
-        assert!(watch(create().unwrap().as_fd(), &inotify, &|_| true).is_ok());
+        assert!(watch(create().unwrap().as_fd(), &inotify, &|_| false, false).is_err());
+        assert!(watch(create().unwrap().as_fd(), &inotify, &|_| true, false).is_ok());
+    }
+
+    #[test]
+    fn a_watch_of_what_is_not_there_is_told_to_be_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let there = watch_on(dir.path(), 2, libc::IN_CREATE);
+        let gone = Watch { path: "/nowhere".into(), wd: 5, ..there.clone() };
+        let inotify = Inotify { watches: vec![there, gone], next: 6, unread: 0 };
+        assert!(watch(create().unwrap().as_fd(), &inotify, &|_| false, false).is_err());
+        let fd = create().unwrap();
+        assert_eq!(watch(fd.as_fd(), &inotify, &|_| false, true).unwrap().len(), 1);
+        assert_eq!(events(&fd), [(5, libc::IN_IGNORED)]);
+        std::fs::write(dir.path().join("new"), "").unwrap();
+        assert_eq!(events(&fd), [(2, libc::IN_CREATE)]);
     }
 }
