@@ -70,7 +70,8 @@ pub(crate) fn fill(
     };
     let mut lost = Vec::new();
     if !filling.devices {
-        let top = set_owner_and_mode(at, tmpfs.uid, tmpfs.gid, Some(tmpfs.mode));
+        // Through the link that a descriptor in /proc is.
+        let top = set_owner_and_mode(&at.join("."), tmpfs.uid, tmpfs.gid, Some(tmpfs.mode));
         if let Err(e) = top {
             lost.push(FileStale { path: Bytes::from("/"), why: format!("set its owner: {e}") });
         }
