@@ -1,6 +1,7 @@
 //! Control groups: who is in them, and what is set for them.
 
 use std::fs;
+use std::os::unix::fs::{MetadataExt, chown};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
@@ -38,6 +39,9 @@ pub fn settings(stage: &mut Stage) -> Result<()> {
         fs::write(inner.join(name), text).with_context(|| format!("{name} {text}"))?;
     }
     fs::write(inner.join("cgroup.procs"), std::process::id().to_string()).context("join the group")?;
+    // Delegated to somebody.
+    let (uid, gid) = (Some(4711), Some(4712));
+    chown(&inner, uid, gid)?;
     let controllers = fs::read_to_string(outer.join("cgroup.subtree_control"))?;
     let own = fs::read_to_string("/proc/self/cgroup")?;
 
@@ -47,6 +51,7 @@ pub fn settings(stage: &mut Stage) -> Result<()> {
     }
     same("its group", &own, &fs::read_to_string("/proc/self/cgroup")?)?;
     same("controllers", &controllers, &fs::read_to_string(outer.join("cgroup.subtree_control"))?)?;
+    same("owner", &(4711, 4712), &fs::metadata(&inner).map(|meta| (meta.uid(), meta.gid()))?)?;
     for (name, text) in set {
         same(name, &(*text).to_owned(), &fs::read_to_string(inner.join(name))?.trim().to_owned())?;
     }

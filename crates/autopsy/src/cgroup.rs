@@ -42,6 +42,19 @@ struct CgroupStruct {
 }
 
 #[derive(KernelType)]
+#[kernel("kernfs_node")]
+struct KernfsNode {
+    iattr: u64,
+}
+
+#[derive(KernelType)]
+#[kernel("kernfs_iattrs")]
+struct KernfsIattrs {
+    ia_uid: u32,
+    ia_gid: u32,
+}
+
+#[derive(KernelType)]
 #[kernel("pids_cgroup")]
 struct PidsCgroup {
     #[kernel("limit.counter")]
@@ -110,7 +123,8 @@ impl Autopsy<'_> {
     }
 
     fn cgroup(&self, addr: u64, group: &CgroupStruct) -> Result<Cgroup> {
-        let mut this = Cgroup { path: self.kernfs_path(group.kn)?, ..Cgroup::default() };
+        let (uid, gid) = self.kernfs_owner(group.kn)?;
+        let mut this = Cgroup { path: self.kernfs_path(group.kn)?, uid, gid, ..Cgroup::default() };
         let mut set = |name: &str, text: String| this.settings.push((name.to_owned(), text));
         let mut for_children = Vec::new();
         let mut others = Vec::new();
@@ -189,6 +203,16 @@ impl Autopsy<'_> {
             this.unsupported.push("its BPF programs (which devices it may use, who may be talked to)".into());
         }
         Ok(this)
+    }
+
+    /// Root, unless somebody has changed it.
+    fn kernfs_owner(&self, node: u64) -> Result<(u32, u32)> {
+        let node: KernfsNode = self.kernel.read(node)?;
+        if node.iattr == 0 {
+            return Ok((0, 0));
+        }
+        let owner: KernfsIattrs = self.kernel.read(node.iattr)?;
+        Ok((owner.ia_uid, owner.ia_gid))
     }
 
     fn has_bpf_programs(&self, group: &CgroupStruct) -> Result<bool> {

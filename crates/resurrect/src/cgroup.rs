@@ -1,7 +1,7 @@
 //! Control groups (v2): the directories, what is set for them, and who is in them.
 
 use std::fs::DirBuilder;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, chown};
 use std::path::{Component, Path, PathBuf};
 
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
@@ -36,6 +36,13 @@ fn make(group: &Cgroup) -> Result<(), String> {
     let directory = directory(&group.path)?;
     create(&directory)?;
     let mut failed = Vec::new();
+    if (group.uid, group.gid) != (0, 0) {
+        // To whom a group is delegated, these are as well (cgroups(7)).
+        for name in [".", "cgroup.procs", "cgroup.threads", "cgroup.subtree_control"] {
+            let owned = chown(directory.join(name), Some(group.uid), Some(group.gid));
+            failed.extend(owned.err().map(|e| format!("owner of {name}: {e}")));
+        }
+    }
     for (name, text) in group.settings.iter().filter(|(name, _)| name != FREEZE) {
         // A controller that this kernel does not have must not keep the others from being there.
         let words: Vec<&str> = match name.as_str() {

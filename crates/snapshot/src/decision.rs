@@ -168,6 +168,7 @@ pub fn decide(snapshot: &mut Snapshot, policy: &Policy) {
             process.decision = d;
         }
     }
+    snapshot.dead_files.clear();
     if policy.mode == Mode::All {
         let back = snapshot.processes.iter().filter(|p| p.decision.is_continue());
         let descriptors = back.flat_map(|p| &p.descriptors);
@@ -262,11 +263,7 @@ fn judge(
     if let ProcessState::Zombie { .. } = process.state {
         return conclude(reasons, losses);
     }
-    if !matches!(process.cgroup.as_bytes(), b"" | b"/") {
-        let text =
-            format!("its control group {} is without the limits and settings that it had", process.cgroup);
-        losses.push(Reason::new("cgroup", text));
-    }
+    crate::cgroup::judge(snapshot, process, &mut losses);
     crate::namespace::judge(snapshot, process, policy.mode, &mut reasons, &mut losses);
     judge_memory(snapshot, process, mm_users, &mut reasons);
     judge_descriptors(snapshot, process, policy.mode, &mut reasons, &mut losses);
@@ -705,6 +702,24 @@ mod tests {
     }
 
     #[test]
+    fn of_the_whole_machine_descriptors_die_before_processes_do() {
+        let mut s = machine(vec![process(500, 1, 1000), process(501, 1, 1000)]);
+        let program = FileKind::Unsupported { what: "a BPF program".into() };
+        s.files.insert(FileId(7), open_file(program, "anon_inode:bpf-prog"));
+        s.processes[0].descriptors.push(Descriptor { fd: 9, file: FileId(7), cloexec: true });
+        s.processes[1].unsupported.push("io_uring".into());
+        decide(&mut s, &Policy { mode: Mode::All, ..Policy::default() });
+        let Decision::Continue { losses } = decision(&s, 500) else { panic!("given up") };
+        assert!(
+            losses.iter().any(|loss| loss.code == "dead-descriptor" && loss.text.contains("descriptor 9"))
+        );
+        assert_eq!(s.dead_files, BTreeSet::from([FileId(7)]));
+        assert!(!decision(&s, 501).is_continue(), "what is no descriptor's matter");
+        decide(&mut s, &all());
+        assert!(!decision(&s, 500).is_continue());
+    }
+
+    #[test]
     fn sound_process_continues() {
         let mut s = machine(vec![process(500, 1, 1000)]);
         decide(&mut s, &all());
@@ -804,7 +819,7 @@ mod tests {
         assert_eq!(reasons(|s| with_fd(s, deleted)), ["deleted-file"]);
         let pipe = |path: &str, deleted: bool| {
             let kind = FileKind::Pipe { pipe: PipeId(1), end: PipeEnd::Read };
-            let elsewhere = (!deleted).then_some(NamespaceId(9));
+            let elsewhere = deleted.then_some(NamespaceId(9));
             let file = OpenFile { deleted, mount_namespace: elsewhere, ..open_file(kind, path) };
             reasons(|s| {
                 let contents = Pipe { path: None, capacity: 0, buffers: vec![], readers: 1, writers: 1 };
@@ -812,6 +827,18 @@ mod tests {
                 with_fd(s, file);
             })
         };
+        let elsewhere =
+            OpenFile { mount_namespace: Some(NamespaceId(9)), ..open_file(FileKind::Regular, "/private/x") };
+        assert_eq!(reasons(|s| with_fd(s, elsewhere.clone())), ["descriptor"], "its namespace was not read");
+        let known =
+            |s: &mut Snapshot| _ = s.mount_namespaces.insert(NamespaceId(9), MountNamespace::default());
+        assert!(
+            reasons(|s| {
+                known(s);
+                with_fd(s, elsewhere);
+            })
+            .is_empty()
+        );
         assert_eq!(pipe("/tmp/fifo", true), ["deleted-file"]);
         assert!(pipe("/tmp/fifo", false).is_empty());
         assert!(pipe("pipe:[7]", true).is_empty());
