@@ -3,7 +3,6 @@
 //! A mount namespace is built from copies of the initial one's mounts, so that what is passed on between them is passed on again, and from
 //! new file systems where the old one was in memory and mounted there only.
 
-use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -19,6 +18,8 @@ use crate::{mount, tmpfs};
 
 /// Where the new tree is put together; a directory that every system has. Nothing of it is needed any more by then.
 const STAGE: &str = "/proc";
+/// Where a new file system is filled, for a moment.
+const PLACE: &str = "/sys";
 /// Marks a line of the child's that names a loss.
 const LOSS: char = '-';
 
@@ -183,11 +184,17 @@ fn build(snapshot: &Snapshot, namespace: &MountNamespace, mem: &dyn PhysMem) -> 
     let same = |a: &Mount, b: &Mount| (a.dev_major, a.dev_minor) == (b.dev_major, b.dev_minor);
     let is_elsewhere =
         |m: &&&Mount| snapshot.mounts.iter().any(|source| same(source, m) && source.is_above(m));
-    // These need /proc, which goes with the copies.
-    let mut fresh = BTreeMap::new();
-    let begin = |m: &&Mount| (m.id, begin_anew(snapshot, m, &mut fresh, mem));
-    let mut made: BTreeMap<i32, Result<OwnedFd, String>> =
-        wanted.iter().filter(|m| !is_elsewhere(m)).map(begin).collect();
+    let mut fresh: BTreeMap<(u32, u32), Vec<&Mount>> = BTreeMap::new();
+    for m in wanted.iter().filter(|m| !is_elsewhere(m)) {
+        fresh.entry((m.dev_major, m.dev_minor)).or_default().push(m);
+    }
+    let mut made = BTreeMap::new();
+    for mounts in fresh.values() {
+        match begin_anew(snapshot, mounts, mem) {
+            Ok(copies) => made.extend(copies),
+            Err(why) => made.extend(mounts.iter().map(|m| (m.id, Err(why.clone())))),
+        }
+    }
     made.extend(take_copies(snapshot, &wanted, now));
     let missing = || Err("what it shows is not mounted this time".into());
     let pieces = wanted
@@ -233,36 +240,33 @@ fn take_copies(
     copies
 }
 
-/// A file system that was mounted in this namespace only, with what was in it.
-fn new_file_system(snapshot: &Snapshot, wanted: &Mount, mem: &dyn PhysMem) -> Result<OwnedFd, String> {
-    let fs_type = CString::new(wanted.fs_type.as_bytes()).map_err(|e| e.to_string())?;
-    let made = mount::new(&fs_type, &[]).map_err(|e| format!("a new {}: {e}", wanted.fs_type))?;
-    let number = (wanted.dev_major, wanted.dev_minor);
-    if let Some(old) = snapshot.tmpfs.iter().find(|t| (t.dev_major, t.dev_minor) == number) {
-        let at = format!("/proc/self/fd/{}", made.as_raw_fd());
-        let lost = tmpfs::fill(snapshot, old, Path::new(&at), &|_| false, mem);
-        if let Some(first) = lost.first() {
-            return Err(format!("{} files are lost, the first {}: {}", lost.len(), first.path, first.why));
-        }
-    }
-    Ok(made)
-}
-
-/// A mount of it.
+/// Mounts of a file system that was mounted in this namespace only, with what was in it, by the number of the wanted mount.
 fn begin_anew(
     snapshot: &Snapshot,
-    wanted: &Mount,
-    fresh: &mut BTreeMap<(u32, u32), OwnedFd>,
+    wanted: &[&Mount],
     mem: &dyn PhysMem,
-) -> Result<OwnedFd, String> {
-    let number = (wanted.dev_major, wanted.dev_minor);
-    let say = |e: Errno| format!("a new {}: {e}", wanted.fs_type);
-    let top = match fresh.entry(number) {
-        Entry::Occupied(known) => known.into_mut(),
-        Entry::Vacant(place) => place.insert(new_file_system(snapshot, wanted, mem)?),
+) -> Result<BTreeMap<i32, Result<OwnedFd, String>>, String> {
+    let first = wanted.first().ok_or("nothing is wanted of it")?;
+    let say = |e: Errno| format!("a new {}: {e}", first.fs_type);
+    let fs_type = CString::new(first.fs_type.as_bytes()).map_err(|e| e.to_string())?;
+    let made = mount::new(&fs_type, &[]).map_err(say)?;
+    // What is mounted nowhere cannot be copied.
+    let place = Path::new(PLACE);
+    mount::attach(&made, place).map_err(say)?;
+    let number = (first.dev_major, first.dev_minor);
+    let old = snapshot.tmpfs.iter().find(|t| (t.dev_major, t.dev_minor) == number);
+    let lost = old.map_or(Vec::new(), |old| tmpfs::fill(snapshot, old, place, &|_| false, mem));
+    let copy = |m: &&Mount| {
+        let below = m.root.as_path().strip_prefix("/").unwrap_or(Path::new(""));
+        let path = if below.as_os_str().is_empty() { place.to_owned() } else { place.join(below) };
+        (m.id, mount::copy(None, &path).map_err(say))
     };
-    let below = wanted.root.as_path().strip_prefix("/").unwrap_or(Path::new(""));
-    mount::copy(Some(top.as_raw_fd()), below).map_err(say)
+    let copies = wanted.iter().map(copy).collect();
+    mount::detach(place).map_err(say)?;
+    match lost.first() {
+        None => Ok(copies),
+        Some(first) => Err(format!("{} files are lost, the first {}: {}", lost.len(), first.path, first.why)),
+    }
 }
 
 /// Puts the pieces together and makes them the root.
