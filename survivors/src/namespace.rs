@@ -27,7 +27,9 @@ fn table() -> Result<Vec<String>> {
             fields.get(dash + 1)?
         ))
     };
-    let mut lines: Vec<String> = text.lines().filter_map(line).collect();
+    // The automounter (systemd) need not come back, and what it serves goes with it.
+    let mut lines: Vec<String> =
+        text.lines().filter_map(line).filter(|line| !line.ends_with(" autofs")).collect();
     lines.sort();
     Ok(lines)
 }
