@@ -8,6 +8,7 @@ use crate::crash_runs::{CrashRuns, Tally};
 use crate::ground_truth::GroundTruth;
 use crate::survive::Survivors;
 use crate::unhappy::Unhappy;
+use crate::whole_machine::WholeMachine;
 use crate::{Global, build, ui};
 
 /// Runs the unit tests (cargo nextest if it is there, else cargo test), then the tests in virtual machines. The last line counts
@@ -69,6 +70,7 @@ impl Test {
         add(&format!("programs through {runs} panics"), CrashRuns::new(series, runs).campaign(global));
         add("survivors", Survivors::new(series).count(global));
         add("unhappy paths", Unhappy::new(series).count(global));
+        add("the whole machine", WholeMachine::new(series).count(global));
         add("ground truth", GroundTruth::new(series).count(global));
         sum
     }

@@ -17,8 +17,8 @@ use std::path::{Path, PathBuf};
 
 use ktypes::KernelType;
 use snapshot::{
-    AddressSpace, Bytes, FileKind, OpenFile, PAGE_SIZE, PageRun, Pid, Process, ProcessState, Prot, Seccomp,
-    Snapshot, Thread, ThreadState, Vma, VmaFlags, VmaKind,
+    AddressSpace, Bytes, FileKind, MountFlags, OpenFile, PAGE_SIZE, PageRun, Pid, Process, ProcessState,
+    Prot, Seccomp, Snapshot, Thread, ThreadState, Vma, VmaFlags, VmaKind,
 };
 
 use crate::Autopsy;
@@ -444,6 +444,9 @@ fn recorded_process(path: &Path) -> Fields {
             put(f, name, 0, value);
         }
     }
+    for (id, mount) in text(path.join("mountinfo")).unwrap_or_default().lines().filter_map(recorded_mount) {
+        put(f, "mounts", id, mount);
+    }
     let timers = format!("\n{}", text(path.join("timers")).unwrap_or_default());
     for entry in timers.split("\nID: ").skip(1) {
         let id = entry.split_whitespace().next().and_then(|id| id.parse().ok()).unwrap_or(u64::MAX);
@@ -631,6 +634,14 @@ fn of_process(snapshot: &Snapshot, process: &Process) -> Fields {
     put(f, "cgroup", 0, &process.cgroup);
     put(f, "cwd", 0, format!("{}{}", process.fs.cwd, if process.fs.cwd_deleted { " (deleted)" } else { "" }));
     put(f, "root", 0, &process.fs.root);
+    // As seen from there, others are not in the recording.
+    if process.fs.root.as_bytes() == b"/" {
+        let own = process.mount_namespace.and_then(|id| snapshot.mount_namespaces.get(&id));
+        let mounts = own.map_or(&snapshot.mounts, |namespace| &namespace.mounts);
+        for m in mounts.iter().filter(|m| m.fs_type.as_bytes() != b"rootfs") {
+            put(f, "mounts", m.id as u64, mount_line(m));
+        }
+    }
     let ns = &process.namespaces;
     let initial = [ns.cgroup, ns.ipc, ns.mnt, ns.net, ns.pid, ns.time, ns.user, ns.uts];
     for (name, initial) in NAMESPACES.into_iter().zip(initial) {
@@ -652,6 +663,36 @@ fn of_process(snapshot: &Snapshot, process: &Process) -> Fields {
         of_thread(f, snapshot, thread);
     }
     fields
+}
+
+/// A line of mountinfo: its number, and the rest as [`mount_line`] has it.
+fn recorded_mount(line: &str) -> Option<(u64, String)> {
+    let fields: Vec<&str> = line.split(' ').collect();
+    let dash = fields.iter().position(|field| *field == "-")?;
+    let [id, parent, device, root, at, flags] = fields.get(..6)?.try_into().ok()?;
+    let group = |name: &str| fields[6..dash].iter().find_map(|field| field.strip_prefix(name)).unwrap_or("0");
+    let fs_type = fields.get(dash + 1)?;
+    let (shared, master) = (group("shared:"), group("master:"));
+    Some((id.parse().ok()?, format!("{parent} {device} {root} {at} {flags} {shared} {master} {fs_type}")))
+}
+
+/// Parent, device, root, mount point, flags, groups and type of a mount, as mountinfo shows them (show_mountinfo(), fs/proc_namespace.c).
+fn mount_line(m: &snapshot::Mount) -> String {
+    let table = [
+        (MountFlags::NOSUID, ",nosuid"),
+        (MountFlags::NODEV, ",nodev"),
+        (MountFlags::NOEXEC, ",noexec"),
+        (MountFlags::NOATIME, ",noatime"),
+        (MountFlags::NODIRATIME, ",nodiratime"),
+        (MountFlags::RELATIME, ",relatime"),
+    ];
+    let access = if m.flags.contains(MountFlags::READ_ONLY) { "ro" } else { "rw" };
+    let others = table.iter().filter(|(flag, _)| m.flags.contains(*flag)).map(|(_, text)| *text);
+    let flags: String = std::iter::once(access).chain(others).collect();
+    format!(
+        "{} {}:{} {} {} {flags} {} {} {}",
+        m.parent, m.dev_major, m.dev_minor, m.root, m.mountpoint, m.peer_group, m.master, m.fs_type
+    )
 }
 
 fn of_address_space(f: &mut Fields, snapshot: &Snapshot, space: &AddressSpace) {
