@@ -29,7 +29,7 @@ const MAY_DIFFER: &[(&str, &str)] = &[
     ("fdinfo.mnt_id", "the file systems were mounted again"),
     ("ns.time", "resurrected processes live in a time namespace that continues the dead kernel's clocks"),
     ("ns.time_for_children", "as ns.time"),
-    ("mounts", "mounts, devices and groups have other numbers"),
+    ("mounts", "mounts, devices and groups of mounts have other numbers"),
 ];
 
 /// Open files whose names in /proc have the number of an inode that exists in memory only: it is a new one, with a new number.
