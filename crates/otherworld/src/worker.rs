@@ -144,6 +144,12 @@ impl Worker {
             object: "writeback".to_owned(),
             text: format!("{} may be older on the disk than programs left it: {}", file.path, file.why),
         }));
+        findings.extend(std::mem::take(&mut report.places_lost).into_iter().map(|place| Finding {
+            severity: Severity::Loss,
+            pid: None,
+            object: "tmpfs".to_owned(),
+            text: format!("{}: {}", place.path, place.why),
+        }));
         self.channel.send(&FromWorker::Done {
             processes,
             findings,

@@ -39,7 +39,7 @@ pub(crate) fn mount_all(
         };
         let opened = pipes.entry(pipe).or_insert_with(|| {
             let contents = snapshot.pipes.get(&pipe).ok_or("its pipe is not in the snapshot")?;
-            Opened::new(contents, mem, base)
+            Opened::new(contents, None, mem, base)
         });
         let done = opened.as_ref().map_err(Clone::clone).and_then(|pipe| mount_one(m, autofs, pipe));
         if let Err(why) = done {

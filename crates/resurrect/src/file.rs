@@ -476,7 +476,7 @@ impl Files {
                 let base = self.base;
                 let opened = self.pipes.entry(*pipe).or_insert_with(|| {
                     let contents = snapshot.pipes.get(pipe).ok_or("it is not in the snapshot")?;
-                    pipe::Opened::new(contents, mem, base)
+                    pipe::Opened::new(contents, Some(path), mem, base)
                 });
                 let pipe = opened.as_mut().map_err(|why| Reason::new("pipe", why.clone()))?;
                 pipe.end(*end, base).map_err(|why| Reason::new("pipe", why))?

@@ -203,6 +203,9 @@ pub struct Report {
     /// Files of which the disk has an older state than the dead kernel had, or none.
     #[serde(default)]
     pub files_stale: Vec<FileStale>,
+    /// Files of file systems in memory, and mount points of automounters, that are not there again.
+    #[serde(default)]
+    pub places_lost: Vec<FileStale>,
 }
 
 /// One entry of the timeline.
@@ -384,7 +387,7 @@ impl<'a> Run<'a> {
             .map_err(system("raise the limit on descriptors"))?;
         self.refuse_files(&mut wanted, &files);
         self.report.files_written = files.written(self.snapshot);
-        self.report.files_stale.extend(files.stale(self.snapshot));
+        self.report.files_stale = files.stale(self.snapshot);
         let mut reverse = ReverseMap::default();
         let shared =
             shared_memory::Objects::make(self.snapshot, &self.processes(&wanted), files.base, &mut reverse);
@@ -506,9 +509,9 @@ impl<'a> Run<'a> {
             }
         }
         let with_system = wanted.contains(&first::PID);
-        self.report.files_stale.extend(tmpfs::fill_all(self.snapshot, with_system, mem));
+        self.report.places_lost = tmpfs::fill_all(self.snapshot, with_system, mem);
         let (pipes, failed) = autofs::mount_all(self.snapshot, &processes, mem, base);
-        self.report.files_stale.extend(failed);
+        self.report.places_lost.extend(failed);
         let namespaces = Namespaces::make(self.snapshot, &processes, mem, base);
         for p in processes {
             match namespaces.failure(p) {

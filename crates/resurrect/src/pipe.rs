@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
@@ -22,11 +23,15 @@ pub(crate) struct Opened {
 }
 
 impl Opened {
-    /// Makes the pipe and fills it. Its descriptors are `base` or higher.
-    pub(crate) fn new(pipe: &Pipe, mem: &dyn PhysMem, base: i32) -> Result<Self, String> {
+    /// Makes the pipe and fills it. Its descriptors are `base` or higher. `place`: where a FIFO is.
+    pub(crate) fn new(
+        pipe: &Pipe,
+        place: Option<&Path>,
+        mem: &dyn PhysMem,
+        base: i32,
+    ) -> Result<Self, String> {
         let say = |what: &'static str| move |e: Errno| format!("{what}: {e}");
-        let opened = if let Some(path) = &pipe.path {
-            let path = path.as_path();
+        let opened = if let Some(path) = pipe.path.as_ref().map(|path| place.unwrap_or(path.as_path())) {
             match nix::unistd::mkfifo(path, nix::sys::stat::Mode::from_bits_truncate(0o600)) {
                 Ok(()) | Err(Errno::EEXIST) => {}
                 Err(e) => return Err(say("mkfifo")(e)),
