@@ -156,7 +156,7 @@ mod tests {
         let buffer = |addr, len, packet| PipeBuffer { addr, len, packet };
         let pipe =
             pipe(vec![buffer(4, 3, true), buffer(2, 2, true), buffer(0, 2, false), buffer(6, 2, false)]);
-        let mut opened = Opened::new(&pipe, &mem, 700).unwrap();
+        let mut opened = Opened::new(&pipe, None, &mem, 700).unwrap();
         let read = opened.end(PipeEnd::Read, 700).unwrap();
         assert!(read.as_raw_fd() >= 700);
         assert_eq!(sys::fcntl(read.as_raw_fd(), libc::F_GETPIPE_SZ, 0), Ok(16384));
@@ -173,7 +173,7 @@ mod tests {
     #[test]
     fn a_second_open_file_of_an_end_is_another_one() {
         let mem = Mem(vec![]);
-        let mut opened = Opened::new(&pipe(vec![]), &mem, 700).unwrap();
+        let mut opened = Opened::new(&pipe(vec![]), None, &mem, 700).unwrap();
         let first = opened.end(PipeEnd::Write, 700).unwrap();
         let second = opened.end(PipeEnd::Write, 700).unwrap();
         sys::fcntl(first.as_raw_fd(), libc::F_SETFL, 0).unwrap();
@@ -186,6 +186,6 @@ mod tests {
     fn more_than_fits_is_an_error() {
         let mem = Mem(vec![0; 5 * 4096]);
         let buffer = PipeBuffer { addr: 0, len: 5 * 4096, packet: false };
-        assert!(Opened::new(&pipe(vec![buffer]), &mem, 700).is_err());
+        assert!(Opened::new(&pipe(vec![buffer]), None, &mem, 700).is_err());
     }
 }
