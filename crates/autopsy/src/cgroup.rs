@@ -1,6 +1,8 @@
 //! Control groups of the unified hierarchy: `cgrp_dfl_root`, `cgroup` (include/linux/cgroup-defs.h), and what is set for them: `pids_cgroup`
 //! (kernel/cgroup/pids.c), `mem_cgroup` (include/linux/memcontrol.h), `task_group` (kernel/sched/sched.h; 6.1 and 6.12).
 
+use std::collections::BTreeSet;
+
 use ktypes::KernelType;
 use snapshot::{Cgroup, PAGE_SIZE, Severity};
 
@@ -106,9 +108,10 @@ impl Autopsy<'_> {
             .offset_of("cgroup", "self")?
             .wrapping_add(self.kernel.offset_of("cgroup_subsys_state", "sibling")?);
         let mut pending = vec![root];
+        let mut known = BTreeSet::new();
         while let Some(addr) = pending.pop() {
-            if found.len() > MAX_CGROUPS {
-                return Err(corrupt("cgroup", addr, "is one of too many"));
+            if known.len() > MAX_CGROUPS || !known.insert(addr) {
+                return Err(corrupt("cgroup", addr, "is one of too many, or in two groups"));
             }
             let group: CgroupStruct = self.kernel.read(addr)?;
             let described = self.cgroup(addr, &group)?;
@@ -224,5 +227,80 @@ impl Autopsy<'_> {
             }
         }
         Ok(false)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{declare, open};
+    use snapshot::Cgroup;
+    use synth::{Record, Synth, U64, array, named};
+
+    /// The root and one group below it, which has a limit of 77 processes and passes that controller on.
+    fn machine() -> (Synth, u64, u64) {
+        let mut synth = Synth::new();
+        let css = Record::new().field("children", array(U64, 2)).field("sibling", array(U64, 2));
+        synth.structure("cgroup_subsys_state", css);
+        declare::<CgroupStruct>(
+            &mut synth,
+            &[("self", named("cgroup_subsys_state")), ("subsys", array(U64, 8)), ("bpf", array(U64, 4))],
+        );
+        synth.structure("cgroup_root", Record::new().field("cgrp", named("cgroup")));
+        declare::<PidsCgroup>(&mut synth, &[("css", named("cgroup_subsys_state"))]);
+        declare::<KernfsNode>(&mut synth, &[("parent", U64), ("name", U64)]);
+        declare::<KernfsIattrs>(&mut synth, &[]);
+        synth.enumeration("cgroup_subsys_id", &[("pids_cgrp_id", 3)]);
+        let root = synth.variable("cgrp_dfl_root", "cgroup_root");
+        let root = synth.address_of("cgroup_root", root, "cgrp");
+        let group = synth.alloc("cgroup");
+        let (top, node) = (synth.alloc("kernfs_node"), synth.alloc("kernfs_node"));
+        let name = synth.string("a.slice");
+        synth.set("kernfs_node", node, "parent", top).set("kernfs_node", node, "name", name);
+        let owner = synth.alloc("kernfs_iattrs");
+        synth.set("kernfs_iattrs", owner, "ia_uid", 1000u32).set("kernfs_node", node, "iattr", owner);
+        for (addr, kn) in [(root, top), (group, node)] {
+            synth.set("cgroup", addr, "kn", kn);
+            synth.list_init("cgroup", addr, "self.children");
+        }
+        let pids = synth.alloc("pids_cgroup");
+        synth.set("pids_cgroup", pids, "limit.counter", 77u64);
+        let css = synth.address_of("pids_cgroup", pids, "css");
+        let subsys = synth.address_of("cgroup", group, "subsys");
+        synth.write_u64(subsys + 3 * 8, css);
+        synth.set("cgroup", group, "subtree_control", 1u16 << 3);
+        let sibling = synth.address_of("cgroup", group, "self.sibling");
+        let children = synth.address_of("cgroup", root, "self.children");
+        synth.list_add_tail(sibling, children);
+        (synth, root, group)
+    }
+
+    #[test]
+    fn limits_and_controllers_are_read() {
+        let (synth, ..) = machine();
+        let kernel = open(&synth);
+        let autopsy = Autopsy::new(&kernel);
+        let setting = |name: &str, text: &str| (name.to_owned(), text.to_owned());
+        let expected = Cgroup {
+            path: "/a.slice".into(),
+            uid: 1000,
+            gid: 0,
+            settings: vec![setting("cgroup.subtree_control", "+pids"), setting("pids.max", "77")],
+            unsupported: vec![],
+        };
+        assert_eq!(autopsy.cgroups(), [expected]);
+        assert!(autopsy.findings().is_empty(), "{:?}", autopsy.findings());
+    }
+
+    #[test]
+    fn a_group_within_itself_ends_the_walk() {
+        let (mut synth, _, group) = machine();
+        let children = synth.list_init("cgroup", group, "self.children");
+        let other = synth.address_of("cgroup", group, "self.sibling");
+        synth.list_add_tail(other, children);
+        let kernel = open(&synth);
+        let autopsy = Autopsy::new(&kernel);
+        assert!(autopsy.cgroups().len() <= 1);
+        assert!(autopsy.findings()[0].text.contains("control groups"));
     }
 }

@@ -105,6 +105,8 @@ impl Autopsy<'_> {
             entries: Vec::new(),
         };
         let mut pending = vec![(root.s_root, Vec::new(), 0)];
+        // Directories have one name: whoever has two makes a ring.
+        let mut known = BTreeSet::from([root.s_root]);
         while let Some((directory, path, depth)) = pending.pop() {
             if depth > MAX_DEPTH {
                 return Err(corrupt("dentry", directory, "is too deep"));
@@ -117,6 +119,9 @@ impl Autopsy<'_> {
                     Ok(None) => {}
                     Ok(Some(entry)) => {
                         if entry.kind == TmpfsKind::Directory {
+                            if !known.insert(child) {
+                                return Err(corrupt("dentry", child, "is in two directories"));
+                            }
                             pending.push((child, entry.path.as_bytes().to_vec(), depth + 1));
                         }
                         tmpfs.entries.push(entry);
@@ -195,5 +200,68 @@ impl Autopsy<'_> {
         let at = self.kernel.page_to_pfn(page)?.saturating_mul(PAGE_SIZE);
         self.kernel.vmcore().read_phys(at, &mut target).map_err(ktypes::Error::from)?;
         Ok(Bytes(target))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{declare, open};
+    use synth::{Synth, U64, array};
+
+    /// A directory with two names in it, held as kernels up to 6.7 or as later ones do.
+    fn directory(is_list: bool) -> (Synth, u64, Vec<u64>) {
+        let mut synth = Synth::new();
+        let (head, node) = if is_list { ("d_subdirs", "d_child") } else { ("d_children", "d_sib") };
+        declare::<crate::fs::Dentry>(&mut synth, &[(head, array(U64, 2)), (node, array(U64, 2))]);
+        let dir = synth.alloc("dentry");
+        let mut names = vec![synth.alloc("dentry"), synth.alloc("dentry")];
+        let at = |synth: &Synth, dentry: u64, member: &str| synth.address_of("dentry", dentry, member);
+        let list = at(&synth, dir, head);
+        if is_list {
+            synth.write_u64(list, list).write_u64(list + 8, list);
+        }
+        for name in &names {
+            let node = at(&synth, *name, node);
+            if is_list {
+                synth.list_add_tail(node, list);
+            } else {
+                synth.hlist_add_head(node, list);
+            }
+        }
+        if !is_list {
+            names.reverse();
+        }
+        (synth, dir, names)
+    }
+
+    #[test]
+    fn names_in_a_directory_are_found_in_both_forms() {
+        for is_list in [true, false] {
+            let (synth, dir, names) = directory(is_list);
+            let kernel = open(&synth);
+            assert_eq!(Autopsy::new(&kernel).children(dir).unwrap(), names);
+        }
+    }
+
+    #[test]
+    fn a_damaged_directory_is_an_error() {
+        let (mut synth, dir, names) = directory(true);
+        let node = synth.address_of("dentry", names[1], "d_child");
+        synth.write_u64(node, 0xdead_0000_0000_0100);
+        let kernel = open(&synth);
+        assert!(Autopsy::new(&kernel).children(dir).is_err());
+    }
+
+    #[test]
+    fn short_links_lie_beside_the_inode() {
+        let mut synth = Synth::new();
+        declare::<Links>(&mut synth, &[]);
+        let (inode, target) = (synth.alloc("inode"), synth.string("../target"));
+        synth.set("inode", inode, "i_link", target);
+        let kernel = open(&synth);
+        let autopsy = Autopsy::new(&kernel);
+        assert_eq!(autopsy.symlink_target(inode).unwrap(), "../target".into());
+        assert!(autopsy.symlink_target(0xdead_0000_0000_0000).is_err());
     }
 }
