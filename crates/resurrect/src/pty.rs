@@ -229,6 +229,11 @@ mod tests {
 
     #[test]
     fn numbers_are_taken_on_the_way() {
+        // Others take numbers too, except where they cannot get: of terminals that only this thread has.
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+        crate::mount::propagate_all(libc::MS_PRIVATE).unwrap();
+        let devpts = crate::mount::new(c"devpts", &[]).unwrap();
+        crate::mount::attach(&devpts, Path::new("/dev/pts")).unwrap();
         let mut gaps = Vec::new();
         let lowest = index_of(&open_master().unwrap()).unwrap();
         let fd = master(lowest + 3, &mut gaps, 500).unwrap();
