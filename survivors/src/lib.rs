@@ -221,6 +221,7 @@ table! {
     "inotify-blocked" inotify::blocked Survives, Nothing, "a reader that is blocked on an inotify instance";
     "tmpfs-tree" tmpfs::tree Survives, Nothing, "files in memory that nobody has open: a tree with links, modes, times";
     "namespace-mount" namespace::mounts Survives, Root, "a mount namespace with a tmpfs, a read-only directory, its ways of passing mounts on";
+    "namespace-socket" namespace::socket Survives, Root, "a socket whose name is in a mount namespace of its own, with a connection that waits";
     "namespace-uts" namespace::uts Survives, Root, "host and domain name of one's own";
     "cgroup-settings" cgroup::settings Survives, Root, "control groups with limits and enabled controllers";
     "device-kmsg" device::kmsg Survives, Root, "the kernel's log, open for reading and writing";

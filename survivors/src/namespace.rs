@@ -1,7 +1,9 @@
 //! Mount and UTS namespaces of one's own.
 
 use std::fs;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
 
 use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
@@ -82,6 +84,36 @@ pub fn mounts(stage: &mut Stage) -> Result<()> {
     same("writing where it is read-only", &Err(Some(Errno::EROFS as i32)), &denied)?;
     ensure!(moved.join("landmark").exists(), "nothing is at the other place");
     is_its_own("mnt")
+}
+
+/// A socket that listens under a name that only those in its mount namespace see.
+pub fn socket(stage: &mut Stage) -> Result<()> {
+    let private = stage.path("private");
+    fs::create_dir(&private)?;
+    unshare(CloneFlags::CLONE_NEWNS).context("unshare")?;
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none).context("make slaves")?;
+    mount(Some("none"), &private, Some("tmpfs"), MsFlags::empty(), none).context("mount tmpfs")?;
+    let name = private.join("socket");
+    let listener = UnixListener::bind(&name)?;
+    fs::set_permissions(&name, PermissionsExt::from_mode(0o624))?;
+    let mut waiting = UnixStream::connect(&name)?;
+    waiting.write_all(b"early")?;
+
+    let crash = stage.crash()?;
+    if crash.damage {
+        fs::remove_file(&name)?;
+    }
+    same("mode of its name", &0o624, &(fs::metadata(&name)?.permissions().mode() & 0o777))?;
+    let mut late = UnixStream::connect(&name)?;
+    late.write_all(b"late")?;
+    drop((waiting, late));
+    for expected in ["early", "late"] {
+        let mut text = String::new();
+        listener.accept()?.0.read_to_string(&mut text)?;
+        same("what was sent", &expected.to_owned(), &text)?;
+    }
+    Ok(())
 }
 
 /// Host and domain name of its own.

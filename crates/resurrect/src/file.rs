@@ -209,7 +209,8 @@ impl Files {
     /// What needs several files to be open: contents of sockets that hold open files, and the like.
     fn connect(&mut self, snapshot: &Snapshot, mem: &dyn PhysMem) {
         let numbers = self.open.iter().filter_map(|(id, fd)| Some((*id, fd.as_ref().ok()?.as_raw_fd())));
-        let made = unix::make_all(snapshot, mem, self.base, &numbers.collect());
+        let made =
+            unix::make_all(snapshot, mem, self.base, &numbers.collect(), &|id| self.namespaces.root(id));
         self.losses.extend(made.losses);
         for (id, why) in made.failed {
             self.open.insert(id, Err(Reason::new("socket", why)));

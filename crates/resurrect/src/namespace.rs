@@ -91,10 +91,15 @@ impl Namespaces {
     /// The name by which this program, which stays in the initial namespaces, reaches the place of an open file.
     pub(crate) fn place(&self, file: &OpenFile) -> Result<PathBuf, String> {
         let Some(id) = file.mount_namespace else { return Ok(file.path.as_path().to_owned()) };
+        let relative = file.path.as_path().strip_prefix("/").unwrap_or(file.path.as_path());
+        Ok(self.root(id)?.join(relative))
+    }
+
+    /// The name by which this program and its children reach the root directory of a mount namespace.
+    pub(crate) fn root(&self, id: NamespaceId) -> Result<PathBuf, String> {
         match self.made.get(&id) {
             Some(Ok(Made { root: Some(root), .. })) => {
-                let relative = file.path.as_path().strip_prefix("/").unwrap_or(file.path.as_path());
-                Ok(Path::new(&format!("/proc/self/fd/{}", root.as_raw_fd())).join(relative))
+                Ok(PathBuf::from(format!("/proc/self/fd/{}", root.as_raw_fd())))
             }
             Some(Err(why)) => Err(why.clone()),
             Some(Ok(_)) | None => Err("its mount namespace was not made".into()),

@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use snapshot::{
-    Bytes, FileId, FileKind, PhysMem, Pid, Process, Reason, Snapshot, UnixCredentials, UnixId, UnixKind,
-    UnixMessage, UnixPlace, UnixSocket,
+    Bytes, FileId, FileKind, NamespaceId, PhysMem, Pid, Process, Reason, Snapshot, UnixCredentials, UnixId,
+    UnixKind, UnixMessage, UnixPlace, UnixSocket,
 };
 
 use crate::company::Company;
@@ -43,6 +43,7 @@ pub(crate) fn make_all(
     mem: &dyn PhysMem,
     base: RawFd,
     files: &BTreeMap<FileId, RawFd>,
+    root_of: RootOf<'_>,
 ) -> Outcome {
     let own = |(id, socket): (&UnixId, &UnixSocket)| {
         let file = socket.file?;
@@ -57,6 +58,7 @@ pub(crate) fn make_all(
         base,
         own,
         files,
+        root_of,
         hall: None,
         halls: 0,
         reach: BTreeMap::new(),
@@ -68,6 +70,9 @@ pub(crate) fn make_all(
     }
     maker.outcome
 }
+
+/// The root directory of a mount namespace.
+pub(crate) type RootOf<'a> = &'a dyn Fn(NamespaceId) -> Result<PathBuf, String>;
 
 /// A socket that is wanted.
 #[derive(Clone, Copy)]
@@ -95,6 +100,7 @@ struct Maker<'a> {
     base: RawFd,
     own: BTreeMap<UnixId, Own>,
     files: &'a BTreeMap<FileId, RawFd>,
+    root_of: RootOf<'a>,
     /// The empty file system, once somebody needs it, and how many directories it has.
     hall: Option<OwnedFd>,
     halls: u32,
@@ -365,7 +371,12 @@ impl Maker<'_> {
         let address = socket.address.as_ref().ok_or("it has no name")?;
         let reach = match &socket.place {
             _ if is_abstract(address) => Where::Here,
-            Some(place) if !place.deleted => from_where(place.path.as_path(), path_of(address)?)?,
+            Some(place) if !place.deleted => match place.mount_namespace {
+                None => from_where(place.path.as_path(), path_of(address)?)?,
+                // There, an absolute name leads where it led.
+                Some(id) if path_of(address)?.is_absolute() => Where::Root((self.root_of)(id)?),
+                Some(_) => return Err("a relative name in another mount namespace".into()),
+            },
             _ => self.show_only(address)?,
         };
         self.reach.insert(id, reach.clone());
@@ -387,18 +398,22 @@ impl Maker<'_> {
         let (Some(address), true) = (&socket.address, socket.owns_address) else { return Ok(()) };
         let fd = self.fd(id).ok_or("it was not made")?;
         let place = socket.place.as_ref().filter(|place| !place.deleted);
+        if let Some(place) = place.filter(|place| place.mount_namespace.is_some()) {
+            let from = self.reach(id, &socket)?;
+            let work = || {
+                make_way(place).map_err(|_| Errno::ENOTDIR)?;
+                call_with_address(libc::SYS_bind, fd, address)?;
+                set_owner(place).map_err(|_| Errno::EPERM)
+            };
+            return self.as_helper(None, &from, work).map_err(say("bind in its mount namespace"));
+        }
         if let Some(place) = place {
             make_way(place)?;
         }
         // Names lead through directories, which are all there now.
         let from = self.reach(id, &socket)?;
         self.as_helper(None, &from, || bind(fd, address, &from)).map_err(say("bind"))?;
-        let Some(place) = place else { return Ok(()) };
-        let path = place.path.as_path();
-        let (uid, gid) = (Some(place.uid), Some(place.gid));
-        std::os::unix::fs::lchown(path, uid, gid).map_err(|e| format!("chown: {e}"))?;
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(place.mode & 0o7777))
-            .map_err(|e| format!("chmod: {e}"))
+        place.map_or(Ok(()), set_owner)
     }
 
     /// Lets it listen, and connects those who had been waiting, with what they had sent.
@@ -578,7 +593,8 @@ impl Maker<'_> {
             return self.as_helper(None, &from, connect).map_err(say("connect"));
         }
         // Somebody may be there under the same name; else it is as if the other one had been closed.
-        if let Some(place) = peer.place.as_ref().filter(|place| !place.deleted && !peer.closed) {
+        let is_there = |place: &&UnixPlace| !place.deleted && place.mount_namespace.is_none() && !peer.closed;
+        if let Some(place) = peer.place.as_ref().filter(is_there) {
             let from = from_where(place.path.as_path(), path_of(&address)?);
             let connect = || call_with_address(libc::SYS_connect, fd, &address);
             if from.is_ok_and(|from| self.as_helper(None, &from, connect).is_ok()) {
@@ -798,6 +814,15 @@ fn from_where(place: &Path, name: &Path) -> Result<Where, String> {
 
 fn unreachable_name(name: &Path, place: &Path) -> String {
     format!("how its name {} led to {} cannot be told", name.display(), place.display())
+}
+
+/// Gives a new socket's file the owner and mode of the old one.
+fn set_owner(place: &UnixPlace) -> Done {
+    let path = place.path.as_path();
+    let (uid, gid) = (Some(place.uid), Some(place.gid));
+    std::os::unix::fs::lchown(path, uid, gid).map_err(|e| format!("chown: {e}"))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(place.mode & 0o7777))
+        .map_err(|e| format!("chmod: {e}"))
 }
 
 /// Removes the old socket's file, and makes the directories above it, whose file system may be a new one.

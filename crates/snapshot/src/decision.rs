@@ -532,8 +532,9 @@ fn unix_obstacle(snapshot: &Snapshot, socket: &UnixSocket) -> Option<String> {
     if socket.peer.is_some_and(|id| !snapshot.unix_sockets.contains_key(&id)) {
         return Some("the socket that it is connected to could not be read".into());
     }
-    if socket.owns_address && socket.place.as_ref().is_some_and(|place| place.mount_namespace.is_some()) {
-        return Some("its name belongs to another mount namespace".into());
+    let is_unknown = |id| !snapshot.mount_namespaces.contains_key(&id);
+    if socket.owns_address && socket.place.as_ref().and_then(|p| p.mount_namespace).is_some_and(is_unknown) {
+        return Some("its name belongs to a mount namespace that is not known".into());
     }
     // What is on its way through it must be there, too: nobody else would miss it.
     let messages = waiting.filter_map(|id| snapshot.unix_sockets.get(id)).chain([socket]);
