@@ -4,15 +4,14 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 use lab::image::{DEMO_UID, Flavour};
-use lab::{Channel, Guest, Key, Lab, MachineConfig, Panic, Program, Series, Snapshot};
+use lab::{Channel, Key, Lab, MachineConfig, Panic, Program, Series, Snapshot};
 
-use crate::crash::{self, Quiet};
 use crate::crash_runs::Tally;
 use crate::guest::{self, AGENT_COMMAND, Installation};
-use crate::survive::{Claim, claims};
+use crate::survive::{Claim, claims_after};
 use crate::{Global, ui};
 
 /// Where the programs' files are in the guest.
@@ -267,7 +266,7 @@ fn once(
     let alive = processes.values().flatten().copied().collect();
     let cpu = draw.usize(..armed.config.cpus as usize);
     let panic = Panic { after_us: draw.u64(MOMENTS_US), cpu: Some(cpu), alive };
-    let claims = through(&mut guest, &panic).inspect_err(|_| _ = guest.keep_artifacts())?;
+    let claims = claims_after(&mut guest, &panic).inspect_err(|_| _ = guest.keep_artifacts())?;
     let rows: Vec<Row> = PROGRAMS
         .iter()
         .zip(&looks)
@@ -292,18 +291,6 @@ fn once(
         ui::line(format!("artifacts: {}", guest.dir.display()));
     }
     Ok(rows)
-}
-
-/// Panics, and waits for the crash kernel's agent; what the report claims of each process.
-fn through(guest: &mut Guest, panic: &Panic) -> Result<BTreeMap<i32, Claim>> {
-    let Some(line) = crash::crash(guest, panic, &mut Quiet)? else {
-        bail!("some program had ended before the panic")
-    };
-    ui::note("waiting for them under the second kernel");
-    crash::wait_agent(guest, &line, &mut Vec::new(), &mut Quiet)?;
-    crash::fetch_report(guest)?;
-    let report = fs::read_to_string(guest.dir.join("report.json"))?;
-    Ok(claims(&serde_json::from_str(&report).context("the report is not JSON")?))
 }
 
 // ---- helpers

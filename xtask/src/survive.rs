@@ -200,18 +200,22 @@ pub fn start(
     Ok(pids)
 }
 
+/// Panics, and waits for the crash kernel's agent; what the report claims of each process.
+pub fn claims_after(guest: &mut Guest, panic: &Panic) -> Result<BTreeMap<i32, Claim>> {
+    let Some(line) = crash::crash(guest, panic, &mut Quiet)? else {
+        bail!("some program had ended before the panic")
+    };
+    ui::note("waiting for them under the second kernel");
+    crash::wait_agent(guest, &line, &mut Vec::new(), &mut Quiet)?;
+    crash::fetch_report(guest)?;
+    let report = fs::read_to_string(guest.dir.join("report.json"))?;
+    Ok(claims(&serde_json::from_str(&report).context("the report is not JSON")?))
+}
+
 /// Panics and waits until the survivors have ended under the second kernel (or their time is over); what the report claims of
 /// each process.
 pub fn through(guest: &mut Guest, panic: &Panic) -> Result<BTreeMap<i32, Claim>> {
-    let Some(line) = crash::crash(guest, panic, &mut Quiet)? else {
-        bail!("some survivor had ended before the panic")
-    };
-    ui::note("waiting for them under the second kernel");
-    let mut timeline = Vec::new();
-    crash::wait_agent(guest, &line, &mut timeline, &mut Quiet)?;
-    crash::fetch_report(guest)?;
-    let report = fs::read_to_string(guest.dir.join("report.json"))?;
-    let claims = claims(&serde_json::from_str(&report).context("the report is not JSON")?);
+    let claims = claims_after(guest, panic)?;
     guest.agent.wait(&panic.alive, VERDICT_DEADLINE)?;
     Ok(claims)
 }

@@ -1,17 +1,15 @@
 //! `cargo xtask whole-machine`: every process of a Debian with systemd, PID 1 included, through panics at random moments.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use clap::Args;
-use lab::{Channel, Guest, Key, Lab, MachineConfig, Panic, Series, Snapshot};
+use lab::{Channel, Key, Lab, MachineConfig, Panic, Series, Snapshot};
 
-use crate::crash::{self, Quiet};
 use crate::crash_runs::Tally;
 use crate::guest::{self, AGENT_COMMAND, Installation};
-use crate::survive::{Claim, claims};
+use crate::survive::claims_after;
 use crate::{Global, ui};
 
 /// When the panic comes after the guest has gone on, in microseconds.
@@ -152,7 +150,7 @@ impl WholeMachine {
             .collect::<Result<_>>()?;
         let cpu = draw.usize(..armed.config.cpus as usize);
         let panic = Panic { after_us: draw.u64(MOMENTS_US), cpu: Some(cpu), alive: Vec::new() };
-        let claims = through(&mut guest, &panic).inspect_err(|_| _ = guest.keep_artifacts())?;
+        let claims = claims_after(&mut guest, &panic).inspect_err(|_| _ = guest.keep_artifacts())?;
         let mut tally = Tally::default();
         let mut table = String::new();
         for (question, look) in QUESTIONS.iter().zip(&looks) {
@@ -219,18 +217,6 @@ for i in $(seq 600); do
     sleep 0.2
 done
 "#;
-
-/// Panics, and waits for the crash kernel's agent; what the report claims of each process.
-fn through(guest: &mut Guest, panic: &Panic) -> Result<BTreeMap<i32, Claim>> {
-    let Some(line) = crash::crash(guest, panic, &mut Quiet)? else {
-        bail!("some program had ended before the panic")
-    };
-    ui::note("waiting for the machine under the second kernel");
-    crash::wait_agent(guest, &line, &mut Vec::new(), &mut Quiet)?;
-    crash::fetch_report(guest)?;
-    let report = fs::read_to_string(guest.dir.join("report.json"))?;
-    Ok(claims(&serde_json::from_str(&report).context("the report is not JSON")?))
-}
 
 fn ask(agent: &mut Channel, script: &str) -> Result<String> {
     agent.shell(script, STEP_DEADLINE).with_context(|| format!("`{script}`"))

@@ -11,7 +11,6 @@ use crate::sys::{self, Result};
 
 const OPEN_TREE_CLONE: u64 = 1;
 const MOVE_MOUNT_F_EMPTY_PATH: u64 = 4;
-const FSCONFIG_SET_STRING: u64 = 1;
 const FSCONFIG_CMD_CREATE: u64 = 6;
 
 // MOUNT_ATTR_* (include/uapi/linux/mount.h).
@@ -38,17 +37,13 @@ pub(crate) fn copy(dir: Option<RawFd>, path: &Path) -> Result<OwnedFd> {
     }
 }
 
-/// A new file system without a device, which is mounted nowhere.
-pub(crate) fn new(fs_type: &CStr, options: &[(&CStr, &CStr)]) -> Result<OwnedFd> {
+/// A new file system without a device, which is mounted nowhere, and goes with its last user; its top directory.
+pub(crate) fn new(fs_type: &CStr) -> Result<OwnedFd> {
     // SAFETY: the kernel reads NUL-terminated names; what comes back is ours.
     unsafe {
         let context = sys::raw(libc::SYS_fsopen, [fs_type.as_ptr() as u64, 1, 0, 0, 0, 0])?;
         let context = OwnedFd::from_raw_fd(context as RawFd);
         let fd = context.as_raw_fd() as u64;
-        for (key, value) in options {
-            let args = [fd, FSCONFIG_SET_STRING, key.as_ptr() as u64, value.as_ptr() as u64, 0, 0];
-            sys::raw(libc::SYS_fsconfig, args)?;
-        }
         sys::raw(libc::SYS_fsconfig, [fd, FSCONFIG_CMD_CREATE, 0, 0, 0, 0])?;
         let mount = sys::raw(libc::SYS_fsmount, [fd, 1, 0, 0, 0, 0])?;
         Ok(OwnedFd::from_raw_fd(mount as RawFd))

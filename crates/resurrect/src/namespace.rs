@@ -254,7 +254,7 @@ fn begin_anew(
     let first = wanted.first().ok_or("nothing is wanted of it")?;
     let say = |e: Errno| format!("a new {}: {e}", first.fs_type);
     let fs_type = CString::new(first.fs_type.as_bytes()).map_err(|e| e.to_string())?;
-    let made = mount::new(&fs_type, &[]).map_err(say)?;
+    let made = mount::new(&fs_type).map_err(say)?;
     // What is mounted nowhere cannot be copied.
     let place = Path::new(PLACE);
     mount::attach(&made, place).map_err(say)?;

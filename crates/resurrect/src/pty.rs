@@ -232,7 +232,7 @@ mod tests {
         // Others take numbers too, except where they cannot get: of terminals that only this thread has.
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
         crate::mount::propagate_all(libc::MS_PRIVATE).unwrap();
-        let devpts = crate::mount::new(c"devpts", &[]).unwrap();
+        let devpts = crate::mount::new(c"devpts").unwrap();
         crate::mount::attach(&devpts, Path::new("/dev/pts")).unwrap();
         let mut gaps = Vec::new();
         let lowest = index_of(&open_master().unwrap()).unwrap();

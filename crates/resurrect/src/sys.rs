@@ -53,20 +53,6 @@ pub(crate) fn lift(fd: OwnedFd, base: RawFd) -> Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(high) })
 }
 
-/// An empty file system in memory that is mounted nowhere, and goes with its last user; its top directory.
-pub(crate) fn detached_tmpfs() -> Result<OwnedFd> {
-    const FSCONFIG_CMD_CREATE: u64 = 6;
-    // SAFETY: the kernel reads NUL-terminated names; what comes back is ours.
-    unsafe {
-        let context = raw(libc::SYS_fsopen, [c"tmpfs".as_ptr() as u64, 1, 0, 0, 0, 0])?;
-        let context = OwnedFd::from_raw_fd(context as RawFd);
-        let fd = context.as_raw_fd() as u64;
-        raw(libc::SYS_fsconfig, [fd, FSCONFIG_CMD_CREATE, 0, 0, 0, 0])?;
-        let mount = raw(libc::SYS_fsmount, [fd, 1, 0, 0, 0, 0])?;
-        Ok(OwnedFd::from_raw_fd(mount as RawFd))
-    }
-}
-
 /// dup3(2).
 pub(crate) fn dup3(old: RawFd, new: RawFd, cloexec: bool) -> Result<()> {
     let flags = if cloexec { libc::O_CLOEXEC } else { 0 };

@@ -17,7 +17,7 @@ use snapshot::{
 };
 
 use crate::company::Company;
-use crate::{first, socket, sys};
+use crate::{first, mount, socket, sys};
 
 /// Large enough for everything that the old queue held, while it is being filled (bytes, as SO_SNDBUFFORCE takes them).
 const FILLING_BUFFER: u32 = 1 << 29;
@@ -356,7 +356,7 @@ impl Maker<'_> {
             return Ok(Where::Here);
         }
         if self.hall.is_none() {
-            let hall = sys::detached_tmpfs().and_then(|fd| sys::lift(fd, self.base));
+            let hall = mount::new(c"tmpfs").and_then(|fd| sys::lift(fd, self.base));
             self.hall = Some(hall.map_err(say("make an empty file system"))?);
         }
         self.halls += 1;
