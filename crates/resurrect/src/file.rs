@@ -124,18 +124,10 @@ impl Files {
         mem: &dyn PhysMem,
         base: RawFd,
         prepared: Prepared,
-    ) -> Result<Self, Errno> {
+    ) -> Self {
         let ids = with_held(snapshot, processes.iter().flat_map(|p| needed(snapshot, p)).map(|(id, _)| id));
         let Prepared { namespaces, pipes, with_dead } = prepared;
         let mut files = Self { base, namespaces, pipes, with_dead, ..Self::default() };
-        // Beside files and pipes one for the memory of each process.
-        files.make_room(
-            1 + ids.len()
-                + 2 * snapshot.pipes.len()
-                + snapshot.unix_sockets.len()
-                + snapshot.inodes.len()
-                + processes.len(),
-        )?;
         files.write_back(snapshot, mem);
         files.ptys = pty::Pairs::make(snapshot, &terminals(snapshot, &ids, processes), files.base);
         for id in ids {
@@ -150,15 +142,25 @@ impl Files {
         files.connect(snapshot, mem);
         files.watch(snapshot);
         files.bury(snapshot, processes);
-        Ok(files)
+        files
     }
 
-    /// The lowest number that is above all that `processes` use, within fs.nr_open: each process is made with a table up to there.
-    pub(crate) fn lowest_own(snapshot: &Snapshot, processes: &[&Process]) -> RawFd {
+    /// The lowest number that is above all that `processes` use, within fs.nr_open: each process is made with a table up to there. The limit
+    /// on descriptors of this program is raised so that all that it opens for them lies above.
+    pub(crate) fn lowest_own(snapshot: &Snapshot, processes: &[&Process]) -> Result<RawFd, Errno> {
         let ids = with_held(snapshot, processes.iter().flat_map(|p| needed(snapshot, p)).map(|(id, _)| id));
         let used = processes.iter().flat_map(|p| &p.descriptors).map(|d| d.fd);
         let highest = used.chain(watched_numbers(snapshot, &ids)).max().unwrap_or(0);
-        (highest + 1).max(500)
+        let base = (highest + 1).max(500);
+        // Beside files and pipes one for the memory of each process, and two for each namespace.
+        let count = 1
+            + ids.len()
+            + 2 * (snapshot.pipes.len() + snapshot.mount_namespaces.len() + snapshot.uts_namespaces.len())
+            + snapshot.unix_sockets.len()
+            + snapshot.inodes.len()
+            + processes.len();
+        make_room(base as u64 + count as u64 + 64)?;
+        Ok(base)
     }
 
     fn make_dead(&mut self, id: FileId, file: Option<&OpenFile>) -> Result<OwnedFd, Reason> {
@@ -322,18 +324,6 @@ impl Files {
     pub(crate) fn inherited(&self, id: FileId) -> Option<(RawFd, Option<RawFd>)> {
         let own = self.own_pidfd.as_ref().map(AsRawFd::as_raw_fd);
         Some((self.number(id)?, own.filter(|_| self.late.contains(&id))))
-    }
-
-    /// The limit on descriptor numbers must hold ours above everybody's.
-    fn make_room(&self, count: usize) -> Result<(), Errno> {
-        let wanted = self.base as u64 + count as u64 + 64;
-        let mut limit = sys::prlimit(0, libc::RLIMIT_NOFILE, None)?;
-        if limit.rlim_cur < wanted {
-            limit.rlim_cur = wanted;
-            limit.rlim_max = limit.rlim_max.max(wanted);
-            sys::prlimit(0, libc::RLIMIT_NOFILE, Some(limit))?;
-        }
-        Ok(())
     }
 
     /// Whether it is a terminal that was hung up since it was opened: nobody can use it any more.
@@ -613,6 +603,17 @@ impl Files {
 }
 
 const F_SETSIG: i32 = 10;
+
+/// Raises the limit on descriptor numbers of this program.
+fn make_room(wanted: u64) -> Result<(), Errno> {
+    let mut limit = sys::prlimit(0, libc::RLIMIT_NOFILE, None)?;
+    if limit.rlim_cur < wanted {
+        limit.rlim_cur = wanted;
+        limit.rlim_max = limit.rlim_max.max(wanted);
+        sys::prlimit(0, libc::RLIMIT_NOFILE, Some(limit))?;
+    }
+    Ok(())
+}
 
 /// Whether it can be opened only when a certain process is there.
 fn is_late(file: &OpenFile) -> bool {

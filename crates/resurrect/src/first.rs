@@ -46,13 +46,14 @@ impl First {
     }
 
     /// Takes it over, up to where a skeleton is ready: descriptors, session, directories, signal actions. `zombies`: children of it that
-    /// have exited, or are about to. `time`: a descriptor of this program's time namespace for children.
+    /// have exited, or are about to. `others`: descriptors that it maps beside `files`. `time`: one of this program's time namespace for
+    /// children.
     pub(crate) fn prepare(
         &self,
         process: &Process,
         (snapshot, files): (&Snapshot, &Files),
         zombies: &[Pid],
-        time: RawFd,
+        (others, time): (&[RawFd], RawFd),
         (scratch, fallback): (Scratch, &[CString]),
         deadline: Deadline,
     ) -> Result<Tracee, InjectError> {
@@ -67,7 +68,7 @@ impl First {
             tracee.detach()?;
             return Err(error);
         }
-        let arranged = self.arrange(&tracee, process, (snapshot, files), zombies, time, deadline);
+        let arranged = self.arrange(&tracee, process, (snapshot, files), zombies, (others, time), deadline);
         match arranged {
             Ok(()) => Ok(tracee),
             Err(error) => {
@@ -83,7 +84,7 @@ impl First {
         process: &Process,
         (snapshot, files): (&Snapshot, &Files),
         zombies: &[Pid],
-        time: RawFd,
+        (others, time): (&[RawFd], RawFd),
         deadline: Deadline,
     ) -> Result<(), InjectError> {
         let limit = sys::prlimit(0, libc::RLIMIT_NOFILE, None);
@@ -98,7 +99,7 @@ impl First {
                 return Err(InjectError::Unexpected(format!("{what}: {done}")));
             }
         }
-        tracee.run(&fetch(files, time), deadline)?;
+        tracee.run(&fetch(files, others, time), deadline)?;
         tracee.run(&arrangements(process, snapshot, files, zombies), deadline)?;
         self.forget_signals(tracee, deadline)
     }
@@ -122,14 +123,15 @@ impl First {
 }
 
 /// Brings all our files under our own numbers, and nothing else.
-fn fetch(files: &Files, time: RawFd) -> Vec<Call> {
+fn fetch(files: &Files, others: &[RawFd], time: RawFd) -> Vec<Call> {
     let own = std::process::id();
     let mut calls = vec![
         call!("close everything", libc::SYS_close_range, 0u32, u32::MAX, 0u32),
         // The lowest number that is free, and so is the next one.
         call!("pidfd_open", libc::SYS_pidfd_open, own, 0u32),
     ];
-    let numbers: std::collections::BTreeSet<RawFd> = files.numbers().chain([time]).collect();
+    let numbers: std::collections::BTreeSet<RawFd> =
+        files.numbers().chain(others.iter().copied()).chain([time]).collect();
     for fd in numbers {
         calls.push(call!(format!("fetch file {fd}"), libc::SYS_pidfd_getfd, 0u32, fd, 0u32));
         calls.push(call!(format!("dup3 {fd}"), libc::SYS_dup3, 1u32, fd, libc::O_CLOEXEC));

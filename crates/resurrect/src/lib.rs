@@ -381,10 +381,11 @@ impl<'a> Run<'a> {
 
         // Files and shared memory.
         self.refuse_high_descriptors(&mut wanted);
-        let (base, prepared) = self.prepare_places(&mut wanted, mem);
-        let processes = self.processes(&wanted);
-        let mut files = Files::open(self.snapshot, &processes, mem, base, prepared)
+        let base = Files::lowest_own(self.snapshot, &self.processes(&wanted))
             .map_err(system("raise the limit on descriptors"))?;
+        let prepared = self.prepare_places(&mut wanted, mem, base);
+        let processes = self.processes(&wanted);
+        let mut files = Files::open(self.snapshot, &processes, mem, base, prepared);
         self.refuse_files(&mut wanted, &files);
         self.report.files_written = files.written(self.snapshot);
         self.report.files_stale = files.stale(self.snapshot);
@@ -495,12 +496,11 @@ impl<'a> Run<'a> {
     }
 
     /// What must be there before files are opened: control groups, the contents of file systems in memory, automounters' mount points,
-    /// namespaces. Returns the lowest number of our own descriptors as well.
-    fn prepare_places(&mut self, wanted: &mut BTreeSet<Pid>, mem: &dyn PhysMem) -> (i32, Prepared) {
+    /// namespaces. Descriptors are `base` or higher.
+    fn prepare_places(&mut self, wanted: &mut BTreeSet<Pid>, mem: &dyn PhysMem, base: i32) -> Prepared {
         let processes = self.processes(wanted);
-        let base = Files::lowest_own(self.snapshot, &processes);
         if processes.is_empty() {
-            return (base, Prepared::default());
+            return Prepared::default();
         }
         for (group, why) in cgroup::make_all(self.snapshot, &processes) {
             for p in processes.iter().filter(|p| p.cgroup.as_path().starts_with(group.as_path())) {
@@ -519,7 +519,7 @@ impl<'a> Run<'a> {
                 None => self.losses.entry(p.pid).or_default().extend(namespaces.losses(p)),
             }
         }
-        (base, Prepared { namespaces, pipes, with_dead: self.options.whole_machine })
+        Prepared { namespaces, pipes, with_dead: self.options.whole_machine }
     }
 
     /// Locks of open files that their processes have not taken themselves.

@@ -132,12 +132,13 @@ impl<'a> Build<'a> {
         let (specials, leader) = match first {
             Some(first) => {
                 let time = common.time_namespace.ok_or("no time namespace").map_err(failure("seize"))?;
+                let others: Vec<RawFd> = common.shared.values().copied().collect();
                 let leader = first
                     .prepare(
                         process,
                         (common.snapshot, common.files),
                         zombies,
-                        time,
+                        (&others, time),
                         (common.scratch, &common.fallback),
                         deadline,
                     )
