@@ -152,12 +152,21 @@ impl Files {
         let used = processes.iter().flat_map(|p| &p.descriptors).map(|d| d.fd);
         let highest = used.chain(watched_numbers(snapshot, &ids)).max().unwrap_or(0);
         let base = (highest + 1).max(500);
-        // Beside files and pipes one for the memory of each process, and two for each namespace.
+        let spaces = processes.iter().filter_map(|p| snapshot.address_spaces.get(p.address_space.as_ref()?));
+        let shared: BTreeSet<InodeId> = spaces
+            .flat_map(|mm| &mm.vmas)
+            .filter_map(|vma| match vma.kind {
+                VmaKind::SharedAnonymous { inode, .. } => Some(inode),
+                _ => None,
+            })
+            .collect();
+        // A file without a name has a second one; one for the memory of each process; two for each pipe and each namespace.
         let count = 1
-            + ids.len()
+            + 2 * ids.len()
+            + shared.len()
+            + snapshot.ipc.shm.len()
             + 2 * (snapshot.pipes.len() + snapshot.mount_namespaces.len() + snapshot.uts_namespaces.len())
             + snapshot.unix_sockets.len()
-            + snapshot.inodes.len()
             + processes.len();
         make_room(base as u64 + count as u64 + 64)?;
         Ok(base)
