@@ -34,6 +34,8 @@ const STATUS_FLAGS: i32 =
 /// What is made before files are opened.
 #[derive(Default)]
 pub(crate) struct Prepared {
+    /// Files and directories that have been brought up to date.
+    pub(crate) inodes: BTreeMap<InodeId, Result<page_cache::Restored, String>>,
     /// Where files of other mount namespaces are.
     pub(crate) namespaces: Namespaces,
     /// Pipes that have been made already.
@@ -117,7 +119,7 @@ pub(crate) fn uses_inode(snapshot: &Snapshot, process: &Process, inode: InodeId)
 }
 
 impl Files {
-    /// Opens what `processes` need. Contents that only the dead page cache has go to disk first.
+    /// Opens what `processes` need.
     pub(crate) fn open(
         snapshot: &Snapshot,
         processes: &[&Process],
@@ -126,9 +128,8 @@ impl Files {
         prepared: Prepared,
     ) -> Self {
         let ids = with_held(snapshot, processes.iter().flat_map(|p| needed(snapshot, p)).map(|(id, _)| id));
-        let Prepared { namespaces, pipes, with_dead } = prepared;
-        let mut files = Self { base, namespaces, pipes, with_dead, ..Self::default() };
-        files.write_back(snapshot, mem);
+        let Prepared { inodes, namespaces, pipes, with_dead } = prepared;
+        let mut files = Self { base, inodes, namespaces, pipes, with_dead, ..Self::default() };
         files.ptys = pty::Pairs::make(snapshot, &terminals(snapshot, &ids, processes), files.base);
         for id in ids {
             let opened = match snapshot.files.get(&id) {
@@ -384,18 +385,6 @@ impl Files {
         reasons
     }
 
-    /// Brings all files up to date that the dead kernel had not written, whoever may open them.
-    fn write_back(&mut self, snapshot: &Snapshot, mem: &dyn PhysMem) {
-        let inodes = snapshot.unwritten.iter().filter_map(|id| Some((*id, snapshot.inodes.get(id)?)));
-        let mut inodes: Vec<_> = inodes.collect();
-        // Directories before what is in them.
-        inodes.sort_by(|(_, a), (_, b)| a.path.cmp(&b.path));
-        for (id, inode) in inodes {
-            let restored = restore(snapshot, inode.path.as_path(), inode, mem);
-            self.inodes.insert(id, restored);
-        }
-    }
-
     /// Files that could not be brought up to date: what the disk has of them is older, or nothing.
     pub(crate) fn stale(&self, snapshot: &Snapshot) -> Vec<FileStale> {
         let failed = self.inodes.iter().filter_map(|(id, r)| Some((id, r.as_ref().err()?)));
@@ -631,6 +620,18 @@ fn is_late(file: &OpenFile) -> bool {
         FileKind::Proc(proc) => proc.task.is_some(),
         _ => false,
     }
+}
+
+/// Brings all files up to date that the dead kernel had not written, whoever may open them.
+pub(crate) fn write_back(
+    snapshot: &Snapshot,
+    mem: &dyn PhysMem,
+) -> BTreeMap<InodeId, Result<page_cache::Restored, String>> {
+    let inodes = snapshot.unwritten.iter().filter_map(|id| Some((*id, snapshot.inodes.get(id)?)));
+    let mut inodes: Vec<_> = inodes.collect();
+    // Directories before what is in them.
+    inodes.sort_by(|(_, a), (_, b)| a.path.cmp(&b.path));
+    inodes.into_iter().map(|(id, inode)| (id, restore(snapshot, inode.path.as_path(), inode, mem))).collect()
 }
 
 /// Brings one file up to date, unless its file system is not there: then the name would lead to another one.

@@ -496,7 +496,7 @@ impl<'a> Run<'a> {
     }
 
     /// What must be there before files are opened: control groups, the contents of file systems in memory, automounters' mount points,
-    /// namespaces. Descriptors are `base` or higher.
+    /// what the disk does not have yet, namespaces. Descriptors are `base` or higher.
     fn prepare_places(&mut self, wanted: &mut BTreeSet<Pid>, mem: &dyn PhysMem, base: i32) -> Prepared {
         let processes = self.processes(wanted);
         if processes.is_empty() {
@@ -512,6 +512,8 @@ impl<'a> Run<'a> {
         self.report.places_lost = tmpfs::fill_all(self.snapshot, with_system, mem);
         let (pipes, failed) = autofs::mount_all(self.snapshot, &processes, mem, base);
         self.report.places_lost.extend(failed);
+        // Before the namespaces: what is mounted there may be mounted on directories that the disk does not have yet.
+        let inodes = file::write_back(self.snapshot, mem);
         let namespaces = Namespaces::make(self.snapshot, &processes, mem, base);
         for p in processes {
             match namespaces.failure(p) {
@@ -519,7 +521,7 @@ impl<'a> Run<'a> {
                 None => self.losses.entry(p.pid).or_default().extend(namespaces.losses(p)),
             }
         }
-        Prepared { namespaces, pipes, with_dead: self.options.whole_machine }
+        Prepared { inodes, namespaces, pipes, with_dead: self.options.whole_machine }
     }
 
     /// Locks of open files that their processes have not taken themselves.
