@@ -500,7 +500,7 @@ impl<'a> Run<'a> {
     fn prepare_places(&mut self, wanted: &mut BTreeSet<Pid>, mem: &dyn PhysMem, base: i32) -> Prepared {
         let processes = self.processes(wanted);
         if processes.is_empty() {
-            return Prepared::default();
+            return Prepared { inodes: file::write_back(self.snapshot, mem), ..Prepared::default() };
         }
         for (group, why) in cgroup::make_all(self.snapshot, &processes) {
             for p in processes.iter().filter(|p| p.cgroup.as_path().starts_with(group.as_path())) {
