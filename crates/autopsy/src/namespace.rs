@@ -20,8 +20,8 @@ impl Autopsy<'_> {
     pub(crate) fn mount_namespace(&self, addr: u64) -> Result<NamespaceId> {
         let id = NamespaceId(addr);
         if !self.mount_namespaces.borrow().contains_key(&id) {
-            let mounts = self.mounts_of(addr)?;
-            self.mount_namespaces.borrow_mut().insert(id, MountNamespace { mounts });
+            let namespace = MountNamespace::of_reachable(self.mounts_of(addr)?);
+            self.mount_namespaces.borrow_mut().insert(id, namespace);
         }
         Ok(id)
     }

@@ -1,5 +1,7 @@
 //! Namespaces other than the initial ones.
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{Bytes, FileKind, Mode, Mount, OpenFile, Process, Reason, Snapshot};
@@ -29,6 +31,20 @@ pub struct UtsNamespace {
 const ANYWHERE: [&str; 4] = ["tmpfs", "ramfs", "proc", "mqueue"];
 
 impl MountNamespace {
+    /// Of all mounts of a namespace, parents before children, those that names lead to: what is on top at the root, and all below. (Whoever
+    /// makes a namespace may leave the tree that he came from under the new root.)
+    pub fn of_reachable(all: Vec<Mount>) -> Self {
+        let Some(mut root) = all.first().map(|m| m.id) else { return Self::default() };
+        for m in &all {
+            if m.parent == root && m.id != root && m.mountpoint.as_bytes() == b"/" {
+                root = m.id;
+            }
+        }
+        let mut known = BTreeSet::from([root]);
+        let is_reachable = |m: &Mount| m.id == root || known.contains(&m.parent) && known.insert(m.id);
+        Self { mounts: all.into_iter().filter(is_reachable).collect() }
+    }
+
     /// What cannot be mounted again, for people: file systems that are mounted nowhere else.
     pub fn obstacles<'a>(&'a self, snapshot: &'a Snapshot) -> impl Iterator<Item = String> + 'a {
         let is_elsewhere = |m: &Mount| {
@@ -108,6 +124,23 @@ mod tests {
             peer_group: 0,
             master: 0,
         }
+    }
+
+    #[test]
+    fn what_lies_under_the_root_is_out_of_reach() {
+        let numbered = |id, parent, at| Mount { id, parent, ..mount(at, "/", "ext4", 1) };
+        let all = vec![
+            numbered(41, 41, "/"),
+            numbered(42, 41, "/"),
+            numbered(43, 42, "/dev"),
+            numbered(69, 42, "/"),
+            numbered(70, 69, "/dev"),
+            numbered(71, 70, "/dev/shm"),
+            numbered(44, 43, "/dev/pts"),
+        ];
+        let ids: Vec<i32> = MountNamespace::of_reachable(all).mounts.iter().map(|m| m.id).collect();
+        assert_eq!(ids, [69, 70, 71]);
+        assert_eq!(MountNamespace::of_reachable(Vec::new()), MountNamespace::default());
     }
 
     #[test]
