@@ -83,7 +83,7 @@ const QUESTIONS: &[Question] = &[
         check: |a, was| same(was, &sessions(a)?),
         needs_system: true,
     },
-    Question { name: "mounts", look: mounts, check: |a, was| same(was, &mounts(a)?), needs_system: true },
+    Question { name: "mounts", look: mounts, check: |a, was| same(was, &mounts(a)?), needs_system: false },
     Question {
         name: "files of /run",
         look: files_of_run,
