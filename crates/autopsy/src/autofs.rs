@@ -7,8 +7,6 @@ use crate::Autopsy;
 use crate::error::{Result, corrupt};
 use crate::fs::device;
 
-/// Super blocks of one machine.
-const MAX_SUPER_BLOCKS: usize = 1 << 20;
 /// AUTOFS_SBI_CATATONIC.
 const CATATONIC: u32 = 1;
 
@@ -50,10 +48,9 @@ impl Autopsy<'_> {
     }
 
     fn all_autofs(&self, mounts: &[Mount]) -> Result<Vec<Autofs>> {
-        let to_list = self.kernel.offset_of("super_block", "s_list")?;
         let mut all = Vec::new();
-        for node in self.list(self.kernel.symbol("super_blocks")?, MAX_SUPER_BLOCKS)? {
-            let sb: SuperBlockInfo = self.kernel.read(node.wrapping_sub(to_list))?;
+        for addr in self.super_blocks()? {
+            let sb: SuperBlockInfo = self.kernel.read(addr)?;
             let (dev_major, dev_minor) = device(sb.s_dev);
             let is_of = |m: &Mount| {
                 m.fs_type.as_bytes() == b"autofs" && (m.dev_major, m.dev_minor) == (dev_major, dev_minor)

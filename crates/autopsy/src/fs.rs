@@ -12,6 +12,8 @@ const MAX_PATH: usize = 64 << 10;
 const MAX_NAME: u32 = 255;
 /// A path has at most this many components and mounts.
 const MAX_COMPONENTS: usize = MAX_PATH / 2;
+/// Super blocks of one machine.
+const MAX_SUPER_BLOCKS: usize = 1 << 20;
 /// Default of fs.mount-max is 100,000.
 const MAX_MOUNTS: usize = 1 << 20;
 /// Cgroup hierarchies and sysfs are never that deep.
@@ -131,6 +133,13 @@ impl Autopsy<'_> {
 
     pub(crate) fn super_block(&self, addr: u64) -> Result<SuperBlock> {
         Ok(self.kernel.read(addr)?)
+    }
+
+    /// The addresses of all super blocks (`super_blocks`, fs/super.c).
+    pub(crate) fn super_blocks(&self) -> Result<Vec<u64>> {
+        let to_list = self.kernel.offset_of("super_block", "s_list")?;
+        let nodes = self.list(self.kernel.symbol("super_blocks")?, MAX_SUPER_BLOCKS)?;
+        Ok(nodes.into_iter().map(|node| node.wrapping_sub(to_list)).collect())
     }
 
     /// Name of a file system type, with its subtype (`fuse.sshfs`).

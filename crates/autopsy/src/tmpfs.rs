@@ -11,8 +11,6 @@ use crate::error::{Result, corrupt};
 use crate::fs::device;
 use crate::inode::{S_IFDIR, S_IFLNK, S_IFREG};
 
-/// Super blocks of one machine.
-const MAX_SUPER_BLOCKS: usize = 1 << 20;
 /// Names in one file system.
 const MAX_ENTRIES: usize = 1 << 22;
 /// Directories within directories.
@@ -67,10 +65,8 @@ impl Autopsy<'_> {
         mounted: &BTreeSet<(u32, u32)>,
         all: &mut Vec<Tmpfs>,
     ) -> Result<()> {
-        let to_list = self.kernel.offset_of("super_block", "s_list")?;
-        for node in self.list(self.kernel.symbol("super_blocks")?, MAX_SUPER_BLOCKS)? {
-            let sb = node.wrapping_sub(to_list);
-            let root: SuperBlockRoot = self.kernel.read(sb)?;
+        for addr in self.super_blocks()? {
+            let root: SuperBlockRoot = self.kernel.read(addr)?;
             let number = device(root.s_dev);
             if !mounted.contains(&number) {
                 continue;

@@ -12,8 +12,6 @@ use crate::error::Result;
 use crate::fs::device;
 use crate::inode::{S_IFDIR, S_IFREG};
 
-/// Super blocks of one machine.
-const MAX_SUPER_BLOCKS: usize = 1 << 20;
 /// Inodes in memory of one file system.
 const MAX_INODES: usize = 1 << 24;
 const SB_RDONLY: u64 = 1;
@@ -62,9 +60,8 @@ impl Autopsy<'_> {
     }
 
     fn all_super_blocks(&self, mounts: &[Mount], now_s: i64, found: &mut Vec<InodeId>) -> Result<()> {
-        let to_list = self.kernel.offset_of("super_block", "s_list")?;
-        for node in self.list(self.kernel.symbol("super_blocks")?, MAX_SUPER_BLOCKS)? {
-            let sb: SuperBlockInodes = self.kernel.read(node.wrapping_sub(to_list))?;
+        for addr in self.super_blocks()? {
+            let sb: SuperBlockInodes = self.kernel.read(addr)?;
             let is_root_of =
                 |m: &&Mount| (m.dev_major, m.dev_minor) == device(sb.s_dev) && m.root == "/".into();
             if sb.s_bdev == 0 || sb.s_flags & SB_RDONLY != 0 {

@@ -325,6 +325,10 @@ impl Tracee {
         Ok(tracee)
     }
 
+    pub(crate) fn scratch(&self) -> Scratch {
+        self.scratch
+    }
+
     pub(crate) fn registers(&self) -> Result<Registers, InjectError> {
         let mut regs = Registers::default();
         // `Registers` has the layout of user_regs_struct.

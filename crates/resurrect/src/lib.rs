@@ -863,7 +863,7 @@ impl<'a> Run<'a> {
         let deadline = self.process_deadline();
         let (process, Failure { step, mut reason }) = (build.process, failure);
         if process.pid == first::PID {
-            match build.give_back(deadline) {
+            match build.give_back(&first::arguments(&self.options.fallback), deadline) {
                 Ok(()) => {}
                 Err(e) => reason.push_str(&format!("; and it cannot be given back: {e}")),
             }

@@ -47,6 +47,13 @@ pub(crate) struct Common<'a> {
     pub(crate) fallback: Vec<CString>,
 }
 
+impl Common<'_> {
+    /// Where the kernel's own mappings are in a process before it has its memory.
+    fn specials_of(&self, pid: Pid) -> &Specials {
+        self.first.filter(|_| pid == first::PID).map_or(self.specials, |first| &first.specials)
+    }
+}
+
 /// Properties of this program that a new process starts with.
 #[derive(Clone, Debug)]
 pub(crate) struct Own {
@@ -112,11 +119,6 @@ pub(crate) struct Build<'a> {
     leader_lives: bool,
     /// Address of a `syscall` instruction in its vDSO.
     instruction: u64,
-    /// Where the kernel's own mappings are before it has its memory.
-    specials: Specials,
-    /// What PID 1 runs should it not come back.
-    fallback: Vec<CString>,
-    scratch: Scratch,
 }
 
 impl<'a> Build<'a> {
@@ -129,50 +131,29 @@ impl<'a> Build<'a> {
         deadline: Deadline,
     ) -> Result<Self, Failure> {
         let first = common.first.filter(|_| process.pid == first::PID);
-        let (specials, leader) = match first {
+        let leader = match first {
             Some(first) => {
                 let time = common.time_namespace.ok_or("no time namespace").map_err(failure("seize"))?;
                 let others: Vec<RawFd> = common.shared.values().copied().collect();
-                let leader = first
-                    .prepare(
-                        process,
-                        (common.snapshot, common.files),
-                        zombies,
-                        (&others, time),
-                        (common.scratch, &common.fallback),
-                        deadline,
-                    )
-                    .map_err(failure("seize"))?;
-                (&first.specials, leader)
+                first.prepare(
+                    process,
+                    (common.snapshot, common.files),
+                    zombies,
+                    (&others, time),
+                    (common.scratch, &common.fallback),
+                    deadline,
+                )
             }
-            None => {
-                let leader =
-                    Tracee::seize(process.pid, common.scratch, deadline).map_err(failure("seize"))?;
-                (common.specials, leader)
-            }
-        };
+            None => Tracee::seize(process.pid, common.scratch, deadline),
+        }
+        .map_err(failure("seize"))?;
         let leader_lives = process.leader().is_some_and(lives);
         let areas = memory::areas(mm);
         let vdso = memory::vdso_start(mm).ok_or("no vDSO").map_err(failure("seize"))?;
         let instruction = vdso + common.syscall_offset;
         let (others, losses) = (vec![], vec![]);
         let kept = common.copy_on_write.kept(process.pid, &areas);
-        let fallback = common.fallback.clone();
-        let specials = specials.clone();
-        Ok(Self {
-            process,
-            mm,
-            areas,
-            kept,
-            leader,
-            others,
-            losses,
-            leader_lives,
-            instruction,
-            specials,
-            fallback,
-            scratch: common.scratch,
-        })
+        Ok(Self { process, mm, areas, kept, leader, others, losses, leader_lives, instruction })
     }
 
     fn tracee(&self, tid: Pid) -> Option<&Tracee> {
@@ -191,7 +172,8 @@ impl<'a> Build<'a> {
     /// Replaces the address space by the old one's mappings, still empty.
     pub(crate) fn map(&mut self, common: &Common<'_>, deadline: Deadline) -> Result<(), Failure> {
         let step = "map memory";
-        let mut calls = memory::clear(self.mm, &self.specials, common.scratch, &self.kept);
+        let mut calls =
+            memory::clear(self.mm, common.specials_of(self.process.pid), common.scratch, &self.kept);
         let fd = |id| common.files.fd(id);
         let segments = |id| common.snapshot.shm_segment(id).map(ShmSegment::mapped_len);
         let sources = Sources { files: &fd, shared: common.shared, segments: &segments };
@@ -462,8 +444,8 @@ impl<'a> Build<'a> {
     }
 
     /// PID 1 cannot be killed: it runs the caller's program again.
-    pub(crate) fn give_back(&self, deadline: Deadline) -> Result<(), InjectError> {
-        first::give_back(&self.leader, self.instruction, self.scratch, &self.fallback, deadline)
+    pub(crate) fn give_back(&self, fallback: &[CString], deadline: Deadline) -> Result<(), InjectError> {
+        first::give_back(&self.leader, self.instruction, self.leader.scratch(), fallback, deadline)
     }
 
     /// Lets all threads go.

@@ -71,7 +71,7 @@ pub(crate) fn fill(
     let mut lost = Vec::new();
     if !filling.devices {
         // Through the link that a descriptor in /proc is.
-        let top = set_owner_and_mode(&at.join("."), tmpfs.uid, tmpfs.gid, Some(tmpfs.mode));
+        let top = set_owner_and_mode(&at.join("."), tmpfs.uid, tmpfs.gid, tmpfs.mode);
         if let Err(e) = top {
             lost.push(FileStale { path: Bytes::from("/"), why: format!("set its owner: {e}") });
         }
@@ -128,8 +128,7 @@ impl Filling<'_> {
                 if there && self.devices {
                     return Ok(());
                 }
-                set_owner_and_mode(path, inode.uid, inode.gid, Some(inode.mode))
-                    .map_err(say("set its owner"))?;
+                set_owner_and_mode(path, inode.uid, inode.gid, inode.mode).map_err(say("set its owner"))?;
             }
             TmpfsKind::Regular => self.regular(path, inode)?,
             TmpfsKind::Symlink { target } => {
@@ -145,8 +144,7 @@ impl Filling<'_> {
                     }
                     mknod(path, inode.mode, (*major, *minor)).map_err(|e| format!("mknod: {e}"))?;
                 }
-                set_owner_and_mode(path, inode.uid, inode.gid, Some(inode.mode))
-                    .map_err(say("set its owner"))?;
+                set_owner_and_mode(path, inode.uid, inode.gid, inode.mode).map_err(say("set its owner"))?;
                 set_times(path, inode).map_err(say("set its times"))?;
             }
         }
@@ -191,10 +189,10 @@ fn mknod(path: &Path, mode: u32, (major, minor): (u32, u32)) -> Result<(), Errno
     Errno::result(unsafe { libc::mknod(path.as_ptr(), mode, libc::makedev(major, minor)) }).map(drop)
 }
 
-fn set_owner_and_mode(path: &Path, uid: u32, gid: u32, mode: Option<u32>) -> io::Result<()> {
+fn set_owner_and_mode(path: &Path, uid: u32, gid: u32, mode: u32) -> io::Result<()> {
     lchown(path, Some(uid), Some(gid))?;
     // After the owner: chown clears set-id bits.
-    mode.map_or(Ok(()), |mode| std::fs::set_permissions(path, PermissionsExt::from_mode(mode & 0o7777)))
+    std::fs::set_permissions(path, PermissionsExt::from_mode(mode & 0o7777))
 }
 
 fn set_times(path: &Path, inode: &Inode) -> io::Result<()> {
