@@ -115,7 +115,7 @@ pub(crate) enum Begin<'a> {
 }
 
 impl Machine {
-    /// Starts QEMU in `dir`, which must have the `disk.qcow2`, with a kernel and an initramfs.
+    /// Starts QEMU in `dir`, which must have the disks (`disk.qcow2`, `scratch.qcow2`), with a kernel and an initramfs.
     pub(crate) fn start(
         dir: &Path,
         config: &MachineConfig,
@@ -152,10 +152,7 @@ impl Machine {
             .args(["-append", &config.kernel_cmdline()]);
         qemu.args(["-drive", "file=disk.qcow2,format=qcow2,if=virtio,cache=unsafe"]);
         if config.scratch_mib > 0 {
-            let scratch = dir.join("scratch.img");
-            let file = File::create(&scratch).at(&scratch)?;
-            file.set_len(u64::from(config.scratch_mib) << 20).at(&scratch)?;
-            qemu.args(["-drive", "file=scratch.img,format=raw,if=virtio,cache=unsafe"]);
+            qemu.args(["-drive", "file=scratch.qcow2,format=qcow2,if=virtio,cache=unsafe"]);
         }
         qemu.args(["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]);
         qemu.args([

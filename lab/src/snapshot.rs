@@ -14,7 +14,7 @@ use crate::machine::{Begin, Machine, MachineConfig};
 use crate::{Key, Lab, host, initramfs};
 
 /// Changed when this file or `machine.rs` makes other machines from the same inputs.
-const LAYOUT: &str = "4";
+const LAYOUT: &str = "5";
 const BOOT_DEADLINE: Duration = Duration::from_secs(300);
 const AGENT_DEADLINE: Duration = Duration::from_secs(60);
 /// How many layers of the same label are kept beside those that others stand on.
@@ -138,6 +138,7 @@ impl Lab {
         let _ = fs::remove_dir_all(&dir);
         fs::create_dir_all(&dir).at(&dir)?;
         overlay(&dir, &snapshot.dir.join("disk.qcow2"), "qcow2")?;
+        scratch(&dir, Some(snapshot), &snapshot.config)?;
         let machine = self.resume(snapshot, &dir)?;
         let mut agent = machine.channel()?;
         greet(&mut agent)?;
@@ -156,6 +157,7 @@ impl Lab {
         let _ = fs::remove_dir_all(&dir);
         fs::create_dir_all(&dir).at(&dir)?;
         overlay(&dir, &image.disk, "raw")?;
+        scratch(&dir, None, config)?;
         initramfs::write(&dir.join("initramfs"), &kernel, &agent_binary)?;
         let machine = Machine::start(&dir, config, &kernel.image(), &dir.join("initramfs"), &Begin::Boot)?;
         let mut agent = machine.channel()?;
@@ -247,6 +249,7 @@ impl Lab {
         let _ = fs::remove_dir_all(&dir);
         fs::create_dir_all(&part).at(&part)?;
         overlay(&part, backing, format)?;
+        scratch(&part, parent, config)?;
         run(&part)?.save(&part.join("state"))?;
         let meta = Meta {
             label: label.into(),
@@ -313,12 +316,25 @@ fn greet(agent: &mut Channel) -> Result<()> {
 
 /// `disk.qcow2` in `dir`, on top of another disk that stays as it is.
 fn overlay(dir: &Path, backing: &Path, format: &str) -> Result<()> {
-    let disk = dir.join("disk.qcow2");
-    host::run(
-        Command::new("qemu-img")
-            .args(["create", "-q", "-f", "qcow2", "-F", format, "-b"])
-            .arg(backing)
-            .arg(&disk),
-    )
-    .map(drop)
+    on_top(&dir.join("disk.qcow2"), backing, format)
+}
+
+/// `scratch.qcow2` in `dir`, if the machine has a second disk: on top of that of a layer, or empty.
+fn scratch(dir: &Path, below: Option<&Snapshot>, config: &MachineConfig) -> Result<()> {
+    let disk = dir.join("scratch.qcow2");
+    match below {
+        _ if config.scratch_mib == 0 => Ok(()),
+        Some(layer) => on_top(&disk, &layer.dir.join("scratch.qcow2"), "qcow2"),
+        None => {
+            let size = format!("{}M", config.scratch_mib);
+            let mut create = Command::new("qemu-img");
+            host::run(create.args(["create", "-q", "-f", "qcow2"]).arg(&disk).arg(size)).map(drop)
+        }
+    }
+}
+
+fn on_top(disk: &Path, backing: &Path, format: &str) -> Result<()> {
+    let mut create = Command::new("qemu-img");
+    create.args(["create", "-q", "-f", "qcow2", "-F", format, "-b"]).arg(backing).arg(disk);
+    host::run(&mut create).map(drop)
 }

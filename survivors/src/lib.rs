@@ -67,6 +67,7 @@ mod seccomp;
 mod signal;
 mod signalfd;
 mod stage;
+mod swap;
 mod syscall;
 mod thread;
 mod timer;
@@ -102,6 +103,8 @@ pub enum Needs {
     Tty,
     /// Virtual consoles.
     Console,
+    /// A swap area.
+    Swap,
 }
 
 /// One survivor.
@@ -249,6 +252,11 @@ table! {
     "process-attributes" process::attributes Survives, Nothing, "nice, affinity, oom_score_adj, timer slack, subreaper, pdeathsig, dumpable, THP, name, personality";
     "clock-monotonic" clock::monotonic Survives, Nothing, "CLOCK_MONOTONIC and BOOTTIME never go back";
     "clock-vdso" clock::vdso Survives, Nothing, "clock_gettime through the vDSO agrees with the system call";
+    "swap-private" swap::private Survives, Swap, "swapped-out memory: in a swap area, in memory again as well, zeroes";
+    "swap-fork" swap::fork Survives, Swap, "swapped-out pages that a process and its child share";
+    "swap-shared" swap::shared Survives, Swap, "swapped-out pages of shared memory, a memfd and a file on a tmpfs";
+    "swap-file-private" swap::file_private Survives, Swap, "swapped-out pages of a private file mapping, some of them zero";
+    "swap-everything" swap::everything Survives, Swap, "heap and stack of a process that waits";
     "syscall-nanosleep" syscall::nanosleep Survives, Nothing, "nanosleep sleeps the rest";
     "syscall-clock-nanosleep" syscall::clock_nanosleep Survives, Nothing, "clock_nanosleep sleeps the rest";
     "syscall-clock-nanosleep-absolute" syscall::clock_nanosleep_absolute Survives, Nothing, "clock_nanosleep wakes at its time";

@@ -134,6 +134,7 @@ fn list() {
             Needs::Avx2 => "avx2",
             Needs::Tty => "tty",
             Needs::Console => "console",
+            Needs::Swap => "swap",
         };
         println!("{}\t{}\t{expect}\t{needs}\t{}", survivor.name, survivor.kind, survivor.shows);
     }

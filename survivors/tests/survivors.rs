@@ -27,6 +27,7 @@ fn can_run(survivor: &Survivor) -> bool {
         Needs::Nothing | Needs::Tty => true,
         Needs::Root => nix::unistd::Uid::effective().is_root(),
         Needs::Console => std::path::Path::new("/dev/vcsa9").exists(),
+        Needs::Swap => std::fs::read_to_string("/proc/swaps").is_ok_and(|text| text.lines().count() > 1),
         Needs::Avx2 => is_x86_feature_detected!("avx2"),
     }
 }

@@ -305,7 +305,7 @@ fn allow_new_forms(before: &mut Record, after: &Record) {
             let same = match field.0 {
                 "thread.syscall" => is_same_call(value, new),
                 // A huge page where there were small ones: the rest of it is zero, as it would have been when touched.
-                "smaps.Anonymous" => value.parse::<u64>().ok() < new.parse().ok(),
+                "smaps.Anonymous+Swap" => value.parse::<u64>().ok() < new.parse().ok(),
                 // It waits for the disk on the way: a page of a file that the new kernel has not read yet.
                 // The terminal itself has taken the place of the name that means whichever controls the session.
                 "fd" => value == "/dev/tty" && new.starts_with("/dev/"),
@@ -359,6 +359,8 @@ fn start_survivors(guest: &mut Guest) -> Result<Vec<i32>> {
         // Of who computes there is no moment at which /proc and its memory could agree.
         .filter(|survivor| survivor.expect == Expect::Survives && !survivor.is_computing())
         .filter(|survivor| !restless.contains(&survivor.name))
+        // No swap area is in use here.
+        .filter(|survivor| survivor.needs != Needs::Swap)
         .collect();
     let mut pids = Vec::new();
     for (root, dir) in [(false, "/home/demo/survivors"), (true, "/root/survivors")] {

@@ -194,7 +194,7 @@ impl RealPrograms {
             }
         };
         let config = format!("{selected}\n[after]\nstart = [\"{AGENT_COMMAND}\"]\n");
-        Installation { config, saver: true }
+        Installation { config, saver: true, swap: false }
     }
 }
 

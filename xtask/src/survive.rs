@@ -23,6 +23,11 @@ use crate::{Global, ui};
 pub const PROGRAM: &str = "/usr/local/lib/otherworld/survivors/survivors";
 const READY_DEADLINE: Duration = Duration::from_secs(240);
 const VERDICT_DEADLINE: Duration = Duration::from_secs(150);
+/// What was swapped out stays in memory as well for as long as there is room; the kernel is asked to make some.
+const EMPTY_SWAP_CACHE: &str = "for i in $(seq 100); do
+    [ $(awk '/^SwapCached:/ { print $2 }' /proc/meminfo) -lt 512 ] && exit 0
+    echo 4M > /sys/fs/cgroup/memory.reclaim || true
+done; grep Swap /proc/meminfo; exit 1";
 /// Codes of losses that all survivors have alike and none looks at.
 const OF_ALL: &[&str] = &["cgroup"];
 /// The panic comes within so many microseconds after all are ready.
@@ -83,7 +88,8 @@ impl Survivors {
         let mut tally = Tally::default();
         for series in crate::series_or_all(self.kernel) {
             let config = MachineConfig::new(series, global.accel());
-            let installation = Installation { saver: !self.no_saver, ..Installation::for_programs(PROGRAM) };
+            let installation =
+                Installation { saver: !self.no_saver, swap: true, ..Installation::for_programs(PROGRAM) };
             let armed = guest::armed(&lab, &lab.booted(&config)?, &installation)?;
             for n in 1..=self.crashes {
                 ui::line(format!("kernel {series}, panic {n} of {}, seed {seed}", self.crashes));
@@ -108,9 +114,16 @@ impl Survivors {
         guest::seed(&mut guest, draw.u64(..))?;
         ui::note(&format!("starting {} survivors", chosen.len()));
         let mut pids = BTreeMap::new();
+        // Before there is anything else that could go with it.
+        let (swaps, others): (Vec<&Survivor>, Vec<&Survivor>) =
+            chosen.iter().copied().partition(|survivor| survivor.needs == Needs::Swap);
+        if !swaps.is_empty() {
+            pids.extend(start(&mut guest, &swaps, None, self.damage)?);
+            guest.agent.shell(EMPTY_SWAP_CACHE, READY_DEADLINE).context("emptying the swap cache")?;
+        }
         for computing in [false, true] {
             let these: Vec<_> =
-                chosen.iter().copied().filter(|survivor| survivor.is_computing() == computing).collect();
+                others.iter().copied().filter(|survivor| survivor.is_computing() == computing).collect();
             pids.extend(start(&mut guest, &these, computing.then_some(COMPUTING_CPU), self.damage)?);
         }
         let panic = Panic {
@@ -129,6 +142,9 @@ impl Survivors {
             })
             .collect::<Vec<_>>();
         tell(&rows);
+        if !swaps.is_empty() && swapped_bytes(&guest)? == 0 {
+            bail!("nothing was read from the swap areas: the survivors of swap have shown nothing");
+        }
         fs::write(
             guest.dir.join("table.txt"),
             rows.iter().map(|row| format!("{row}\n")).collect::<String>(),
@@ -232,6 +248,13 @@ fn needs_root(survivor: &Survivor) -> bool {
 
 fn directory(root: bool) -> &'static str {
     if root { "/root/survivors" } else { "/home/demo/survivors" }
+}
+
+/// How much the crash kernel has read from swap areas.
+fn swapped_bytes(guest: &Guest) -> Result<u64> {
+    let report = fs::read_to_string(guest.dir.join("report.json"))?;
+    let report: serde_json::Value = serde_json::from_str(&report).context("the report is not JSON")?;
+    Ok(report["resurrection"]["swapped_bytes"].as_u64().unwrap_or(0))
 }
 
 /// What the report says of a process.

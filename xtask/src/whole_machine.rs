@@ -85,6 +85,12 @@ const QUESTIONS: &[Question] = &[
     },
     Question { name: "mounts", look: mounts, check: |a, was| same(was, &mounts(a)?), needs_system: false },
     Question {
+        name: "swap areas",
+        look: swap_areas,
+        check: |a, was| same(was, &swap_areas(a)?),
+        needs_system: false,
+    },
+    Question {
         name: "files of /run",
         look: files_of_run,
         check: |a, was| same(was, &files_of_run(a)?),
@@ -136,7 +142,7 @@ impl WholeMachine {
         let config = format!(
             "mode = \"all\"\n\n[[never]]\nexe = \"{AGENT}\"\n\n{left_out}[after]\nstart = [\"{AGENT_COMMAND}\"]\n"
         );
-        Installation { config, saver: true }
+        Installation { config, saver: true, swap: true }
     }
 
     fn once(&self, lab: &Lab, armed: &Snapshot, name: &str, draw: &mut fastrand::Rng) -> Result<Tally> {
@@ -299,6 +305,13 @@ fn mounts(agent: &mut Channel) -> Result<String> {
         "findmnt --noheadings --raw --list -o TARGET,FSTYPE,VFS-OPTIONS,PROPAGATION | sort; \
                 for pid in $(pgrep -x systemd-udevd) $(pgrep -x systemd-logind); do nsenter -t $pid -m findmnt --noheadings --raw --list -o TARGET,FSTYPE,VFS-OPTIONS,PROPAGATION | sort; done",
     )
+}
+
+/// With their sizes and priorities; how much of them is used changes by itself.
+fn swap_areas(agent: &mut Channel) -> Result<String> {
+    let areas = ask(agent, "swapon --show=NAME,TYPE,SIZE,PRIO --noheadings --raw | sort")?;
+    ensure!(areas.lines().count() == 2, "two areas are to be in use: {areas}");
+    Ok(areas)
 }
 
 /// What is there besides sockets and the journal of the moment.

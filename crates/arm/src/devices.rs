@@ -10,7 +10,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::Root;
 
-/// A block device with a mounted file system, described so that the crash kernel finds it again.
+/// What stands for the type of file system of a swap area.
+const SWAP: &str = "swap";
+
+/// A block device with a mounted file system or a swap area, described so that the crash kernel finds it again.
 ///
 /// Names such as `vda1` and device numbers depend on the order in which drivers probe; the UUID that the file system carries
 /// does not, nor does the place in the device tree.
@@ -22,13 +25,13 @@ pub struct BlockDevice {
     pub minor: u32,
     /// Name in the main kernel, `vda1`.
     pub name: String,
-    /// File system on it, `ext4`.
+    /// File system on it, `ext4`, or `swap`.
     pub fs_type: String,
     /// UUID in the file system's super block, 16 bytes as lower-case hexadecimal with dashes; `None` when the type is not known here.
     pub uuid: Option<String>,
     /// Mount options of the super block that mount(2) takes as data (`commit=600`).
     pub options: String,
-    /// Where it is mounted first.
+    /// Where it is mounted first; `none` for a swap area.
     pub mountpoint: PathBuf,
 }
 
@@ -147,6 +150,30 @@ pub fn mounted(root: &Root) -> Result<Vec<BlockDevice>, RootError> {
     Ok(all)
 }
 
+/// All block devices that are swap areas, in use or not.
+pub fn swap(root: &Root) -> Vec<BlockDevice> {
+    let Ok(entries) = fs::read_dir(root.join("/sys/dev/block")) else { return Vec::new() };
+    let numbers = entries.filter_map(|entry| {
+        let name = entry.ok()?.file_name().into_string().ok()?;
+        let (major, minor) = name.split_once(':')?;
+        Some((major.parse().ok()?, minor.parse().ok()?))
+    });
+    let mut numbers: Vec<(u32, u32)> = numbers.collect();
+    numbers.sort_unstable();
+    let device = |(major, minor)| {
+        let line = MountLine {
+            major,
+            minor,
+            mountpoint: PathBuf::from("none"),
+            fs_type: SWAP.to_owned(),
+            source: String::new(),
+            options: String::new(),
+        };
+        describe(root, &line).filter(|device| device.uuid.is_some() && stacked(root, device).is_none())
+    };
+    numbers.into_iter().filter_map(device).collect()
+}
+
 fn describe(root: &Root, line: &MountLine) -> Option<BlockDevice> {
     let dir = sysfs_dir(root, line.major, line.minor)?;
     let name = dir.file_name()?.to_str()?.to_owned();
@@ -187,12 +214,14 @@ fn mount_data(options: &str) -> String {
     data.collect::<Vec<_>>().join(",")
 }
 
-/// The UUID in the super block of an ext2/3/4 or XFS file system on `device`.
+/// The UUID in the super block of an ext2/3/4 or XFS file system, or in the header of a swap area, on `device`.
 pub fn file_system_uuid(device: &File, fs_type: &str) -> io::Result<Option<String>> {
     // Position of the super block, of the magic in it, the magic, position of the UUID.
     let (block, magic_at, magic, uuid_at): (u64, u64, &[u8], u64) = match fs_type {
         "ext2" | "ext3" | "ext4" => (1024, 0x38, &[0x53, 0xef], 0x68),
         "xfs" => (0, 0, b"XFSB", 32),
+        // The magic ends the first page.
+        SWAP => (0, 4086, b"SWAPSPACE2", 1036),
         _ => return Ok(None),
     };
     let mut found = vec![0; magic.len()];

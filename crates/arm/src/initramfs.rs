@@ -117,6 +117,7 @@ mod tests {
             kernel: "1".into(),
             modules: vec![],
             devices: vec![],
+            swap: vec![],
             fsck: vec![],
             pid_max: 32768,
             config: Config::default(),

@@ -314,7 +314,8 @@ fn build_initramfs(root: &Root, config: &Config, options: &Options, release: &st
     })?;
     let mut wanted: Vec<String> = Vec::new();
     let mut optional: Vec<String> = Vec::new();
-    for device in &devices {
+    let swap = devices::swap(root);
+    for device in devices.iter().chain(&swap) {
         let drivers = devices::drivers(root, device.major, device.minor)
             .map_err(file_error("read", Path::new("/sys/dev/block")))?;
         wanted.extend(drivers.modules);
@@ -352,6 +353,7 @@ fn build_initramfs(root: &Root, config: &Config, options: &Options, release: &st
             kernel: release.to_owned(),
             modules: Vec::new(),
             devices,
+            swap,
             fsck,
             pid_max: root.read("/proc/sys/kernel/pid_max").ok().and_then(|v| v.parse().ok()).unwrap_or(32768),
             config: config.clone(),

@@ -19,6 +19,9 @@ pub struct Manifest {
     pub modules: Vec<PathBuf>,
     /// Devices with mounted file systems; the first one has the root file system.
     pub devices: Vec<BlockDevice>,
+    /// Devices that are swap areas.
+    #[serde(default)]
+    pub swap: Vec<BlockDevice>,
     /// `fsck.TYPE` programs in the initramfs, by file system type.
     pub fsck: Vec<String>,
     /// `kernel.pid_max` of the main kernel: old PIDs go up to there.

@@ -114,6 +114,7 @@ pub fn fingerprint(path: &Path) -> Option<u64> {
 
 pub(crate) fn mounts_fingerprint(root: &Root) -> u64 {
     let mut devices = crate::devices::mounted(root).unwrap_or_default();
+    devices.extend(crate::devices::swap(root));
     devices.sort_by_key(|d| (d.major, d.minor));
     let names: Vec<String> =
         devices.iter().map(|d| format!("{}:{}:{}:{:?}", d.major, d.minor, d.fs_type, d.uuid)).collect();

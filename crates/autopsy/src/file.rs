@@ -39,7 +39,7 @@ struct FdTable {
 #[kernel("file")]
 pub(crate) struct File {
     #[kernel(nested)]
-    f_path: Path,
+    pub f_path: Path,
     pub f_inode: u64,
     pub f_op: u64,
     #[kernel("f_count.counter")]

@@ -30,8 +30,7 @@ use crate::error::Result;
 pub const MOVING: &[&str] = &[
     "maps",
     "smaps.VmFlags",
-    "smaps.Anonymous",
-    "smaps.Swap",
+    "smaps.Anonymous+Swap",
     "fd",
     "fdinfo.pos",
     "fdinfo.flags",
@@ -494,6 +493,7 @@ fn recorded_lines(fields: &mut Fields, path: &Path, wanted: &[(&str, &'static st
 fn recorded_mappings(fields: &mut Fields, path: &Path) {
     let mut start = None;
     let mut private = false;
+    let mut anonymous: u64 = 0;
     for line in text(path.join("smaps")).unwrap_or_default().lines() {
         if let Some((range, rest)) = line.split_once(' ')
             && let Some((from, to)) = range.split_once('-')
@@ -512,8 +512,12 @@ fn recorded_mappings(fields: &mut Fields, path: &Path) {
             let kib = value.trim().trim_end_matches(" kB");
             match key {
                 "VmFlags" => put(fields, "smaps.VmFlags", start, known_flags(value)),
-                "Anonymous" if private => put(fields, "smaps.Anonymous", start, kib),
-                "Swap" if private => put(fields, "smaps.Swap", start, kib),
+                "Anonymous" => anonymous = kib.parse().unwrap_or(0),
+                // A page can be in memory and count as swapped out nevertheless.
+                "Swap" if private => {
+                    let swap: u64 = kib.parse().unwrap_or(0);
+                    put(fields, "smaps.Anonymous+Swap", start, anonymous + swap);
+                }
                 _ => {}
             }
         }
@@ -723,9 +727,7 @@ fn of_address_space(f: &mut Fields, snapshot: &Snapshot, space: &AddressSpace) {
         put(f, "smaps.VmFlags", vma.start, flags.join(" "));
         if !vma.shared {
             let pages: u64 = vma.pages.iter().map(|run| u64::from(run.count)).sum();
-            let swapped: u64 = vma.swapped.iter().map(|run| u64::from(run.count)).sum();
-            put(f, "smaps.Anonymous", vma.start, pages * 4);
-            put(f, "smaps.Swap", vma.start, swapped * 4);
+            put(f, "smaps.Anonymous+Swap", vma.start, pages * 4);
         }
     }
 }

@@ -1,11 +1,12 @@
 //! Inodes and their page cache (include/linux/fs.h, pagemap.h, xarray.h; 6.1 and 6.12).
 
 use ktypes::KernelType;
-use snapshot::{Bytes, Inode, InodeId, PageCacheRun, Timestamp};
+use snapshot::{Bytes, Inode, InodeId, PageCacheRun, Severity, Timestamp};
 
 use crate::Autopsy;
 use crate::error::{Result, corrupt};
 use crate::fs::device;
+use crate::swap::Slot;
 
 // i_mode (include/uapi/linux/stat.h).
 pub(crate) const S_IFSOCK: u32 = 0o140_000;
@@ -114,7 +115,7 @@ impl Autopsy<'_> {
             // The state's bits are in the low half, whether it is 32 or 64 bits wide.
             dirty: u64::from(self.kernel.read_u32(raw.i_state)?) & dirty_bits != 0,
             pages: Vec::new(),
-            swapped_pages: 0,
+            lost_pages: 0,
         };
         if facts.mode & 0o170_000 == S_IFREG && raw.i_mapping != 0 {
             self.page_cache(raw.i_mapping, &mut inode)?;
@@ -130,13 +131,22 @@ impl Autopsy<'_> {
         let frames = self.frames()?;
         // In memory-backed files a value is a swapped-out page, elsewhere the shadow of an evicted one.
         let values_are_swapped = matches!(inode.fs_type.as_bytes(), b"tmpfs" | b"devtmpfs");
-        let mut damage = None;
-        let (runs, swapped) = (&mut inode.pages, &mut inode.swapped_pages);
+        let (mut damage, mut why_lost) = (None, None);
+        let (runs, lost) = (&mut inode.pages, &mut inode.lost_pages);
         self.kernel.xarray_for_each(pages, MAX_PAGES, |first, entry| {
             let count = entry.last.saturating_sub(first).saturating_add(1);
             let Some(page) = entry.pointer() else {
-                if values_are_swapped {
-                    *swapped = swapped.saturating_add(count);
+                if let (true, Some(value)) = (values_are_swapped, entry.value()) {
+                    for part in 0..count {
+                        match self.swapped_page(value.wrapping_add(part)) {
+                            Slot::Frame(pfn) => push_run(runs, first + part, pfn, 1, false),
+                            Slot::Zero => {}
+                            Slot::Lost(why) => {
+                                *lost += 1;
+                                why_lost.get_or_insert(why);
+                            }
+                        }
+                    }
                 }
                 return Ok(());
             };
@@ -160,6 +170,10 @@ impl Autopsy<'_> {
             }
             Ok(())
         })?;
+        if let Some(why) = why_lost {
+            let text = format!("{}: {lost} pages {why}", inode.path);
+            self.find(Severity::Note, "memory", text);
+        }
         if let Some(why) = damage {
             // Whoever has it open or mapped would have holes in it.
             return Err(corrupt("address_space", mapping, format!("{}: {why}", inode.path)));

@@ -45,6 +45,7 @@ mod seccomp;
 mod signal;
 mod signalfd;
 mod socket;
+mod swap;
 pub mod syscall;
 #[cfg(test)]
 mod testing;
@@ -104,6 +105,7 @@ pub struct Autopsy<'k> {
     /// How many epoll instances are being read, one within the other.
     pub(crate) epoll_depth: Cell<u32>,
     pub(crate) frames: OnceCell<memory::Frames<'k>>,
+    pub(crate) swap: OnceCell<swap::Swap>,
     pub(crate) in_flight: OnceCell<memory::fault::InFlight>,
     pub(crate) cpus: OnceCell<thread::Cpus>,
     pub(crate) stacks: OnceCell<Option<thread::StackLayout>>,
@@ -137,6 +139,7 @@ impl<'k> Autopsy<'k> {
             mount_table: OnceCell::new(),
             epoll_depth: Cell::new(0),
             frames: OnceCell::new(),
+            swap: OnceCell::new(),
             in_flight: OnceCell::new(),
             cpus: OnceCell::new(),
             stacks: OnceCell::new(),
@@ -185,6 +188,7 @@ impl<'k> Autopsy<'k> {
             uts_namespaces: self.uts_namespaces.take(),
             tmpfs,
             autofs,
+            swap_areas: self.swap_areas(),
             cgroups,
             processes,
             address_spaces: self.address_spaces.take(),

@@ -9,12 +9,13 @@ use std::collections::HashMap;
 
 use ktypes::{Kernel, KernelType};
 use snapshot::{
-    AddressSpace, AddressSpaceId, Bytes, FileId, FileKind, MmLayout, PageRun, Prot, Severity, SwapRun, Vma,
+    AddressSpace, AddressSpaceId, Bytes, FileId, FileKind, MmLayout, PageRun, Prot, Severity, SwapArea, Vma,
     VmaFlags, VmaKind,
 };
 use vmcore::{Entry, EntryKind, PAGE_SHIFT, PAGE_SIZE, PteFormat};
 
 use crate::error::{Result, corrupt};
+use crate::swap::{Slot, Swap};
 use crate::{Autopsy, syscall_name};
 
 /// `vm.max_map_count` can be raised; nobody has this many.
@@ -302,8 +303,8 @@ struct Collector<'a, 'k> {
     ranges: &'a [vmcore::PhysRange],
     /// Only anonymous pages count: the others are the file's.
     file: bool,
+    swap: &'a Swap,
     pages: Vec<PageRun>,
-    swapped: Vec<SwapRun>,
     lost: u64,
     why_lost: Option<String>,
 }
@@ -324,7 +325,11 @@ impl Collector<'_, '_> {
                     self.page(from + (i << PAGE_SHIFT), first + i);
                 }
             }
-            EntryKind::Swap { kind, offset } => self.swap(from, kind.into(), offset + skip, count),
+            EntryKind::Swap { kind, offset } => {
+                for i in 0..count {
+                    self.swapped(from + (i << PAGE_SHIFT), self.swap.slot(kind.into(), offset + skip + i));
+                }
+            }
             EntryKind::Marker { bits } if bits & !1 == 0 => {}
             EntryKind::HwPoison { .. } => self.lose(count, "lost to a hardware error"),
             EntryKind::DevicePrivate { .. } => self.lose(count, "in a device's own memory"),
@@ -348,6 +353,10 @@ impl Collector<'_, '_> {
             Ok(_) => {}
             Err(error) => return self.lose(1, &error.to_string()),
         }
+        self.frame(addr, pfn);
+    }
+
+    fn frame(&mut self, addr: u64, pfn: u64) {
         let at = pfn << PAGE_SHIFT;
         let candidate = self.ranges.partition_point(|range| range.start <= at);
         let in_dump = candidate > 0
@@ -355,6 +364,10 @@ impl Collector<'_, '_> {
         if !in_dump {
             return self.lose(1, "are not in the core");
         }
+        self.push(addr, pfn);
+    }
+
+    fn push(&mut self, addr: u64, pfn: u64) {
         match self.pages.last_mut() {
             Some(run)
                 if run.addr + (u64::from(run.count) << PAGE_SHIFT) == addr
@@ -367,18 +380,15 @@ impl Collector<'_, '_> {
         }
     }
 
-    fn swap(&mut self, addr: u64, area: u32, offset: u64, count: u64) {
-        let count = count as u32;
-        match self.swapped.last_mut() {
-            Some(run)
-                if run.area == area
-                    && run.addr + (u64::from(run.count) << PAGE_SHIFT) == addr
-                    && run.offset + u64::from(run.count) == offset
-                    && run.count.checked_add(count).is_some() =>
-            {
-                run.count += count;
-            }
-            _ => self.swapped.push(SwapRun { addr, area, offset, count }),
+    fn swapped(&mut self, addr: u64, slot: Slot) {
+        match slot {
+            // One that was only read ahead of time is nobody's yet: not marked as anonymous.
+            Slot::Frame(pfn) if SwapArea::slot_of(pfn).is_none() => self.frame(addr, pfn),
+            Slot::Frame(pfn) => self.push(addr, pfn),
+            // Where there is no page, a file's shows.
+            Slot::Zero if self.file => self.push(addr, self.frames.zero_pfn),
+            Slot::Zero => {}
+            Slot::Lost(why) => self.lose(1, why),
         }
     }
 
@@ -541,7 +551,6 @@ impl Autopsy<'_> {
             kind: self.vma_kind(area, shared)?,
             name: self.anon_name(area),
             pages: Vec::new(),
-            swapped: Vec::new(),
             lost_pages: 0,
         };
         let own_pages = match vma.kind {
@@ -627,8 +636,8 @@ impl Autopsy<'_> {
             frames: self.frames()?,
             ranges: self.kernel.phys().ranges(),
             file: matches!(vma.kind, VmaKind::File { .. }),
+            swap: self.swap(),
             pages: Vec::new(),
-            swapped: Vec::new(),
             lost: 0,
             why_lost: None,
         };
@@ -657,7 +666,6 @@ impl Autopsy<'_> {
             self.find(Severity::Note, "memory", text);
         }
         vma.pages = collector.pages;
-        vma.swapped = collector.swapped;
         vma.lost_pages = collector.lost;
         Ok(())
     }

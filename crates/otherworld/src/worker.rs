@@ -59,7 +59,7 @@ impl Worker {
 
     fn work(&mut self) -> Result<()> {
         // The manifest lies in the initramfs, which will be out of reach.
-        let config = Manifest::load().context("reading the manifest")?.config;
+        let manifest = Manifest::load().context("reading the manifest")?;
         // There is one CPU. PID 1 goes first with what then waits for devices and disks; reading fills the gaps.
         rustix::process::setpriority_process(None, READING_NICE).context("cannot become nice")?;
         let core = Vmcore::open(Path::new("/proc/vmcore"))?;
@@ -73,7 +73,7 @@ impl Worker {
         };
         self.channel.send(&last_words)?;
         let mut snapshot = autopsy.snapshot()?;
-        snapshot::decide(&mut snapshot, &config.policy);
+        snapshot::decide(&mut snapshot, &manifest.config.policy);
         self.mark("snapshot-complete")?;
         self.findings = snapshot.findings.clone();
         self.processes = fates(&snapshot, |_| {
@@ -98,7 +98,7 @@ impl Worker {
         };
         self.channel.send(&surveyed)?;
         let time_left = self.enter_root()?;
-        self.resurrect(&kernel, &mut snapshot, &config, time_left)
+        self.resurrect(&kernel, &mut snapshot, &manifest, time_left)
     }
 
     /// Follows PID 1 into the root file system; returns how long the rest may take.
@@ -124,14 +124,16 @@ impl Worker {
         &mut self,
         kernel: &Kernel,
         snapshot: &mut Snapshot,
-        config: &arm::Config,
+        manifest: &Manifest,
         time_left: Duration,
     ) -> Result<()> {
+        let config = &manifest.config;
         let options = resurrect::Options {
             deadline: time_left,
             process_deadline: Duration::from_secs(config.deadlines.process),
             whole_machine: config.policy.mode == snapshot::Mode::All,
             fallback: crate::init::steward::fallback(&config.after.start),
+            block_devices: block_devices(snapshot, manifest),
         };
         let memory = DeadMemory::new(kernel.vmcore());
         let mut report = resurrect::resurrect(snapshot, &memory, &options, &mut Told(&mut self.channel))?;
@@ -150,6 +152,12 @@ impl Worker {
             object: "tmpfs".to_owned(),
             text: format!("{}: {}", place.path, place.why),
         }));
+        findings.extend(std::mem::take(&mut report.swap_off).into_iter().map(|area| Finding {
+            severity: Severity::Loss,
+            pid: None,
+            object: "swap".to_owned(),
+            text: format!("the swap area {} is not in use: {}", area.path, area.why),
+        }));
         self.channel.send(&FromWorker::Done {
             processes,
             findings,
@@ -158,6 +166,17 @@ impl Worker {
         })?;
         Ok(())
     }
+}
+
+/// Where the devices are now that swap areas are on.
+fn block_devices(snapshot: &Snapshot, manifest: &Manifest) -> resurrect::swap::BlockDevices {
+    let known = || manifest.swap.iter().chain(&manifest.devices);
+    let found = snapshot.swap_areas.iter().filter_map(|area| {
+        let number = (area.dev_major, area.dev_minor);
+        let device = known().find(|device| (device.major, device.minor) == number)?;
+        Some((number, crate::init::device::find(device)?))
+    });
+    found.collect()
 }
 
 fn fate(outcome: resurrect::Outcome) -> Fate {

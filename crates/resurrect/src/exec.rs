@@ -42,7 +42,6 @@ fn stand_in(exec: &Exec, specials: &Specials) -> AddressSpace {
         kind,
         name: None,
         pages: Vec::new(),
-        swapped: Vec::new(),
         lost_pages: 0,
     };
     let mut vmas = vec![vma(START, end, Prot::all(), VmaKind::Anonymous)];

@@ -147,8 +147,8 @@ impl Segment {
         if inode.fs_type.as_bytes() != b"tmpfs" {
             return Err(format!("its pages are those of {}", inode.fs_type));
         }
-        if inode.swapped_pages > 0 {
-            return Err(format!("{} of its pages were swapped out", inode.swapped_pages));
+        if let Some(obstacle) = snapshot.obstacles_to_contents(inode).first() {
+            return Err(obstacle.text.clone());
         }
         let flags = libc::IPC_CREAT | libc::IPC_EXCL | perm.mode as i32;
         let args = [key(perm), segment.size, flags as u64, 0, 0, 0];

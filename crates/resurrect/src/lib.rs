@@ -66,6 +66,7 @@ mod signal;
 mod signalfd;
 mod skeleton;
 mod socket;
+pub mod swap;
 mod sys;
 mod syscall;
 mod thread;
@@ -108,6 +109,8 @@ pub struct Options {
     pub whole_machine: bool,
     /// Should PID 1 not come back although it has been begun: arguments with which it runs the caller's program again.
     pub fallback: Vec<std::ffi::OsString>,
+    /// Where the block devices are that swap areas are on.
+    pub block_devices: swap::BlockDevices,
 }
 
 impl Default for Options {
@@ -117,6 +120,7 @@ impl Default for Options {
             process_deadline: Duration::from_secs(10),
             whole_machine: false,
             fallback: Vec::new(),
+            block_devices: swap::BlockDevices::new(),
         }
     }
 }
@@ -196,6 +200,9 @@ pub struct Report {
     pub timeline: Vec<Reached>,
     /// Bytes of memory copied into processes.
     pub poured_bytes: u64,
+    /// Bytes read from swap areas.
+    #[serde(default)]
+    pub swapped_bytes: u64,
     /// Time that the copying took.
     pub pour_time: Duration,
     /// Files that were brought up to date from the dead page cache.
@@ -206,6 +213,9 @@ pub struct Report {
     /// Files of file systems in memory, and mount points of automounters, that are not there again.
     #[serde(default)]
     pub places_lost: Vec<FileStale>,
+    /// Swap areas that are not in use again.
+    #[serde(default)]
+    pub swap_off: Vec<FileStale>,
 }
 
 /// One entry of the timeline.
@@ -312,6 +322,7 @@ pub fn resurrect(
         memory::parse_maps(&maps).ok_or_else(|| Error::Caller("its memory map cannot be read".into()))?;
     let specials = Specials::of(&maps);
     exec::insert_stand_ins(snapshot, &specials);
+    let mem = swap::Memory::open(mem, snapshot, &options.block_devices);
     let snapshot = &*snapshot;
     let mut run = Run {
         snapshot,
@@ -362,7 +373,7 @@ struct Run<'a> {
 impl<'a> Run<'a> {
     fn all(
         &mut self,
-        mem: &dyn PhysMem,
+        mem: swap::Memory<'_>,
         maps: &[memory::MapsLine],
         specials: &Specials,
     ) -> Result<Report, Error> {
@@ -383,9 +394,9 @@ impl<'a> Run<'a> {
         self.refuse_high_descriptors(&mut wanted);
         let base = Files::lowest_own(self.snapshot, &self.processes(&wanted))
             .map_err(system("raise the limit on descriptors"))?;
-        let prepared = self.prepare_places(&mut wanted, mem, base);
+        let prepared = self.prepare_places(&mut wanted, &mem, base);
         let processes = self.processes(&wanted);
-        let mut files = Files::open(self.snapshot, &processes, mem, base, prepared);
+        let mut files = Files::open(self.snapshot, &processes, &mem, base, prepared);
         self.refuse_files(&mut wanted, &files);
         self.report.files_written = files.written(self.snapshot);
         self.report.files_stale = files.stale(self.snapshot);
@@ -414,11 +425,11 @@ impl<'a> Run<'a> {
         scratch.map().map_err(system("map the scratch area"))?;
         let taken: Vec<(u64, u64)> =
             maps.iter().map(|l| (l.start, l.end)).chain([scratch.reserved()]).collect();
-        let copy_on_write = copy_on_write::Plan::new(self.snapshot, &plan, mem, &taken)
+        let copy_on_write = copy_on_write::Plan::new(self.snapshot, &plan, &mem, &taken)
             .map_err(system("share memory with the processes"))?;
         let deadline = self.deadline.or_after(self.options.process_deadline + copy_on_write.patience());
         self.alarm.set(deadline);
-        let states = skeleton::create(self.snapshot, &plan, &mut files, (&copy_on_write, mem), deadline);
+        let states = skeleton::create(self.snapshot, &plan, &mut files, (&copy_on_write, &mem), deadline);
         scratch.unmap();
         let states = states.map_err(system("create processes"))?;
         self.sort_out_skeletons(&mut wanted, &plan, &states, &files);
@@ -443,7 +454,9 @@ impl<'a> Run<'a> {
         };
         self.report.poured_bytes = copy_on_write.bytes();
         let mut builds = self.map_memory(&wanted, &plan, &common);
-        self.pour(mem, reverse, &shared, &ipc, &mut builds);
+        self.pour(&mem, reverse, &shared, &ipc, &mut builds);
+        self.report.swapped_bytes = mem.bytes();
+        self.report.swap_off = mem.switch_on(self.snapshot);
 
         // The rest.
         self.each(&mut builds, |build, common, deadline| build.finish(common, deadline), &common, true);
@@ -641,8 +654,12 @@ impl<'a> Run<'a> {
                 }
                 Some(mm) => memory::obstacle(mm, specials).map(|why| ("memory", why)),
             };
-            if let Some((code, why)) = obstacle {
-                self.give_up(wanted, p.pid, vec![Reason::new(code, why)]);
+            let reasons = match obstacle {
+                Some((code, why)) => vec![Reason::new(code, why)],
+                None => snapshot::swapped_out_of_reach(self.snapshot, p),
+            };
+            if !reasons.is_empty() {
+                self.give_up(wanted, p.pid, reasons);
             }
         }
     }

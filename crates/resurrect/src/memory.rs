@@ -525,7 +525,6 @@ mod tests {
             kind,
             name: None,
             pages: vec![],
-            swapped: vec![],
             lost_pages: 0,
         }
     }

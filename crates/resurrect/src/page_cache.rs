@@ -9,7 +9,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, fchown};
 use std::path::Path;
 
-use snapshot::{Inode, PAGE_SIZE, PhysMem, PhysMemError};
+use snapshot::{Inode, PAGE_SIZE, PageCacheRun, PhysMem, PhysMemError};
 
 /// What [`restore`] did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -193,6 +193,18 @@ pub(crate) fn copy_contents(file: &File, inode: &Inode, mem: &dyn PhysMem) -> Re
     fill(file, path, inode, true, mem).map(drop)
 }
 
+/// Cuts a run into pieces that can be mapped at a time: a swapped-out page is mapped by reading it.
+fn parts(run: &PageCacheRun) -> impl Iterator<Item = PageCacheRun> {
+    const PART: u32 = 2048;
+    let run = *run;
+    (0..run.count).step_by(PART as usize).map(move |skip| PageCacheRun {
+        index: run.index.saturating_add(skip.into()),
+        pfn: run.pfn.saturating_add(skip.into()),
+        count: (run.count - skip).min(PART),
+        dirty: run.dirty,
+    })
+}
+
 /// Writes what the page cache held, or only what of it was dirty, into a file, and gives it its size and times; returns the bytes written.
 fn fill(
     file: &File,
@@ -205,7 +217,7 @@ fn fill(
     let io = |what| move |source| PageCacheError::Io { what, path: path.display().to_string(), source };
     let mut buffer = vec![0; 64 << 10];
     let mut written = 0;
-    for run in inode.pages.iter().filter(|r| all || r.dirty) {
+    for run in inode.pages.iter().filter(|r| all || r.dirty).flat_map(parts) {
         let start = run.index.saturating_mul(PAGE_SIZE);
         let len = (u64::from(run.count) * PAGE_SIZE).min(inode.size.saturating_sub(start));
         if len == 0 {
@@ -330,7 +342,7 @@ mod tests {
         let json = serde_json::json!({
             "ino": 0, "dev_major": 8, "dev_minor": 1, "fs_type": "ext4", "mode": 0o100640, "uid": 1, "gid": 2, "nlink": 1,
             "size": size, "atime": {"sec": 5, "nsec": 0}, "mtime": {"sec": 1_000_000_000, "nsec": 7},
-            "ctime": {"sec": 0, "nsec": 0}, "path": "", "dirty": true, "pages": [], "swapped_pages": 0,
+            "ctime": {"sec": 0, "nsec": 0}, "path": "", "dirty": true, "pages": [], "lost_pages": 0,
         });
         Inode { pages: pages.collect(), ..serde_json::from_value(json).unwrap() }
     }

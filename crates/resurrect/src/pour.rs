@@ -10,13 +10,15 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use snapshot::{PAGE_SIZE, PageRun, PhysMap, PhysMem, PhysRange, Pid};
+use snapshot::{FIRST_SWAP_FRAME, PAGE_SIZE, PageRun, PhysMap, PhysMem, PhysRange, Pid, SwapArea};
 
 use crate::sys;
 
 /// Bytes of physical memory that are mapped at a time: the unit in which Linux adds memory.
 pub(crate) const BLOCK: u64 = 128 << 20;
 const FRAMES_PER_BLOCK: u64 = BLOCK / PAGE_SIZE;
+/// Of a swap area, fewer: they are not mapped, but read.
+const SLOTS_PER_BLOCK: u64 = (8 << 20) / PAGE_SIZE;
 /// What lies between two needed frames is mapped with them up to this size. The dead memory is mapped page by page when it is asked for:
 /// mapping and unmapping this much takes as long as another call.
 const MAX_GAP: u64 = 64 * PAGE_SIZE;
@@ -84,7 +86,8 @@ impl ReverseMap {
     pub(crate) fn add(&mut self, owner: OwnerId, run: PageRun) {
         let PageRun { mut addr, mut pfn, mut count } = run;
         while count > 0 {
-            let n = count.min((FRAMES_PER_BLOCK - pfn % FRAMES_PER_BLOCK) as u32);
+            let size = block_size(pfn);
+            let n = count.min((size - pfn % size) as u32);
             self.entries.push(Entry { pfn, addr, count: n, owner });
             addr = addr.wrapping_add(u64::from(n) * PAGE_SIZE);
             pfn = pfn.wrapping_add(n.into());
@@ -99,13 +102,13 @@ impl ReverseMap {
         let mut rest = self.entries.as_slice();
         while let Some(first) = rest.first() {
             let Some(range) = range_of(mem.ranges(), first) else {
-                result.fail(first.owner, format!("page frame {:#x} is not in the dump", first.pfn));
+                result.fail(first.owner, not_there(first.pfn));
                 rest = &rest[1..];
                 continue;
             };
-            let block = first.pfn / FRAMES_PER_BLOCK;
+            let size = block_size(first.pfn);
             let here =
-                |e: &&Entry| e.pfn / FRAMES_PER_BLOCK == block && range_of(mem.ranges(), e) == Some(range);
+                |e: &&Entry| e.pfn / size == first.pfn / size && range_of(mem.ranges(), e) == Some(range);
             let n = rest.iter().take_while(here).count();
             let (group, tail) = rest.split_at(n);
             rest = tail;
@@ -186,6 +189,18 @@ impl ReverseMap {
 impl Poured {
     fn fail(&mut self, owner: OwnerId, why: String) {
         self.failed.entry(owner).or_insert(why);
+    }
+}
+
+/// How many frames are mapped at a time, from a multiple of it on.
+fn block_size(pfn: u64) -> u64 {
+    if pfn < FIRST_SWAP_FRAME { FRAMES_PER_BLOCK } else { SLOTS_PER_BLOCK }
+}
+
+fn not_there(pfn: u64) -> String {
+    match SwapArea::slot_of(pfn) {
+        None => format!("page frame {pfn:#x} is not in the dump"),
+        Some((area, slot)) => format!("slot {slot} of swap area {area} cannot be read"),
     }
 }
 

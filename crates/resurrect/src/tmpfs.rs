@@ -153,11 +153,8 @@ impl Filling<'_> {
     }
 
     fn regular(&self, path: &Path, inode: &Inode) -> Result<(), String> {
-        if inode.swapped_pages > 0 {
-            return Err(format!(
-                "{} of its pages were swapped out: not read by this version",
-                inode.swapped_pages
-            ));
+        if let Some(obstacle) = self.snapshot.obstacles_to_contents(inode).first() {
+            return Err(obstacle.text.clone());
         }
         let room = available() / SHARE;
         let needed: u64 = inode.pages.iter().map(|run| u64::from(run.count) * snapshot::PAGE_SIZE).sum();

@@ -373,24 +373,19 @@ fn judge_memory(
             },
             VmaKind::Anonymous | VmaKind::Special { .. } => {}
         }
-        let swapped: u64 = vma.swapped.iter().map(|r| u64::from(r.count)).sum();
-        if swapped > 0 {
-            reasons.push(Reason::new(
-                "swapped",
-                format!("{at}: {swapped} pages were swapped out: not read by this version"),
-            ));
-        }
-        if vma.lost_pages > 0 {
-            reasons.push(Reason::new("lost-pages", format!("{at}: {} pages cannot be read", vma.lost_pages)));
-        }
+        crate::swap::judge_mapping(snapshot, &at, vma, reasons);
     }
-    for inode in inodes.iter().filter_map(|id| snapshot.inodes.get(id)).filter(|i| i.swapped_pages > 0) {
-        let text = format!(
-            "{}: {} pages were swapped out: not read by this version",
-            inode.path, inode.swapped_pages
-        );
-        reasons.push(Reason::new("swapped", text));
+    for inode in inodes.iter().filter_map(|id| snapshot.inodes.get(id)) {
+        crate::swap::judge_inode(snapshot, &inode.path.to_string(), inode, reasons);
     }
+}
+
+/// Why pages of a process that are in swap areas cannot be had, as far as it is known by now.
+pub fn swapped_out_of_reach(snapshot: &Snapshot, process: &Process) -> Vec<Reason> {
+    let mut reasons = Vec::new();
+    judge_memory(snapshot, process, &BTreeMap::new(), &mut reasons);
+    reasons.retain(|reason| reason.code == "swapped");
+    reasons
 }
 
 /// Why a file without a name cannot be made again; `None` if it can, or has a name.
@@ -491,9 +486,8 @@ fn judge_descriptor(snapshot: &Snapshot, d: &Descriptor) -> (Vec<Reason>, Vec<Re
             } else if let Some(why) = crate::namespace::obstacle_of_place(snapshot, file) {
                 give_up("descriptor", why);
             }
-            let swapped = snapshot.inodes.get(&file.inode).map_or(0, |inode| inode.swapped_pages);
-            if swapped > 0 {
-                give_up("swapped", format!("{swapped} pages were swapped out: not read by this version"));
+            if let Some(inode) = snapshot.inodes.get(&file.inode) {
+                crate::swap::judge_inode(snapshot, &fd, inode, &mut reasons);
             }
         }
         FileKind::EventFd(EventFd { count: EventFd::OVERFLOW, .. }) => {
@@ -662,7 +656,7 @@ mod tests {
         }
     }
 
-    fn inode_with_swapped_pages(swapped_pages: u64) -> Inode {
+    fn inode_with_lost_pages(lost_pages: u64) -> Inode {
         Inode {
             ino: 1,
             dev_major: 0,
@@ -679,7 +673,7 @@ mod tests {
             path: "/run/x".into(),
             dirty: false,
             pages: Vec::new(),
-            swapped_pages,
+            lost_pages,
         }
     }
 
@@ -774,7 +768,7 @@ mod tests {
 
     #[test]
     fn each_thing_that_cannot_come_back_is_a_reason() {
-        let with_vma = |s: &mut Snapshot, kind, swapped, lost_pages| {
+        let with_vma = |s: &mut Snapshot, kind, pages, lost_pages| {
             let mm = s.address_spaces.get_mut(&AddressSpaceId(500)).unwrap();
             mm.vmas.push(Vma {
                 start: 0x1000,
@@ -784,8 +778,7 @@ mod tests {
                 flags: VmaFlags::default(),
                 kind,
                 name: None,
-                pages: Vec::new(),
-                swapped,
+                pages,
                 lost_pages,
             });
         };
@@ -811,8 +804,28 @@ mod tests {
             reasons(|s| with_vma(s, VmaKind::Unsupported { what: "hugetlb".into() }, vec![], 0)),
             ["mapping"]
         );
-        let swap = SwapRun { addr: 0x1000, area: 0, offset: 1, count: 1 };
-        assert_eq!(reasons(|s| with_vma(s, VmaKind::Anonymous, vec![swap], 0)), ["swapped"]);
+        let swapped = |unsupported: Option<&str>| {
+            let area = SwapArea {
+                index: 2,
+                path: "/dev/vdb1".into(),
+                is_device: true,
+                dev_major: 254,
+                dev_minor: 17,
+                slots: 100,
+                extents: Vec::new(),
+                flags: 0,
+                unsupported: unsupported.map(Into::into),
+            };
+            reasons(|s| {
+                s.swap_areas.push(area);
+                let run = PageRun { addr: 0x1000, pfn: SwapArea::frame(2, 1), count: 1 };
+                with_vma(s, VmaKind::Anonymous, vec![run], 0);
+            })
+        };
+        assert!(swapped(None).is_empty());
+        assert_eq!(swapped(Some("compressed memory")), ["swapped"]);
+        let elsewhere = PageRun { addr: 0x1000, pfn: SwapArea::frame(3, 1), count: 1 };
+        assert_eq!(reasons(|s| with_vma(s, VmaKind::Anonymous, vec![elsewhere], 0)), ["swapped"]);
         assert_eq!(reasons(|s| with_vma(s, VmaKind::Anonymous, vec![], 1)), ["lost-pages"]);
         let socket = FileKind::Unsupported { what: "unix stream socket".into() };
         assert_eq!(reasons(|s| with_fd(s, open_file(socket, "socket:[1]"))), ["descriptor"]);
@@ -874,10 +887,10 @@ mod tests {
         let in_memory = open_file(FileKind::Regular, "/run/x");
         assert_eq!(
             reasons(|s| {
-                s.inodes.insert(in_memory.inode, inode_with_swapped_pages(1));
+                s.inodes.insert(in_memory.inode, inode_with_lost_pages(1));
                 with_fd(s, in_memory);
             }),
-            ["swapped"]
+            ["lost-pages"]
         );
         let doubt =
             |severity| Finding { severity, pid: Some(500), object: "memory".into(), text: "x".into() };
@@ -973,7 +986,7 @@ mod tests {
             with_descriptor(FileKind::Regular, |s, f| {
                 f.flags = flags;
                 s.locks.push(lock);
-                let inode = Inode { fs_type: fs_type.into(), ..inode_with_swapped_pages(0) };
+                let inode = Inode { fs_type: fs_type.into(), ..inode_with_lost_pages(0) };
                 s.inodes.insert(InodeId(1), inode);
             })
         };

@@ -165,8 +165,8 @@ pub struct Inode {
     pub dirty: bool,
     /// What the page cache held, by ascending index. Regular files (also on tmpfs) and shared anonymous memory.
     pub pages: Vec<PageCacheRun>,
-    /// Pages of shared memory or tmpfs that were swapped out: not recoverable here, by page index.
-    pub swapped_pages: u64,
+    /// Pages of shared memory or tmpfs that existed but cannot be had, with the reason in the findings.
+    pub lost_pages: u64,
 }
 
 impl Inode {
@@ -202,7 +202,7 @@ impl Inode {
 pub struct PageCacheRun {
     /// First page index in the file (file offset / 4096).
     pub index: u64,
-    /// First page frame number.
+    /// First page frame number, or [what stands for a swap slot](crate::SwapArea::frame).
     pub pfn: u64,
     /// How many 4 KiB pages.
     pub count: u32,

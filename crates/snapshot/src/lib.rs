@@ -42,6 +42,7 @@ mod seccomp;
 mod signal;
 mod signalfd;
 mod socket;
+mod swap;
 mod syscall;
 mod thread;
 mod timer;
@@ -56,7 +57,7 @@ pub use bytes::Bytes;
 pub use cgroup::Cgroup;
 pub use clock::Clocks;
 pub use credentials::{Capabilities, Credentials};
-pub use decision::{Decision, LiveFpu, Mode, Policy, Reason, Selector, decide};
+pub use decision::{Decision, LiveFpu, Mode, Policy, Reason, Selector, decide, swapped_out_of_reach};
 pub use device::{Device, DeviceKind};
 pub use epoll::{Epoll, EpollItem};
 pub use eventfd::EventFd;
@@ -67,7 +68,7 @@ pub use inet::{InetProtocol, InetSocket, InetState};
 pub use inotify::{Inotify, MAX_WATCH_DESCRIPTOR, Watch};
 pub use ipc::{Ipc, IpcPerm, Message, MsgQueue, SemArray, SemUndo, ShmSegment};
 pub use lock::{Lock, LockKind, LockOwner};
-pub use memory::{AddressSpace, AddressSpaceId, MmLayout, PageRun, Prot, SwapRun, Vma, VmaFlags, VmaKind};
+pub use memory::{AddressSpace, AddressSpaceId, MmLayout, PageRun, Prot, Vma, VmaFlags, VmaKind};
 pub use namespace::{MountNamespace, NamespaceId, UtsNamespace};
 pub use netlink::NetlinkSocket;
 pub use panic::{Frame, Kernel, LogRecord, Panic, vdso_fingerprint};
@@ -81,6 +82,7 @@ pub use seccomp::{Seccomp, SeccompFilter, SeccompFilterId};
 pub use signal::{AltStack, PendingSignal, SigAction, SignalState};
 pub use signalfd::SignalFd;
 pub use socket::{ProtocolOption, SocketOptions};
+pub use swap::{FIRST_SWAP_FRAME, SwapArea, SwapExtent};
 pub use syscall::{Exec, Resume, SyscallInFlight};
 pub use thread::{Fpu, FpuSource, Registers, Rseq, Scheduling, Thread, ThreadState};
 pub use timer::{IntervalTimer, MAX_TIMER_ID, PosixExpiry, PosixTimer, Timers, timer_of};
@@ -100,7 +102,7 @@ use serde::{Deserialize, Serialize};
 pub type Pid = i32;
 
 /// Version of the serialised form; raised whenever a reader of older snapshots would misunderstand a field.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 /// Everything that is known about the dead machine and needed to rebuild its processes.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -127,6 +129,9 @@ pub struct Snapshot {
     /// Mount points of automounters.
     #[serde(default)]
     pub autofs: Vec<Autofs>,
+    /// Swap areas in use.
+    #[serde(default)]
+    pub swap_areas: Vec<SwapArea>,
     /// Control groups (v2), parents before children.
     #[serde(default)]
     pub cgroups: Vec<Cgroup>,

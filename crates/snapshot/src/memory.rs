@@ -68,11 +68,9 @@ pub struct Vma {
     pub kind: VmaKind,
     /// PR_SET_VMA_ANON_NAME.
     pub name: Option<Bytes>,
-    /// Frames that are this mapping's own (anonymous or copied-on-write pages), by ascending address. What is not listed is a
-    /// hole: zeroes, or the file's page.
+    /// Frames that are this mapping's own (anonymous or copied-on-write pages), by ascending address, those in swap areas among them.
+    /// What is not listed is a hole: zeroes, or the file's page.
     pub pages: Vec<PageRun>,
-    /// Pages that were swapped out.
-    pub swapped: Vec<SwapRun>,
     /// Pages (4 KiB) that existed but cannot be had, with the reason in the findings: poisoned, device-private, outside the dump.
     pub lost_pages: u64,
 }
@@ -168,21 +166,8 @@ pub enum VmaKind {
 pub struct PageRun {
     /// First address in the process.
     pub addr: u64,
-    /// First page frame number.
+    /// First page frame number, or [what stands for a swap slot](crate::SwapArea::frame).
     pub pfn: u64,
-    /// How many 4 KiB pages.
-    pub count: u32,
-}
-
-/// Consecutive pages of a process in consecutive swap slots.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SwapRun {
-    /// First address in the process.
-    pub addr: u64,
-    /// Which swap area (`swap_info[]` index).
-    pub area: u32,
-    /// First slot in the area, pages.
-    pub offset: u64,
     /// How many 4 KiB pages.
     pub count: u32,
 }

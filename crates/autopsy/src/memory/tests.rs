@@ -128,8 +128,13 @@ impl Machine {
     }
 
     fn look_at(&self, core: vmcore::Vmcore) -> (Vma, String) {
+        self.look_with(core, Swap::default())
+    }
+
+    fn look_with(&self, core: vmcore::Vmcore, swap: Swap) -> (Vma, String) {
         let kernel = Kernel::open(core).unwrap();
         let autopsy = Autopsy::new(&kernel);
+        assert!(autopsy.swap.set(swap).is_ok());
         let id = AddressSpaceId(self.mm);
         autopsy.address_space(id, &|_| None, &mut Vec::new()).unwrap();
         let space = autopsy.address_spaces.borrow_mut().remove(&id).unwrap();
@@ -141,7 +146,6 @@ impl Machine {
     /// The pages that are found, and how many are lost.
     fn pages(&self) -> (Vec<PageRun>, u64) {
         let (vma, _) = self.look();
-        assert_eq!(vma.swapped, []);
         (vma.pages, vma.lost_pages)
     }
 
@@ -237,7 +241,7 @@ fn pages_that_are_neighbours_in_both_memories_are_one_run() {
     }
     let (vma, said) = machine.look();
     assert_eq!(vma.pages, [run(1, first, 2), run(4, third, 1)]);
-    assert_eq!((vma.swapped, vma.lost_pages, said.as_str()), (vec![], 0, ""));
+    assert_eq!((vma.lost_pages, said.as_str()), (0, ""));
 }
 
 #[test]
@@ -246,15 +250,28 @@ fn a_page_without_an_entry_is_not_lost() {
 }
 
 #[test]
-fn a_swap_entry_is_no_page() {
+fn a_swapped_out_page_is_where_its_slot_says() {
     let mut machine = Machine::new(8);
-    machine.map(1, swap_entry(2, 0x777));
-    machine.map(2, swap_entry(2, 0x778));
-    let (vma, said) = machine.look();
-    let swapped = SwapRun { addr: Machine::va(1), area: 2, offset: 0x777, count: 2 };
-    assert_eq!((vma.pages.as_slice(), vma.swapped.as_slice()), ([].as_slice(), [swapped].as_slice()));
+    // Read ahead of time, and not mapped yet.
+    let cached = machine.synth.alloc_phys(PAGE_SIZE, PAGE_SIZE);
+    for (page, slot) in [(1, 0x77), (2, 0x78), (3, 0x20), (4, 0x30), (6, 0x79)] {
+        machine.map(page, swap_entry(2, slot));
+    }
+    let swap = Swap::of_area(2, 0x100, &[(0x20, Slot::Frame(cached / PAGE_SIZE))], &[0x30]);
+    let (vma, said) = machine.look_with(machine.synth.build_cut(CORE_END), swap);
+    let slot = |page, slot, count| run(page, SwapArea::frame(2, slot) * PAGE_SIZE, count);
+    assert_eq!(vma.pages, [slot(1, 0x77, 2), run(3, cached, 1), slot(6, 0x79, 1)], "and one is zeroes");
     assert_eq!((vma.lost_pages, said.as_str()), (0, ""));
-    assert_eq!(reasons(vma), ["swapped"]);
+}
+
+#[test]
+fn a_swap_entry_that_leads_nowhere_is_a_lost_page() {
+    let mut machine = Machine::new(8);
+    machine.map(1, swap_entry(2, 0x77));
+    let (vma, said) = machine.look();
+    assert_eq!((vma.pages.as_slice(), vma.lost_pages), ([].as_slice(), 1));
+    assert!(said.contains("swap area that is not there"), "{said}");
+    assert_eq!(reasons(vma), ["lost-pages"]);
 }
 
 #[test]

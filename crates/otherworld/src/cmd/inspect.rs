@@ -7,7 +7,8 @@ use autopsy::Autopsy;
 use clap::Subcommand;
 use ktypes::Kernel;
 use snapshot::{
-    Decision, FileKind, LogRecord, Panic, Pid, Process, Prot, Severity, Snapshot, ThreadState, VmaKind,
+    Decision, FileKind, LogRecord, Panic, Pid, Process, Prot, Severity, Snapshot, SwapArea, ThreadState,
+    VmaKind,
 };
 use vmcore::Vmcore;
 
@@ -189,7 +190,8 @@ fn maps(snapshot: &Snapshot, mm: &snapshot::AddressSpace) -> String {
         };
         let name = vma.name.as_ref().map_or(name, |n| format!("[anon:{n}]"));
         let pages: u64 = vma.pages.iter().map(|r| u64::from(r.count)).sum();
-        let swapped: u64 = vma.swapped.iter().map(|r| u64::from(r.count)).sum();
+        let in_swap = vma.pages.iter().filter(|r| SwapArea::slot_of(r.pfn).is_some());
+        let swapped: u64 = in_swap.map(|r| u64::from(r.count)).sum();
         let row = format!(
             "{:012x}-{:012x} {}{}{}{} {offset:08x} {inode:>8} {pages:>7} {swapped:>5}  {name}",
             vma.start,

@@ -5,7 +5,7 @@
 //! child, within a deadline; PID 1 itself only waits, mounts and writes.
 
 mod console;
-mod device;
+pub mod device;
 mod memory;
 mod modules;
 pub mod mounts;

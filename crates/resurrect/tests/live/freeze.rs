@@ -433,18 +433,7 @@ impl Freezer {
                 }
             }
         }
-        Some(Vma {
-            start,
-            end,
-            prot,
-            shared,
-            flags: vm_flags,
-            kind,
-            name: None,
-            pages,
-            swapped: vec![],
-            lost_pages: 0,
-        })
+        Some(Vma { start, end, prot, shared, flags: vm_flags, kind, name: None, pages, lost_pages: 0 })
     }
 
     fn mapped_file(&mut self, path: &[u8], writable: bool) -> FileId {
@@ -654,7 +643,7 @@ fn inode_of(meta: &fs::Metadata, path: &[u8]) -> Inode {
         path: path.into(),
         dirty: false,
         pages: vec![],
-        swapped_pages: 0,
+        lost_pages: 0,
     }
 }
 
