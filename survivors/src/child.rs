@@ -61,6 +61,39 @@ impl Child {
         Ok(child)
     }
 
+    /// Forks a child that shares with this process what `flags` say (CLONE_FILES, CLONE_FS). What is open in both when they share a table
+    /// stays open until the child is ready.
+    pub fn sharing(
+        stage: &Stage,
+        label: &str,
+        flags: i32,
+        body: impl FnOnce(&Stage, Ready) -> Result<()>,
+    ) -> Result<Self> {
+        let message = stage.path(&format!("child-{label}"));
+        let (reader, writer) = pipe()?;
+        let flags = flags | Signal::SIGCHLD as i32;
+        // SAFETY: without CLONE_VM it is fork(2); this process has a single thread.
+        let pid = unsafe { nix::libc::syscall(nix::libc::SYS_clone, flags, 0, 0, 0, 0) };
+        if pid == 0 {
+            // The parent has it, too, or a copy.
+            std::mem::forget(reader);
+            let result = body(stage, Ready(writer));
+            exit_with(result, &message);
+        }
+        let pid = Pid::from_raw(nix::errno::Errno::result(pid)? as i32);
+        let mut child = Self { pid, message, reaped: false };
+        let mut word = [0];
+        if fs::File::from(reader).read(&mut word)? == 0 {
+            child.join()?;
+            bail!("child {label} ended before it was ready");
+        }
+        if flags & nix::libc::CLONE_FILES != 0 {
+            // The child has closed it for both.
+            std::mem::forget(writer);
+        }
+        Ok(child)
+    }
+
     /// Its PID.
     pub fn pid(&self) -> Pid {
         self.pid

@@ -4,11 +4,14 @@ use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::libc;
 use nix::sys::mman::MapFlags;
 use rustix::fs::{Mode, OFlags, RawDir};
 
@@ -386,4 +389,57 @@ pub fn owner_thread(stage: &mut Stage) -> Result<()> {
     go_sender.send(())?;
     let told = thread.join().map_err(|_| anyhow::anyhow!("the thread panicked"))??;
     same("signal and descriptor", &(signals[0], number), &(told.signo, told.fd))
+}
+
+/// A descriptor table that a child and a grandchild share (CLONE_FILES): what one opens or closes, all have or have not.
+pub fn shared_table(stage: &mut Stage) -> Result<()> {
+    const FAR: RawFd = 300;
+    let names = ["by-parent", "by-child", "by-grandchild"].map(|name| stage.path(name));
+    for name in &names {
+        let mut file = File::create(name)?;
+        file.write_all(name.as_os_str().as_encoded_bytes())?;
+        file.sync_all()?;
+    }
+    let [by_parent, by_child, by_grandchild] = &names;
+    let late = stage.path("late");
+    let own = File::open(by_parent)?;
+    let open_as = |path: &Path, number: RawFd| -> Result<()> {
+        let file = File::open(path)?;
+        nix::fcntl::fcntl(&file, FcntlArg::F_DUPFD(number)).map(drop).context("F_DUPFD")
+    };
+    let behind = |number: RawFd| fs::read_link(format!("/proc/self/fd/{number}"));
+    let mut child = Child::sharing(stage, "child", libc::CLONE_FILES, |stage, ready| {
+        open_as(by_child, FAR)?;
+        let mut grandchild = Child::sharing(stage, "grandchild", libc::CLONE_FILES, |stage, ready| {
+            open_as(by_grandchild, FAR + 1)?;
+            ready.announce()?;
+            stage.wait();
+            // The parent opens it when all live again.
+            while behind(FAR + 2).is_err() {
+                crate::stage::sleep(Duration::from_millis(20));
+            }
+            same("opened after the crash", &late, &behind(FAR + 2)?)?;
+            nix::unistd::close(FAR + 1).context("close")
+        })?;
+        ready.announce()?;
+        if stage.wait().damage {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_FILES)?;
+            nix::unistd::close(own.as_raw_fd())?;
+        }
+        same("the parent's", by_parent, &behind(own.as_raw_fd())?)?;
+        same("the grandchild's", by_grandchild, &behind(FAR + 1)?)?;
+        fs::write(&late, "")?;
+        open_as(&late, FAR + 2)?;
+        grandchild.join()?;
+        ensure!(behind(FAR + 1).is_err(), "what the grandchild closed is open");
+        Ok(())
+    })?;
+    same("the child's", by_child, &behind(FAR)?)?;
+
+    stage.crash()?;
+    same("the child's", by_child, &behind(FAR)?)?;
+    child.join()?;
+    same("opened by the child after the crash", &late, &behind(FAR + 2)?)?;
+    ensure!(behind(FAR + 1).is_err(), "what the grandchild closed is open");
+    same("its own", by_parent, &behind(own.as_raw_fd())?)
 }

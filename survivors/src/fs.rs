@@ -38,6 +38,36 @@ fn write_to_disk(path: &Path, text: &str) -> Result<()> {
     Ok(file.sync_all()?)
 }
 
+/// Working directory and umask that a child shares (CLONE_FS).
+pub fn shared(stage: &mut Stage) -> Result<()> {
+    let dirs = ["first", "second"].map(|name| stage.path(name));
+    for dir in &dirs {
+        fs::create_dir(dir)?;
+        write_to_disk(&dir.join("landmark"), "here")?;
+    }
+    let moved = stage.path("moved");
+    let mut child = Child::sharing(stage, "shared", nix::libc::CLONE_FS, |stage, ready| {
+        std::env::set_current_dir(&dirs[0])?;
+        ready.announce()?;
+        if stage.wait().damage {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS)?;
+        }
+        while !moved.exists() {
+            crate::stage::sleep(std::time::Duration::from_millis(20));
+        }
+        same("working directory", &dirs[1], &std::env::current_dir()?)?;
+        same("umask", &0o027, &umask(Mode::empty()).bits())
+    })?;
+    same("before the crash", &dirs[0], &std::env::current_dir()?)?;
+
+    stage.crash()?;
+    same("after the crash", &dirs[0], &std::env::current_dir()?)?;
+    std::env::set_current_dir(&dirs[1])?;
+    umask(Mode::from_bits_truncate(0o027));
+    fs::write(&moved, "")?;
+    child.join()
+}
+
 /// Root directory. In a child, which then sees no /proc; its parent tells it of the crash by making a file.
 pub fn root(stage: &mut Stage) -> Result<()> {
     let jail = stage.path("jail");

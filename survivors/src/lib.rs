@@ -186,6 +186,7 @@ table! {
     "credentials-capabilities" credentials::capabilities Survives, Root, "dropped, bounding, inheritable and ambient capabilities";
     "credentials-no-new-privs" credentials::no_new_privs Survives, Nothing, "no_new_privs";
     "fs-context" fs::context Survives, Nothing, "umask and working directory";
+    "fs-shared" fs::shared Survives, Nothing, "working directory and umask of a process and its child (CLONE_FS)";
     "fs-root" fs::root Survives, Root, "root directory after chroot";
     "file-offset" file::offset Survives, Nothing, "position and mode of open files; O_PATH";
     "file-append" file::append Survives, Nothing, "O_APPEND";
@@ -209,6 +210,7 @@ table! {
     "ipc-sem" ipc::sem Survives, Nothing, "System V semaphores: values, SEM_UNDO, a process that waits";
     "ipc-msg" ipc::msg Survives, Nothing, "System V messages: order, types, a receiver that waits";
     "file-owner-thread" file::owner_thread Survives, Nothing, "O_ASYNC with a thread as owner and a signal of its own";
+    "file-shared-table" file::shared_table Survives, Nothing, "a descriptor table of a process, its child and grandchild (CLONE_FILES)";
     "lock-flock" lock::whole Survives, Nothing, "flock: held, also by a duplicate, and released by the last close";
     "lock-posix" lock::records Survives, Nothing, "record locks of two processes on one file";
     "lock-ofd" lock::description Survives, Nothing, "record locks of an open file description";

@@ -459,6 +459,7 @@ impl<'a> Run<'a> {
         self.report.swap_off = mem.switch_on(self.snapshot);
 
         // The rest.
+        leave_files_to_the_last(&mut builds);
         self.each(&mut builds, |build, common, deadline| build.finish(common, deadline), &common, true);
         for (id, errno) in files.seal(self.snapshot) {
             let text = format!("a memory file that it uses has not got its seals again: {errno}");
@@ -478,7 +479,7 @@ impl<'a> Run<'a> {
         }
         let zombies = self.check(&mut builds, &common, &plan, &wanted);
         wanted.retain(|pid| !self.fates.contains_key(pid));
-        self.note_lost_company(&wanted);
+        self.note_lost_company(&wanted, &plan);
         // Ends of pipes must not seem open because we have them.
         drop(files);
         drop(time_namespace);
@@ -788,7 +789,7 @@ impl<'a> Run<'a> {
     }
 
     /// Whom a process had to do with and who does not come back.
-    fn note_lost_company(&mut self, wanted: &BTreeSet<Pid>) {
+    fn note_lost_company(&mut self, wanted: &BTreeSet<Pid>, plan: &Plan) {
         let new_parent = nix::unistd::getppid().as_raw();
         let company = Company::new(self.snapshot, wanted);
         for p in self.processes(wanted) {
@@ -815,7 +816,9 @@ impl<'a> Run<'a> {
                 );
                 losses.push(Reason::new("controlling-terminal", text));
             }
-            if let Some(other) = company.of_directory(p).back.first() {
+            if let Some(other) =
+                company.of_directory(p).back.first().filter(|_| !plan.share_fs(self.snapshot, p.fs.id))
+            {
                 let text = format!(
                     "its working directory and umask are no longer those of PID {} (CLONE_FS)",
                     other.pid
@@ -1037,6 +1040,15 @@ impl<'a> Run<'a> {
             .map(|p| Outcome { pid: p.pid, comm: p.comm.clone(), fate: fate(p.pid) })
             .collect();
         report
+    }
+}
+
+/// Of those who share a descriptor table the last one to be finished closes what is not theirs.
+fn leave_files_to_the_last(builds: &mut [Build<'_>]) {
+    let mut seen = BTreeSet::new();
+    for build in builds.iter_mut().rev() {
+        let table = build.process.files_id;
+        build.leaves_files_open = table != 0 && !seen.insert(table);
     }
 }
 

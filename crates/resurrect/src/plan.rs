@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::first;
 use snapshot::{Pid, Process, ProcessState, Reason, Snapshot};
 
 /// Index into [`Plan::nodes`].
@@ -34,6 +35,15 @@ pub(crate) enum Birth {
     Orphan,
 }
 
+/// What a process has in common with its maker; it can be had at birth only.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Shared {
+    /// The descriptor table (CLONE_FILES).
+    pub(crate) files: bool,
+    /// Working directory, root and umask (CLONE_FS).
+    pub(crate) fs: bool,
+}
+
 /// One process to be created.
 #[derive(Clone, Debug)]
 pub(crate) struct Node {
@@ -43,6 +53,7 @@ pub(crate) struct Node {
     pub(crate) parent: Option<Pid>,
     pub(crate) pgid: Pid,
     pub(crate) sid: Pid,
+    pub(crate) shared: Shared,
     /// Whom it makes before it starts a session of its own.
     pub(crate) makes_first: Vec<(NodeId, Birth)>,
     /// Whom it makes afterwards.
@@ -91,6 +102,7 @@ impl Plan {
                 parent,
                 pgid: p.pgid,
                 sid: p.sid,
+                shared: Shared::default(),
                 makes_first: vec![],
                 makes: vec![],
             });
@@ -108,6 +120,10 @@ impl Plan {
                 }
             }
         }
+        for (node, (maker, birth)) in nodes.iter_mut().zip(&makers) {
+            node.shared = shared(snapshot, node, *maker, *birth);
+        }
+        failures.extend(apart(snapshot, &nodes));
         let mut plan = Self { nodes, roots: Vec::new(), index };
         for (id, (maker, birth)) in makers.into_iter().enumerate() {
             match maker {
@@ -137,6 +153,15 @@ impl Plan {
         self.nodes.get(*self.index.get(&pid)?)
     }
 
+    /// Whether all who had this `fs_struct` share it again.
+    pub(crate) fn share_fs(&self, snapshot: &Snapshot, id: u64) -> bool {
+        let has_own = |node: &&Node| match node.role {
+            Role::Process(i) => snapshot.processes[i].fs.id == id && !node.shared.fs,
+            _ => false,
+        };
+        self.nodes.iter().filter(has_own).count() <= 1
+    }
+
     /// How many ancestors of a process come back with it.
     pub(crate) fn depth(&self, pid: Pid) -> usize {
         let parent = |pid: &Pid| self.node(*pid).and_then(|node| node.parent);
@@ -155,6 +180,7 @@ fn add_placeholders(nodes: &mut Vec<Node>, own_session: Pid, own_group: Pid) {
         parent: None,
         pgid: pid,
         sid,
+        shared: Shared::default(),
         makes_first: vec![],
         makes: vec![],
     };
@@ -207,6 +233,50 @@ fn maker(
             Err(Reason::new("session", text))
         }
     }
+}
+
+/// What a node can share with its maker.
+fn shared(snapshot: &Snapshot, node: &Node, maker: Maker, birth: Birth) -> Shared {
+    let (Maker::Node(maker) | Maker::NodeFirst(maker)) = maker else { return Shared::default() };
+    let (Role::Process(i), Some(maker)) = (node.role, snapshot.process(maker)) else {
+        return Shared::default();
+    };
+    let process = &snapshot.processes[i];
+    let is_made_by_it = birth != Birth::Orphan;
+    Shared {
+        files: is_made_by_it && process.files_id != 0 && process.files_id == maker.files_id,
+        // Who shares them cannot enter a mount namespace.
+        fs: is_made_by_it
+            && process.fs.id != 0
+            && process.fs.id == maker.fs.id
+            && process.mount_namespace.is_none(),
+    }
+}
+
+/// Those who shared their descriptor table with somebody with whom they cannot.
+fn apart(snapshot: &Snapshot, nodes: &[Node]) -> Vec<(Pid, Reason)> {
+    let mut firsts: BTreeMap<u64, Pid> = BTreeMap::new();
+    // That one is there already.
+    firsts.extend(snapshot.process(first::PID).map(|p| (p.files_id, p.pid)));
+    let mut failures = Vec::new();
+    for node in nodes {
+        let Role::Process(i) = node.role else { continue };
+        let process = &snapshot.processes[i];
+        let why = if node.shared.files {
+            let leads = process.sid == process.pid && process.ctty.is_some();
+            leads.then(|| "which is made before it: it leads a session with a terminal".to_owned())
+        } else if process.files_id == 0 {
+            None
+        } else {
+            let other = firsts.insert(process.files_id, process.pid);
+            other.map(|other| format!("PID {other}, which is neither its parent nor its child"))
+        };
+        if let Some(why) = why {
+            let text = format!("it shares its descriptor table (CLONE_FILES) with {why}");
+            failures.push((process.pid, Reason::new("shared-descriptors", text)));
+        }
+    }
+    failures
 }
 
 /// All PIDs and TIDs that a process needs.
@@ -310,6 +380,25 @@ mod tests {
             plan(vec![process(50, 1, 50, 50), process(60, 50, 60, 50), process(61, 60, 61, 99)]).unwrap_err();
         assert_eq!(failures.len(), 1);
         assert_eq!(failures[0].0, 61);
+    }
+
+    #[test]
+    fn a_descriptor_table_is_shared_with_the_maker_or_with_nobody() {
+        let sharing = |pid, ppid, files_id, fs_id| {
+            let mut p = process(pid, ppid, 50, 50);
+            (p.files_id, p.fs.id) = (files_id, fs_id);
+            p
+        };
+        let p = plan(vec![sharing(50, 1, 7, 3), sharing(60, 50, 7, 4), sharing(61, 60, 7, 4)]).unwrap();
+        let shared = |pid| p.node(pid).unwrap().shared;
+        assert_eq!(shared(50), Shared::default());
+        assert_eq!(shared(60), Shared { files: true, fs: false });
+        assert_eq!(shared(61), Shared { files: true, fs: true });
+        let failures =
+            plan(vec![sharing(50, 1, 6, 3), sharing(60, 50, 7, 4), sharing(61, 50, 7, 4)]).unwrap_err();
+        assert!(matches!(failures.as_slice(), [(61, reason)] if reason.code == "shared-descriptors"));
+        let with_first = plan(vec![sharing(1, 0, 7, 3), sharing(60, 1, 7, 4)]);
+        assert!(with_first.is_err(), "PID 1 is not made");
     }
 
     #[test]

@@ -116,6 +116,8 @@ pub(crate) struct Build<'a> {
     /// Living threads other than the leader.
     others: Vec<Tracee>,
     pub(crate) losses: Vec<Reason>,
+    /// The descriptors that are not its own are closed by another process, which shares its table and is finished later.
+    pub(crate) leaves_files_open: bool,
     leader_lives: bool,
     /// Address of a `syscall` instruction in its vDSO.
     instruction: u64,
@@ -153,7 +155,19 @@ impl<'a> Build<'a> {
         let instruction = vdso + common.syscall_offset;
         let (others, losses) = (vec![], vec![]);
         let kept = common.copy_on_write.kept(process.pid, &areas);
-        Ok(Self { process, mm, areas, kept, leader, others, losses, leader_lives, instruction })
+        let leaves_files_open = false;
+        Ok(Self {
+            process,
+            mm,
+            areas,
+            kept,
+            leader,
+            others,
+            losses,
+            leaves_files_open,
+            leader_lives,
+            instruction,
+        })
     }
 
     fn tracee(&self, tid: Pid) -> Option<&Tracee> {
@@ -235,7 +249,9 @@ impl<'a> Build<'a> {
             self.mm.exe.and_then(|id| common.files.fd(id)).filter(|&fd| !is_same_file(fd, common.own.exe));
         calls.push(memory::set_layout(&self.mm.layout, exe));
         calls.extend(common.epoll_calls.get(&self.process.pid).into_iter().flatten().cloned());
-        calls.push(call!("close our files", libc::SYS_close_range, common.files.base, u32::MAX, 0u64));
+        if !self.leaves_files_open {
+            calls.push(call!("close our files", libc::SYS_close_range, common.files.base, u32::MAX, 0u64));
+        }
         calls.extend(file::ask_for_signals(common.snapshot, self.process));
         calls.extend(lock::take(common.snapshot, self.process));
         if self.mm.thp_disabled {

@@ -5,6 +5,7 @@
 //! waits to be taken over with ptrace. Skeletons report to the worker through a pipe and keep in step by reading from pipes that the
 //! worker closes; nobody polls, and a skeleton that dies is noticed by the pipe's end.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
 
@@ -116,7 +117,7 @@ struct Context<'a> {
     copy_on_write: &'a copy_on_write::Plan,
     mem: &'a dyn PhysMem,
     /// Reports of the first stage (existing), then of the second (ready). Closing them is part of the message.
-    reports: [RawFd; 2],
+    reports: Cell<[RawFd; 2]>,
     /// End-of-file there starts the second stage, and ends the placeholders.
     gates: [RawFd; 2],
     /// Other ends of the gates: to be closed at birth.
@@ -147,7 +148,7 @@ pub(crate) fn create(
         files: &*files,
         copy_on_write,
         mem,
-        reports: [reports1_w.as_raw_fd(), reports2_w.as_raw_fd()],
+        reports: Cell::new([reports1_w.as_raw_fd(), reports2_w.as_raw_fd()]),
         gates: [gate1.as_raw_fd(), gate2.as_raw_fd()],
         gate_holds: [gate1_w.as_raw_fd(), gate2_w.as_raw_fd()],
         inherited_actions: (1..=64).filter(|&s| !sys::has_default_action(s)).collect(),
@@ -249,22 +250,49 @@ impl Context<'_> {
     }
 
     fn fork(&self, node: &Node, flags: u64, exit_signal: i32) -> Result<Pid, Errno> {
+        let mut flags = flags;
+        if node.shared.fs {
+            flags |= libc::CLONE_FS as u64;
+        }
+        if node.shared.files {
+            return self.fork_sharing_files(node, flags | libc::CLONE_FILES as u64, exit_signal);
+        }
         let pid = sys::fork(flags, node.pid, exit_signal)?;
         if pid == 0 {
+            for fd in self.gate_holds {
+                let _ = sys::close_range(fd, fd as u32);
+            }
             self.live(node);
         }
         Ok(pid)
     }
 
+    /// Whoever has the table too closes its ends when it has reported: the new one gets ends of its own.
+    fn fork_sharing_files(&self, node: &Node, flags: u64, exit_signal: i32) -> Result<Pid, Errno> {
+        let [first, second] = self.reports.get();
+        let duplicate = |fd| sys::fcntl(fd, libc::F_DUPFD_CLOEXEC, self.files.base.into());
+        let own = [duplicate(first)?, duplicate(second)?];
+        let pid = sys::fork(flags, node.pid, exit_signal);
+        if pid == Ok(0) {
+            self.reports.set(own);
+            self.live(node);
+        }
+        if pid.is_err() {
+            own.into_iter().for_each(close);
+        }
+        pid
+    }
+
     fn report(&self, stage: usize, pid: Pid, kind: u8, step: u8, errno: Errno) {
         let bytes = Message { pid, kind, step, errno: errno as i32 }.to_bytes();
         // SAFETY: writes a local array to a descriptor number.
-        unsafe { libc::write(self.reports[stage], bytes.as_ptr().cast(), bytes.len()) };
+        unsafe { libc::write(self.reports.get()[stage], bytes.as_ptr().cast(), bytes.len()) };
     }
 
-    /// Says goodbye: nothing half-made stays.
+    /// Says goodbye: nothing half-made stays, nor what others share.
     fn fail(&self, pid: Pid, step: Step, errno: Errno) -> ! {
         self.report(1, pid, FAILED, step as u8, errno);
+        self.reports.get().into_iter().for_each(close);
         sys::exit(1)
     }
 
@@ -276,9 +304,6 @@ impl Context<'_> {
 
     /// The life of a skeleton.
     fn live(&self, node: &Node) -> ! {
-        for fd in self.gate_holds {
-            let _ = sys::close_range(fd, fd as u32);
-        }
         let attempt = |step: Step, result: Result<(), Errno>| {
             if let Err(e) = result {
                 self.fail(node.pid, step, e);
@@ -310,7 +335,7 @@ impl Context<'_> {
         }
         self.make_all(&node.makes);
         self.report(0, node.pid, BORN, 0, Errno::UnknownErrno);
-        let _ = sys::close_range(self.reports[0], self.reports[0] as u32);
+        close(self.reports.get()[0]);
 
         // All leaders exist now.
         self.wait_for_gate(0);
@@ -320,7 +345,7 @@ impl Context<'_> {
         match (node.role, process) {
             (Role::Placeholder, _) | (_, None) => {
                 self.report(1, node.pid, READY, 0, Errno::UnknownErrno);
-                let _ = sys::close_range(self.reports[1], self.reports[1] as u32);
+                close(self.reports.get()[1]);
                 self.wait_for_gate(1);
                 sys::exit(0)
             }
@@ -355,10 +380,15 @@ impl Context<'_> {
         attempt(Step::Signals, set_actions(p));
         // Nothing is opened by path from here on: it may mean something else below another root.
         attempt(Step::Namespaces, self.files.namespaces.enter(p));
-        attempt(Step::Directory, enter_directories(p));
-        attempt(Step::Descriptors, self.set_descriptors(p));
+        // What is shared is the maker's to set.
+        if !node.shared.fs {
+            attempt(Step::Directory, enter_directories(p));
+        }
+        if !node.shared.files {
+            attempt(Step::Descriptors, self.set_descriptors(p));
+        }
         self.report(1, node.pid, READY, 0, Errno::UnknownErrno);
-        let _ = sys::close_range(self.reports[1], self.reports[1] as u32);
+        close(self.reports.get()[1]);
         loop {
             // SAFETY: pause has no arguments.
             unsafe { libc::pause() };
@@ -450,6 +480,10 @@ impl Context<'_> {
         unsafe { libc::kill(node.pid, signal) };
         sys::exit(1)
     }
+}
+
+fn close(fd: RawFd) {
+    let _ = sys::close_range(fd, fd as u32);
 }
 
 fn set_group(pgid: Pid) -> Result<(), Errno> {

@@ -415,12 +415,6 @@ fn judge_descriptors(
     reasons: &mut Vec<Reason>,
     losses: &mut Vec<Reason>,
 ) {
-    let shares_table =
-        |p: &&Process| p.pid != process.pid && p.files_id == process.files_id && p.files_id != 0;
-    if let Some(other) = snapshot.processes.iter().find(shares_table) {
-        let text = format!("it shares its descriptor table with PID {} (CLONE_FILES)", other.pid);
-        reasons.push(Reason::new("shared-descriptors", text));
-    }
     for d in &process.descriptors {
         let (obstacles, of_file) = judge_descriptor(snapshot, d);
         match mode {
