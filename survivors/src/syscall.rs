@@ -86,8 +86,8 @@ survivors! {
         ensure!(result == Err(rustix::io::Errno::TIMEDOUT), "futex returned {result:?}");
         Ok(())
     };
-    /// rt_sigtimedwait(2). Its timeout is in the program's memory and not to be written to, so a call that is interrupted cannot be continued
-    /// with the time left: as after a stop signal it ends with EINTR, and the program waits for the rest (sigwaitinfo(2)).
+    /// rt_sigtimedwait(2). Its timeout is in the program's memory and not to be written to, and in a static program nobody knows whether the
+    /// register matters: as after a stop signal it ends with EINTR, and the program waits for the rest (sigwaitinfo(2)).
     sigtimedwait: |time| {
         let mut set = nix::sys::signal::SigSet::empty();
         set.add(nix::sys::signal::Signal::SIGUSR2);
@@ -147,4 +147,66 @@ fn sleeper(stage: &mut Stage, call: fn(Duration) -> Result<()>) -> Result<()> {
         sleep(Duration::from_millis(1));
         Ok(())
     })
+}
+
+/// epoll_wait(2) of a program that has the C library as a shared one.
+pub fn epoll_wait(stage: &mut Stage) -> Result<()> {
+    perl_sleeper(stage, "syscall(232, $epoll, $events, 8, $ms + 0)", "0 0")
+}
+
+/// rt_sigtimedwait(2) of such a program.
+pub fn sigtimedwait_shared(stage: &mut Stage) -> Result<()> {
+    perl_sleeper(stage, "syscall(128, $set, 0, $timeout, 8)", "-1 11")
+}
+
+/// What a sleeper is, in Perl: each line of its log is the call's result, errno and how long it took, in milliseconds.
+const SLEEPER: &str = r#"
+my ($ms, $log, $stop) = @ARGV;
+my ($spec, $events, $set) = ("\0" x 16, "\0" x 128, pack("Q", 1 << 11));
+my $timeout = pack("qq", int($ms / 1000), $ms % 1000 * 1e6);
+my $epoll = syscall(291, 0);
+sub now { syscall(228, 1, $spec); my ($s, $ns) = unpack("qq", $spec); return $s * 1000 + $ns / 1e6; }
+open(my $out, ">", $log) or die;
+$out->autoflush(1);
+until (-e $stop) {
+    my $start = now();
+    $! = 0;
+    my $result = CALL;
+    printf $out "%d %d %d\n", $result, $! + 0, now() - $start;
+}
+"#;
+
+/// As [`sleeper`], for a dynamically linked program.
+fn perl_sleeper(stage: &mut Stage, call: &str, outcome: &str) -> Result<()> {
+    let period = stage.options().period;
+    let (log, stop) = (stage.path("log"), stage.path("stop"));
+    let mut perl = std::process::Command::new("perl");
+    perl.args(["-MIO::Handle", "-e", &SLEEPER.replace("CALL", call)]).arg(period.as_millis().to_string());
+    let mut child = perl.arg(&log).arg(&stop).spawn().context("perl")?;
+    while std::fs::read_to_string(&log).unwrap_or_default().lines().count() < 2 {
+        ensure!(child.try_wait()?.is_none(), "perl has ended");
+        sleep(Duration::from_millis(20));
+    }
+
+    let crash = stage.crash()?;
+    std::fs::write(&stop, "")?;
+    ensure!(child.wait()?.success(), "perl has failed");
+    let allowed = period + crash.gap + LATE;
+    let mut longest = Duration::ZERO;
+    for line in std::fs::read_to_string(&log)?.lines() {
+        let (result, elapsed) = line.rsplit_once(' ').context("a strange line")?;
+        let elapsed = Duration::from_millis(elapsed.parse()?);
+        ensure!(result == outcome, "the call gave {result} after {elapsed:?}");
+        ensure!(elapsed + EARLY >= period, "a wait of {period:?} ended after {elapsed:?}");
+        longest = longest.max(elapsed);
+    }
+    if crash.damage {
+        longest += crash.gap + 2 * LATE;
+    }
+    ensure!(
+        longest <= allowed,
+        "a wait of {period:?} lasted {longest:?}, this process was away {:?}",
+        crash.gap
+    );
+    Ok(())
 }

@@ -177,6 +177,8 @@ trait Facts {
     fn user_words(&self, addr: u64, count: usize) -> Option<Vec<u64>>;
     /// Whether the program has something mapped there.
     fn is_mapped(&self, addr: u64) -> Option<bool>;
+    /// Whether the call was made by code of the C library, or of one that is for nothing but making system calls.
+    fn is_in_c_library(&self) -> bool;
     /// Whether the live part of the kernel stack is known.
     fn has_stack(&self) -> bool;
     /// How far a transfer has come.
@@ -310,14 +312,13 @@ fn decide_by_class(thread: &Thread, facts: &dyn Facts, row: &Row) -> Resume {
         Class::EpollWait => {
             let timeout = thread.arg(3);
             let waits = if thread.call.nr == NR_EPOLL_PWAIT2 { timeout != 0 } else { timeout as i32 > 0 };
-            if waits {
-                finish(-EINTR, "it waited with a timeout; no event had been taken")
-            } else {
-                Resume::Restart
+            match waits {
+                true => shortened(thread, facts, 3, thread.call.nr == NR_EPOLL_PWAIT2),
+                false => Resume::Restart,
             }
         }
-        Class::Interrupt { timeout_arg } if thread.arg(timeout_arg) == 0 => Resume::Restart,
-        Class::Interrupt { .. } => finish(-EINTR, "it waited with a timeout; nothing had been taken"),
+        Class::Shorten { timeout_arg } if thread.arg(timeout_arg) == 0 => Resume::Restart,
+        Class::Shorten { timeout_arg } => shortened(thread, facts, timeout_arg, true),
         // Handled before, whatever its state.
         Class::Restarted => finish(-EINTR, "no call to continue"),
         Class::Transfer(kind) => transfer(thread, facts, kind),
@@ -383,6 +384,16 @@ fn timed(thread: &Thread, expiry: Option<Expiry>) -> Resume {
             Some(remaining_ns) => Resume::RestartTimed { call: thread.call, remaining_ns },
             None => impossible("the time left on its clock is not known"),
         },
+    }
+}
+
+/// Issued again with another timeout in its register, and nothing taken so far. The register keeps it: the functions of the C library do not
+/// look at it again, nor may their callers; of other code nobody knows.
+fn shortened(thread: &Thread, facts: &dyn Facts, argument: usize, timespec: bool) -> Resume {
+    let expiry = if facts.is_in_c_library() { facts.expiry() } else { None };
+    match expiry.map(|expiry| expiry.remaining(&thread.now)) {
+        Some(Some(remaining_ns)) => Resume::RestartShortened { argument, timespec, remaining_ns },
+        _ => finish(-EINTR, "it waited with a timeout; nothing had been taken"),
     }
 }
 
@@ -780,6 +791,30 @@ impl<'a> Dead<'a> {
         Some(words(&bytes))
     }
 
+    fn try_is_in_c_library(&self) -> Option<bool> {
+        const NAMES: [&[u8]; 3] = [b"libc.so", b"ld-musl", b"libaio.so"];
+        const LONGEST: usize = 16;
+        let kernel = self.kernel;
+        let mut area = 0;
+        let tree = self.task?.mm.wrapping_add(kernel.offset_of("mm_struct", "mm_mt").ok()?);
+        let rip = self.ctx.registers.rip;
+        let walk = kernel.maple_for_each(tree, MAX_VMAS, |first, last, vma| {
+            if (first..=last).contains(&rip) {
+                area = vma;
+            }
+            Ok(())
+        });
+        walk.ok().filter(|()| area != 0)?;
+        let follow = |from: u64, kind: &str, member: &str| {
+            let at = from.wrapping_add(kernel.offset_of(kind, member).ok()?);
+            kernel.read_u64(at).ok().filter(|to| *to != 0)
+        };
+        let file = follow(area, "vm_area_struct", "vm_file")?;
+        let dentry = follow(file, "file", "f_path.dentry")?;
+        let name = kernel.read_cstr(follow(dentry, "dentry", "d_name.name")?, LONGEST).ok()?;
+        Some(NAMES.iter().any(|known| name.starts_with(known)))
+    }
+
     fn try_past_no_return(&self, filename: u64) -> Option<bool> {
         let task = self.task?;
         let group_exec = self.kernel.offset_of("signal_struct", "group_exec_task").ok()?;
@@ -821,6 +856,10 @@ impl Facts for Dead<'_> {
             Ok(())
         });
         walk.ok().map(|()| mapped)
+    }
+
+    fn is_in_c_library(&self) -> bool {
+        self.try_is_in_c_library() == Some(true)
     }
 
     fn has_stack(&self) -> bool {
@@ -1046,6 +1085,7 @@ mod tests {
         files: HashMap<i32, File>,
         words: HashMap<u64, Vec<u64>>,
         mapped: Option<bool>,
+        c_library: bool,
         no_stack: bool,
         search: Option<Search>,
         tty_sent: Option<u64>,
@@ -1071,6 +1111,9 @@ mod tests {
         }
         fn is_mapped(&self, _: u64) -> Option<bool> {
             self.mapped
+        }
+        fn is_in_c_library(&self) -> bool {
+            self.c_library
         }
         fn has_stack(&self) -> bool {
             !self.no_stack
@@ -1273,7 +1316,7 @@ mod tests {
     }
 
     #[test]
-    fn epoll_wait_is_interrupted_only_when_time_runs() {
+    fn a_timeout_is_shortened_where_the_register_does_not_matter_else_the_wait_is_interrupted() {
         let epoll = |name, timeout: i64| go(&thread(name, &[3, 0x1000, 8, timeout as u64]), &Fake::default());
         assert_eq!(epoll("epoll_wait", -1), Resume::Restart);
         assert_eq!(epoll("epoll_wait", 0xffff_ffff), Resume::Restart, "an int");
@@ -1284,6 +1327,14 @@ mod tests {
         let wait = |timeout| go(&thread("rt_sigtimedwait", &[0x1000, 0, timeout, 8]), &Fake::default());
         assert_eq!(wait(0), Resume::Restart);
         assert_eq!(returns(&wait(0x2000)), Some(-EINTR));
+        let in_library = Fake { c_library: true, expiry: Some(Expiry::monotonic(1_300)), ..Fake::default() };
+        let shortened =
+            |argument, timespec| Resume::RestartShortened { argument, timespec, remaining_ns: 300 };
+        let go = |name, args: &[u64]| go(&thread(name, args), &in_library);
+        assert_eq!(go("epoll_pwait", &[3, 0x1000, 8, 100]), shortened(3, false));
+        assert_eq!(go("epoll_pwait2", &[3, 0x1000, 8, 0x2000]), shortened(3, true));
+        assert_eq!(go("rt_sigtimedwait", &[0x1000, 0, 0x2000, 8]), shortened(2, true));
+        assert_eq!(go("epoll_wait", &[3, 0x1000, 8, u64::MAX]), Resume::Restart);
     }
 
     #[test]

@@ -73,6 +73,23 @@ pub(crate) fn continuation(thread: &Thread, gone_by: Duration) -> Result<Continu
             store = Some((*timeout_addr, two_words(left / per_second, fraction).to_vec()));
             restart(&mut regs, thread)?;
         }
+        Resume::RestartShortened { argument, timespec, remaining_ns } => {
+            let left = remaining_ns.saturating_sub(gone_by).max(0);
+            let value = if *timespec {
+                let at = below_stack(&regs);
+                store = Some((at, two_words(left / 1_000_000_000, left % 1_000_000_000).to_vec()));
+                at
+            } else {
+                milliseconds(left)
+            };
+            match argument {
+                2 => regs.rdx = value,
+                3 => regs.r10 = value,
+                4 => regs.r8 = value,
+                n => return Err(format!("a timeout in argument {n}")),
+            }
+            restart(&mut regs, thread)?;
+        }
         // It has done what it could.
         Resume::Return { value, .. } => {
             regs.rax = *value as u64;
@@ -111,6 +128,11 @@ fn restart_code(nr: i64) -> i64 {
         | libc::SYS_pselect6
         | libc::SYS_poll
         | libc::SYS_ppoll
+        | libc::SYS_epoll_wait
+        | libc::SYS_epoll_pwait
+        | libc::SYS_epoll_pwait2
+        | libc::SYS_rt_sigtimedwait
+        | libc::SYS_semtimedop
         | libc::SYS_nanosleep
         | libc::SYS_clock_nanosleep => ERESTARTNOHAND,
         libc::SYS_fork | libc::SYS_vfork | libc::SYS_clone | libc::SYS_clone3 => ERESTARTNOINTR,
@@ -124,12 +146,22 @@ fn timed_call(call: SyscallInFlight, remaining_ns: i64) -> Result<Timed, String>
     let (argument, timeout) = match call.nr {
         libc::SYS_nanosleep => (0, timespec),
         libc::SYS_clock_nanosleep => (2, timespec),
-        // Rounded up: never early.
-        libc::SYS_poll => (2, Timeout::Milliseconds((left as u64).div_ceil(1_000_000))),
+        libc::SYS_poll => (2, Timeout::Milliseconds(milliseconds(left))),
         libc::SYS_futex => (3, timespec),
         nr => return Err(format!("system call {nr} cannot be begun with the time that was left")),
     };
     Ok(Timed { call, argument, timeout })
+}
+
+/// Rounded up: never early.
+fn milliseconds(left_ns: i64) -> u64 {
+    (left_ns.max(0) as u64).div_ceil(1_000_000)
+}
+
+/// A place on the stack that no program uses: below the 128 bytes that are a function's own. Whatever comes there later, a signal's frame say,
+/// comes after the kernel has read it, or in its place.
+fn below_stack(regs: &Registers) -> u64 {
+    regs.rsp.wrapping_sub(256) & !15
 }
 
 fn two_words(a: i64, b: i64) -> [u8; 16] {
@@ -216,6 +248,23 @@ mod tests {
         };
         assert_eq!(updated(true), (0x1000, two_words(2, 3).to_vec()));
         assert_eq!(updated(false), (0x1000, two_words(2, 3000).to_vec()));
+    }
+
+    #[test]
+    fn a_shortened_timeout_takes_the_place_of_the_argument() {
+        let shortened = |nr, argument, timespec| {
+            let mut t =
+                thread(nr, -38, Resume::RestartShortened { argument, timespec, remaining_ns: 3_000_001 });
+            t.regs.rsp = 0x7fff_1008;
+            continuation(&t, Duration::from_nanos(1_000_000)).unwrap()
+        };
+        let c = shortened(libc::SYS_epoll_wait, 3, false);
+        assert_eq!((c.regs.r10, c.store, c.regs.rax as i64), (3, None, ERESTARTNOHAND));
+        let c = shortened(libc::SYS_rt_sigtimedwait, 2, true);
+        assert_eq!(
+            (c.regs.rdx, c.store),
+            (0x7fff_0f00, Some((0x7fff_0f00, two_words(0, 2_000_001).to_vec())))
+        );
     }
 
     #[test]

@@ -55,6 +55,16 @@ pub enum Resume {
         /// Nanoseconds left; not negative.
         remaining_ns: i64,
     },
+    /// Issue the call again with the time left in the place of its timeout argument, which stays changed (epoll_wait, sigtimedwait and
+    /// their kin: the kernel would not continue them).
+    RestartShortened {
+        /// Which argument.
+        argument: usize,
+        /// A pointer to a `struct timespec`, instead of milliseconds.
+        timespec: bool,
+        /// Nanoseconds left; negative when already over.
+        remaining_ns: i64,
+    },
     /// The call has been carried out as far as it will be: return this (a partial count, or a negative errno that programs must
     /// expect). The text says why.
     Return {

@@ -36,10 +36,10 @@ pub enum Class {
     },
     /// futex: by its operation.
     Futex,
-    /// epoll_wait and its kin: again if there is no timeout, else EINTR.
+    /// epoll_wait and its kin: again if there is no timeout, else with the time left.
     EpollWait,
-    /// Again if the pointer to the timeout is NULL, else EINTR.
-    Interrupt {
+    /// Again if the pointer to the timeout is NULL, else with the time left.
+    Shorten {
         /// The pointer to the timeout.
         timeout_arg: usize,
     },
@@ -270,7 +270,7 @@ pub const TABLE: &[Row] = &[
     row(125, "capget", Again, "only reads state"),
     row(126, "capset", Again, "sets the same again"),
     row(127, "rt_sigpending", Again, "only reads state"),
-    row(128, "rt_sigtimedwait", Interrupt { timeout_arg: 2 }, "nothing taken; never restarted with a timeout (signal(7))"),
+    row(128, "rt_sigtimedwait", Shorten { timeout_arg: 2 }, "nothing taken; the time left goes into the register, else EINTR, as after any signal (signal(7))"),
     row(129, "rt_sigqueueinfo", Again, "a standard signal that is sent twice is merged"),
     row(130, "rt_sigsuspend", Again, "waits; nothing has been taken"),
     row(131, "sigaltstack", Again, "sets the same again"),
@@ -350,7 +350,7 @@ pub const TABLE: &[Row] = &[
     row(205, "set_thread_area", Again, "not there: ENOSYS again"),
     row(206, "io_setup", Impossible, "contexts and requests of asynchronous I/O are not brought back"),
     row(207, "io_destroy", Impossible, "contexts and requests of asynchronous I/O are not brought back"),
-    row(208, "io_getevents", Interrupt { timeout_arg: 4 }, "nothing taken; never restarted with a timeout (signal(7))"),
+    row(208, "io_getevents", Shorten { timeout_arg: 4 }, "nothing taken; the time left goes into the register, else EINTR, as after any signal (signal(7))"),
     row(209, "io_submit", Impossible, "contexts and requests of asynchronous I/O are not brought back"),
     row(210, "io_cancel", Impossible, "contexts and requests of asynchronous I/O are not brought back"),
     row(211, "get_thread_area", Again, "not there: ENOSYS again"),
@@ -362,7 +362,7 @@ pub const TABLE: &[Row] = &[
     row(217, "getdents64", Again, "the position moves only when it is done, so the same entries are read again"),
     row(218, "set_tid_address", Again, "sets the same again"),
     row(219, "restart_syscall", Restarted, "continues the call that its restart block names"),
-    row(220, "semtimedop", Interrupt { timeout_arg: 3 }, "nothing taken; never restarted with a timeout (signal(7))"),
+    row(220, "semtimedop", Shorten { timeout_arg: 3 }, "nothing taken; the time left goes into the register, else EINTR, as after any signal (signal(7))"),
     row(221, "fadvise64", Again, "a hint"),
     row(222, "timer_create", Again, "a second timer at worst, of which nobody knows"),
     row(223, "timer_settime", Again, "never waits once the timer is set: the time runs from now"),
@@ -374,7 +374,7 @@ pub const TABLE: &[Row] = &[
     row(229, "clock_getres", Again, "only reads state"),
     row(230, "clock_nanosleep", Sleep, "the time left is in its timer"),
     row(231, "exit_group", Exit, "it was ending"),
-    row(232, "epoll_wait", EpollWait, "no event is taken before it returns; never restarted with a timeout (signal(7))"),
+    row(232, "epoll_wait", EpollWait, "no event is taken before it returns; the time left goes into the register, else EINTR, as after any signal (signal(7))"),
     row(233, "epoll_ctl", Again, "removing what has been removed is answered with an error as after a race"),
     row(234, "tgkill", Again, "a standard signal that is sent twice is merged"),
     row(235, "utimes", Again, "sets the same again"),
@@ -423,7 +423,7 @@ pub const TABLE: &[Row] = &[
     row(278, "vmsplice", Transfer(Transfer::WRITE.vector().without_kiocb()), "as far as its iterator has come"),
     row(279, "move_pages", Again, "replaces the same pages again"),
     row(280, "utimensat", Again, "sets the same again"),
-    row(281, "epoll_pwait", EpollWait, "no event is taken before it returns; never restarted with a timeout (signal(7))"),
+    row(281, "epoll_pwait", EpollWait, "no event is taken before it returns; the time left goes into the register, else EINTR, as after any signal (signal(7))"),
     row(282, "signalfd", NewDescriptor, "a descriptor is put into the table last"),
     row(283, "timerfd_create", NewDescriptor, "a descriptor is put into the table last"),
     row(284, "eventfd", NewDescriptor, "a descriptor is put into the table last"),
@@ -475,7 +475,7 @@ pub const TABLE: &[Row] = &[
     row(330, "pkey_alloc", Again, "finds what the first attempt has made"),
     row(331, "pkey_free", Again, "removing what has been removed is answered with an error as after a race"),
     row(332, "statx", Again, "only reads state"),
-    row(333, "io_pgetevents", Interrupt { timeout_arg: 4 }, "nothing taken; never restarted with a timeout (signal(7))"),
+    row(333, "io_pgetevents", Shorten { timeout_arg: 4 }, "nothing taken; the time left goes into the register, else EINTR, as after any signal (signal(7))"),
     row(334, "rseq", Again, "sets the same again"),
     row(335, "uretprobe", Impossible, "only the trampoline of a probe calls it"),
     row(424, "pidfd_send_signal", Again, "a standard signal that is sent twice is merged"),
@@ -495,7 +495,7 @@ pub const TABLE: &[Row] = &[
     row(438, "pidfd_getfd", NewDescriptor, "a descriptor is put into the table last"),
     row(439, "faccessat2", Again, "only reads state"),
     row(440, "process_madvise", Again, "a hint"),
-    row(441, "epoll_pwait2", EpollWait, "no event is taken before it returns; never restarted with a timeout (signal(7))"),
+    row(441, "epoll_pwait2", EpollWait, "no event is taken before it returns; the time left goes into the register, else EINTR, as after any signal (signal(7))"),
     row(442, "mount_setattr", Again, "sets the same again"),
     row(443, "quotactl_fd", Again, "sets the same again"),
     row(444, "landlock_create_ruleset", NewDescriptor, "a descriptor is put into the table last"),
@@ -573,7 +573,7 @@ mod tests {
     fn arguments_that_rows_name_exist() {
         for row in TABLE {
             let args = match row.class {
-                Select { timeout_arg, .. } | Interrupt { timeout_arg } => [timeout_arg, 0],
+                Select { timeout_arg, .. } | Shorten { timeout_arg } => [timeout_arg, 0],
                 Splice { input, output } => [input, output],
                 _ => [0, 0],
             };
