@@ -45,6 +45,7 @@ mod eventfd;
 mod file;
 mod fpu;
 mod fs;
+mod hugetlb;
 mod inet;
 mod inotify;
 mod ipc;
@@ -105,6 +106,8 @@ pub enum Needs {
     Console,
     /// A swap area.
     Swap,
+    /// Huge pages that are set aside, and to be started as root.
+    HugePages,
 }
 
 /// One survivor.
@@ -254,6 +257,9 @@ table! {
     "process-attributes" process::attributes Survives, Nothing, "nice, affinity, oom_score_adj, timer slack, subreaper, pdeathsig, dumpable, THP, name, personality";
     "clock-monotonic" clock::monotonic Survives, Nothing, "CLOCK_MONOTONIC and BOOTTIME never go back";
     "clock-vdso" clock::vdso Survives, Nothing, "clock_gettime through the vDSO agrees with the system call";
+    "hugetlb-private" hugetlb::private Survives, HugePages, "private memory in huge pages, shared copy-on-write with a child; read-only";
+    "hugetlb-shared" hugetlb::shared Survives, HugePages, "shared memory and a memfd in huge pages";
+    "hugetlb-unmapped" hugetlb::unmapped Survives, HugePages, "a System V segment and a file of a hugetlbfs that nobody has mapped";
     "swap-private" swap::private Survives, Swap, "swapped-out memory: in a swap area, in memory again as well, zeroes";
     "swap-fork" swap::fork Survives, Swap, "swapped-out pages that a process and its child share";
     "swap-shared" swap::shared Survives, Swap, "swapped-out pages of shared memory, a memfd and a file on a tmpfs";

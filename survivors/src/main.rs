@@ -135,6 +135,7 @@ fn list() {
             Needs::Tty => "tty",
             Needs::Console => "console",
             Needs::Swap => "swap",
+            Needs::HugePages => "huge-pages",
         };
         println!("{}\t{}\t{expect}\t{needs}\t{}", survivor.name, survivor.kind, survivor.shows);
     }

@@ -13,8 +13,8 @@ const ARM_DEADLINE: Duration = Duration::from_secs(120);
 /// The command that starts the lab's agent, for `[after] start` of the configuration.
 pub const AGENT_COMMAND: &str = "/usr/local/lib/lab/agent serve";
 
-/// Makes two swap areas that are used in turns: a file whose blocks the file system takes for unwritten, and a whole disk.
-const SWAP_ON: &str = "fallocate -l 64M /swapfile && chmod 600 /swapfile && for area in /swapfile /dev/vdb; do mkswap -q $area && swapon -p 5 $area || exit 1; done";
+/// Sets huge pages aside, and makes two swap areas that are used in turns: a file whose blocks the file system takes for unwritten, and a whole disk.
+const MEMORY: &str = "sysctl -qw vm.nr_hugepages=12 && fallocate -l 64M /swapfile && chmod 600 /swapfile && for area in /swapfile /dev/vdb; do mkswap -q $area && swapon -p 5 $area || exit 1; done";
 
 /// What is installed in a guest.
 #[derive(Debug, Clone)]
@@ -23,15 +23,15 @@ pub struct Installation {
     pub config: String,
     /// Whether the register saver module is there.
     pub saver: bool,
-    /// Whether a file and a disk are swap areas.
-    pub swap: bool,
+    /// Whether a file and a disk are swap areas, and huge pages are set aside.
+    pub memory: bool,
 }
 
 impl Installation {
     /// Resurrects what the unprivileged user runs, with the register saver.
     pub fn for_demo() -> Self {
         let config = format!("[[select]]\nuser = \"demo\"\n\n[after]\nstart = [\"{AGENT_COMMAND}\"]\n");
-        Self { config, saver: true, swap: false }
+        Self { config, saver: true, memory: false }
     }
 
     /// Resurrects what runs this program, whoever runs it, and what the unprivileged user runs.
@@ -45,22 +45,22 @@ impl Installation {
         let config = format!(
             "mode = \"programs\"\n\n[[never]]\nexe = \"/usr/local/lib/lab/agent\"\n\n[after]\nstart = [\"{AGENT_COMMAND}\"]\n"
         );
-        Self { config, saver: true, swap: false }
+        Self { config, saver: true, memory: false }
     }
 }
 
 /// A layer on top of `parent` with the current binaries installed and `otherworld arm` done.
 pub fn armed(lab: &Lab, parent: &Snapshot, installation: &Installation) -> Result<Snapshot> {
     let files = files(lab, parent.config.series, installation)?;
-    let mut inputs = Key::new("installation").with(if installation.swap { SWAP_ON } else { "" });
+    let mut inputs = Key::new("installation").with(if installation.memory { MEMORY } else { "" });
     for (path, data) in &files {
         inputs = inputs.with(path).with_bytes(data);
     }
     let snapshot = lab.derive(parent, "armed", &inputs, |agent, _| {
         lab.note("installing and arming otherworld (once per build)");
         push(agent, &files)?;
-        if installation.swap {
-            agent.shell(SWAP_ON, ARM_DEADLINE)?;
+        if installation.memory {
+            agent.shell(MEMORY, ARM_DEADLINE)?;
         }
         agent.shell("otherworld arm", ARM_DEADLINE)?;
         Ok(())

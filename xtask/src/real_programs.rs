@@ -194,7 +194,7 @@ impl RealPrograms {
             }
         };
         let config = format!("{selected}\n[after]\nstart = [\"{AGENT_COMMAND}\"]\n");
-        Installation { config, saver: true, swap: false }
+        Installation { config, saver: true, memory: false }
     }
 }
 

@@ -89,7 +89,7 @@ impl Survivors {
         for series in crate::series_or_all(self.kernel) {
             let config = MachineConfig::new(series, global.accel());
             let installation =
-                Installation { saver: !self.no_saver, swap: true, ..Installation::for_programs(PROGRAM) };
+                Installation { saver: !self.no_saver, memory: true, ..Installation::for_programs(PROGRAM) };
             let armed = guest::armed(&lab, &lab.booted(&config)?, &installation)?;
             for n in 1..=self.crashes {
                 ui::line(format!("kernel {series}, panic {n} of {}, seed {seed}", self.crashes));
@@ -243,7 +243,7 @@ pub fn verdict(guest: &mut Guest, survivor: &Survivor) -> String {
 }
 
 fn needs_root(survivor: &Survivor) -> bool {
-    matches!(survivor.needs, Needs::Root | Needs::Tty | Needs::Console)
+    matches!(survivor.needs, Needs::Root | Needs::Tty | Needs::Console | Needs::HugePages)
 }
 
 fn directory(root: bool) -> &'static str {

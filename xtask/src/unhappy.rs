@@ -171,7 +171,7 @@ fn installed(lab: &Lab, parent: &Snapshot, series: Series) -> Result<Snapshot> {
     for file in binaries.survivors.iter().chain([&binaries.otherworld]) {
         inputs = inputs.with_bytes(&fs::read(file)?);
     }
-    let installation = Installation { config: String::new(), saver: false, swap: false };
+    let installation = Installation { config: String::new(), saver: false, memory: false };
     let snapshot = lab.derive(parent, "installed", &inputs, |agent, _| {
         lab.note("installing otherworld (once per build)");
         guest::install(lab, agent, series, &installation)

@@ -7,7 +7,7 @@ use crate::Autopsy;
 use crate::error::{Result, corrupt};
 use crate::fs::{FullPath, Path, device};
 use crate::inode::{InodeFacts, S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFREG, S_IFSOCK};
-use crate::proc;
+use crate::{hugetlb, proc};
 
 /// fs.nr_open is a million by default.
 const MAX_FDS: u32 = 2 << 20;
@@ -206,17 +206,16 @@ impl Autopsy<'_> {
         let unsupported = |what: String| Ok(FileKind::Unsupported { what });
         match inode.fs_type.as_bytes() {
             b"tmpfs" | b"hugetlbfs" | b"devtmpfs" if path.internal => match path.path.as_bytes() {
-                SHARED_ANONYMOUS => unsupported("shared anonymous memory".into()),
+                SHARED_ANONYMOUS | hugetlb::ANONYMOUS => unsupported("anonymous memory".into()),
                 name if name.starts_with(b"/memfd:") && inode.fs_type.as_bytes() == b"tmpfs" => {
                     self.memfd_kind(file.f_inode)
                 }
-                name if name.starts_with(b"/memfd:") => {
-                    unsupported(format!("memory file {}", String::from_utf8_lossy(&name[1..])))
+                name if name.starts_with(b"/memfd:") && inode.fs_type.as_bytes() == b"hugetlbfs" => {
+                    self.huge_memfd_kind(file.f_inode)
                 }
                 name if name.starts_with(SYSV) => unsupported("System V shared memory".into()),
                 _ => unsupported(format!("kernel-internal memory file {}", path.path)),
             },
-            b"hugetlbfs" => unsupported(format!("file of huge pages {}", path.path)),
             b"anon_inodefs" => unsupported(anonymous_description(operations, path)),
             b"nsfs" => self.namespace_file(file.f_inode),
             b"secretmem" => unsupported("secret memory (memfd_secret)".into()),
@@ -266,6 +265,11 @@ impl Autopsy<'_> {
     /// Whether it is what `mmap(MAP_SHARED | MAP_ANONYMOUS)` makes.
     pub(crate) fn is_shared_anonymous(&self, file: &OpenFile) -> bool {
         matches!(&file.kind, FileKind::Unsupported { .. }) && file.path.as_bytes() == SHARED_ANONYMOUS
+    }
+
+    /// Whether it is what mmap makes with MAP_HUGETLB, without a file.
+    pub(crate) fn is_huge_anonymous(&self, file: &OpenFile) -> bool {
+        matches!(&file.kind, FileKind::Unsupported { .. }) && file.path.as_bytes() == hugetlb::ANONYMOUS
     }
 
     /// Whether it is what shmat(2) maps.

@@ -3,6 +3,8 @@
 use ktypes::KernelType;
 use snapshot::{Bytes, Inode, InodeId, PageCacheRun, Severity, Timestamp};
 
+use vmcore::PAGE_SIZE;
+
 use crate::Autopsy;
 use crate::error::{Result, corrupt};
 use crate::fs::device;
@@ -115,6 +117,10 @@ impl Autopsy<'_> {
             // The state's bits are in the low half, whether it is 32 or 64 bits wide.
             dirty: u64::from(self.kernel.read_u32(raw.i_state)?) & dirty_bits != 0,
             pages: Vec::new(),
+            huge_page: match facts.fs_type.as_bytes() {
+                b"hugetlbfs" => Some(self.huge_page_size(raw.i_sb)?),
+                _ => None,
+            },
             lost_pages: 0,
         };
         if facts.mode & 0o170_000 == S_IFREG && raw.i_mapping != 0 {
@@ -132,9 +138,15 @@ impl Autopsy<'_> {
         // In memory-backed files a value is a swapped-out page, elsewhere the shadow of an evicted one.
         let values_are_swapped = matches!(inode.fs_type.as_bytes(), b"tmpfs" | b"devtmpfs");
         let (mut damage, mut why_lost) = (None, None);
+        let huge_page = inode.huge_page;
         let (runs, lost) = (&mut inode.pages, &mut inode.lost_pages);
         self.kernel.xarray_for_each(pages, MAX_PAGES, |first, entry| {
-            let count = entry.last.saturating_sub(first).saturating_add(1);
+            let mut count = entry.last.saturating_sub(first).saturating_add(1);
+            let mut first = first;
+            // Until 6.6 a page of hugetlbfs counted as one.
+            if let Some(small) = huge_page.map(|size| size / PAGE_SIZE).filter(|_| count == 1) {
+                (first, count) = (first.saturating_mul(small), small);
+            }
             let Some(page) = entry.pointer() else {
                 if let (true, Some(value)) = (values_are_swapped, entry.value()) {
                     for part in 0..count {

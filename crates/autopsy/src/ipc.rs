@@ -139,6 +139,7 @@ impl Autopsy<'_> {
             perm,
             inode: file.inode,
             size: segment.shm_segsz,
+            huge_page: self.inodes.borrow().get(&file.inode).and_then(|inode| inode.huge_page),
             removed: mode & SHM_DEST != 0,
             locked: mode & SHM_LOCKED != 0,
         })

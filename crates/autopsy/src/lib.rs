@@ -25,6 +25,7 @@ mod file;
 mod fpu;
 mod fs;
 pub mod ground_truth;
+mod hugetlb;
 mod inet;
 mod inode;
 mod inotify;
@@ -188,6 +189,7 @@ impl<'k> Autopsy<'k> {
             uts_namespaces: self.uts_namespaces.take(),
             tmpfs,
             autofs,
+            huge_pages: self.huge_pages(),
             swap_areas: self.swap_areas(),
             cgroups,
             processes,

@@ -54,11 +54,12 @@ const VM_DROPPABLE: u64 = 1 << 40;
 const VM_SEALED: u64 = 1 << 63;
 
 /// VM_* and what it is in a snapshot.
-const FLAGS: [(u64, VmaFlags); 17] = [
+const FLAGS: [(u64, VmaFlags); 18] = [
     (0x10, VmaFlags::MAYREAD),
     (0x20, VmaFlags::MAYWRITE),
     (0x40, VmaFlags::MAYEXEC),
     (0x100, VmaFlags::GROWSDOWN),
+    (VM_HUGETLB, VmaFlags::HUGETLB),
     (VM_LOCKED, VmaFlags::LOCKED),
     (0x8000, VmaFlags::SEQ_READ),
     (0x1_0000, VmaFlags::RAND_READ),
@@ -554,7 +555,7 @@ impl Autopsy<'_> {
             lost_pages: 0,
         };
         let own_pages = match vma.kind {
-            VmaKind::Anonymous => true,
+            VmaKind::Anonymous | VmaKind::AnonymousHuge { .. } => true,
             VmaKind::File { .. } => !shared,
             _ => false,
         };
@@ -571,9 +572,6 @@ impl Autopsy<'_> {
             let name = self.kernel.offset_of("vm_special_mapping", "name")?;
             let name = self.kernel.read_u64(area.vm_private_data.wrapping_add(name))?;
             return Ok(VmaKind::Special { name: Bytes(self.kernel.read_cstr(name, 64)?) });
-        }
-        if flags & VM_HUGETLB != 0 {
-            return unsupported("huge pages of hugetlbfs");
         }
         if flags & (VM_UFFD_MISSING | VM_UFFD_WP | VM_UFFD_MINOR) != 0
             || area.userfaultfd.is_some_and(|ctx| ctx != 0)
@@ -611,6 +609,15 @@ impl Autopsy<'_> {
             // "/dev/zero", deleted, on tmpfs' internal mount: what mmap makes of MAP_SHARED | MAP_ANONYMOUS.
             FileKind::Unsupported { .. } if self.is_shared_anonymous(open) => {
                 Ok(VmaKind::SharedAnonymous { inode: open.inode, offset })
+            }
+            FileKind::Unsupported { .. } if self.is_huge_anonymous(open) && shared => {
+                Ok(VmaKind::SharedAnonymous { inode: open.inode, offset })
+            }
+            FileKind::Unsupported { .. } if self.is_huge_anonymous(open) => {
+                match self.inodes.borrow().get(&open.inode).and_then(|inode| inode.huge_page) {
+                    Some(page_size) => Ok(VmaKind::AnonymousHuge { page_size }),
+                    None => unsupported("huge pages of unknown size"),
+                }
             }
             FileKind::Unsupported { .. } if self.is_sysv_shm(open) => {
                 let data = self.kernel.offset_of("file", "private_data")?;

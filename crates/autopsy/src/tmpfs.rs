@@ -1,4 +1,4 @@
-//! File systems in memory: tmpfs, ramfs, devtmpfs (mm/shmem.c, fs/ramfs/inode.c; their names are dentries that are never dropped, d_subdirs
+//! File systems in memory: tmpfs, ramfs, devtmpfs, hugetlbfs (mm/shmem.c, fs/ramfs/inode.c, fs/hugetlbfs/inode.c; their names are dentries that are never dropped, d_subdirs
 //! or d_children of include/linux/dcache.h; 6.1 and 6.12).
 
 use std::collections::BTreeSet;
@@ -18,7 +18,7 @@ const MAX_DEPTH: usize = 512;
 /// PATH_MAX.
 const MAX_TARGET: u64 = 4096;
 /// In memory without a super block of one's own: what only the kernel mounts is not asked for.
-const TYPES: [&[u8]; 3] = [b"tmpfs", b"ramfs", b"devtmpfs"];
+const TYPES: [&[u8]; 4] = [b"tmpfs", b"ramfs", b"devtmpfs", b"hugetlbfs"];
 
 #[derive(KernelType)]
 #[kernel("super_block")]

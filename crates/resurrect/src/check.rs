@@ -7,7 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 
 use snapshot::{
     AddressSpace, Bytes, Credentials, FileKind, OpenFile, PendingSignal, Pid, Process, ProcessState, Prot,
-    Snapshot, Thread, VmaKind,
+    Snapshot, Thread, VmaFlags, VmaKind,
 };
 
 use crate::credentials::{parse_status, status_field};
@@ -152,6 +152,8 @@ fn shown_now(line: MapsLine) -> Shown {
 }
 
 const DELETED: &[u8] = b" (deleted)";
+/// What /proc shows for memory that was mapped with MAP_HUGETLB.
+const ANONYMOUS_HUGE: &str = "/anon_hugepage (deleted)";
 
 /// How /proc shows a file; see [`without_lost_name`].
 fn shown_path(file: &OpenFile) -> Bytes {
@@ -161,7 +163,7 @@ fn shown_path(file: &OpenFile) -> Bytes {
 
 /// A file that has lost its name may have none at all when it is back: somebody else may have that name now.
 fn without_lost_name(path: Bytes) -> Bytes {
-    const MEMORY: [&[u8]; 3] = [b"/dev/zero", b"/SYSV", b"/memfd:"];
+    const MEMORY: [&[u8]; 4] = [b"/dev/zero", b"/SYSV", b"/memfd:", b"/anon_hugepage"];
     let is_lost =
         path.as_bytes().ends_with(DELETED) && !MEMORY.iter().any(|m| path.as_bytes().starts_with(m));
     if is_lost { Bytes(DELETED.to_vec()) } else { path }
@@ -182,7 +184,11 @@ fn maps(e: &Expected<'_>, dir: &str) -> Vec<String> {
                 let segment = e.snapshot.shm_segment(*id);
                 segment.map(|s| (s.file_name().as_str().into(), *offset))
             }
+            VmaKind::SharedAnonymous { offset, .. } if vma.flags.contains(VmaFlags::HUGETLB) => {
+                Some((ANONYMOUS_HUGE.into(), *offset))
+            }
             VmaKind::SharedAnonymous { offset, .. } => Some(("/dev/zero (deleted)".into(), *offset)),
+            VmaKind::AnonymousHuge { .. } => Some((ANONYMOUS_HUGE.into(), 0)),
             VmaKind::Special { name } => Some((name.clone(), 0)),
         };
         Shown { start: vma.start, end: vma.end, prot: vma.prot, shared: vma.shared, object }

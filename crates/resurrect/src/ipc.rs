@@ -10,7 +10,7 @@ use snapshot::{
 
 use crate::inject::{Call, call};
 use crate::pour::{Owner, OwnerId, ReverseMap};
-use crate::sys;
+use crate::{hugetlb, sys};
 
 /// Largest value of a semaphore (SEMVMX).
 const MAX_VALUE: i32 = 32767;
@@ -144,13 +144,14 @@ impl Segment {
     fn make(snapshot: &Snapshot, segment: &ShmSegment, reverse: &mut ReverseMap) -> Result<Self, String> {
         let perm = &segment.perm;
         let inode = snapshot.inodes.get(&segment.inode).ok_or("its contents are not in the snapshot")?;
-        if inode.fs_type.as_bytes() != b"tmpfs" {
+        if !matches!(inode.fs_type.as_bytes(), b"tmpfs" | b"hugetlbfs") {
             return Err(format!("its pages are those of {}", inode.fs_type));
         }
         if let Some(obstacle) = snapshot.obstacles_to_contents(inode).first() {
             return Err(obstacle.text.clone());
         }
-        let flags = libc::IPC_CREAT | libc::IPC_EXCL | perm.mode as i32;
+        let huge = segment.huge_page.map_or(0, |size| libc::SHM_HUGETLB | hugetlb::size_flags(size) as i32);
+        let flags = libc::IPC_CREAT | libc::IPC_EXCL | huge | perm.mode as i32;
         let args = [key(perm), segment.size, flags as u64, 0, 0, 0];
         // SAFETY: numbers only.
         let make = || unsafe { sys::raw(libc::SYS_shmget, args) }.map_err(failed("shmget"));

@@ -42,6 +42,7 @@ mod eventfd;
 mod exec;
 mod file;
 mod first;
+mod hugetlb;
 mod inet;
 mod inject;
 mod inotify;
@@ -523,7 +524,8 @@ impl<'a> Run<'a> {
             }
         }
         let with_system = wanted.contains(&first::PID);
-        self.report.places_lost = tmpfs::fill_all(self.snapshot, with_system, mem);
+        self.report.places_lost = hugetlb::fill_pools(self.snapshot);
+        self.report.places_lost.extend(tmpfs::fill_all(self.snapshot, with_system, mem));
         let (pipes, failed) = autofs::mount_all(self.snapshot, &processes, mem, base);
         self.report.places_lost.extend(failed);
         // Before the namespaces: what is mounted there may be mounted on directories that the disk does not have yet.

@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use nix::errno::Errno;
 use snapshot::{Bytes, Inode, PhysMem, Reason};
 
-use crate::{page_cache, sys};
+use crate::{hugetlb, page_cache, sys};
 
 /// What the kernel puts before the name (mm/memfd.c).
 const PREFIX: &[u8] = b"/memfd:";
@@ -21,7 +21,8 @@ pub(crate) fn make(path: &Bytes, seals: u32, inode: &Inode, mem: &dyn PhysMem) -
     let name = path.as_bytes().strip_prefix(PREFIX).unwrap_or(path.as_bytes());
     let name = CString::new(name).map_err(|_| Reason::new("memfd", "its name has a NUL byte"))?;
     // Without permission to seal the only seal is that against seals.
-    let flags = libc::MFD_CLOEXEC | if seals == SEAL_SEAL { 0 } else { libc::MFD_ALLOW_SEALING };
+    let huge = inode.huge_page.map_or(0, |size| libc::MFD_HUGETLB | hugetlb::size_flags(size));
+    let flags = libc::MFD_CLOEXEC | huge | if seals == SEAL_SEAL { 0 } else { libc::MFD_ALLOW_SEALING };
     // SAFETY: a NUL-terminated name; the descriptor that comes back is nobody else's.
     let file = unsafe {
         let fd =

@@ -11,6 +11,7 @@ use snapshot::{
 };
 
 use crate::copy_on_write::{Kept, clip, gaps};
+use crate::hugetlb;
 use crate::inject::{Arg, Call, Scratch, call};
 
 /// End of the addresses that mmap gives without being asked for more.
@@ -214,7 +215,9 @@ impl Area {
     /// While memory is being poured, whatever was charged as writable is writable. What was never writable stays so: making a reservation
     /// of terabytes writable, if only for a moment, would charge it for good.
     fn prot_for_pouring(&self) -> Prot {
-        if !self.shared && self.flags.contains(VmaFlags::ACCOUNT) {
+        // Huge pages are never charged, nor can they be written to from outside when they are not writable.
+        let is_huge = self.flags.contains(VmaFlags::HUGETLB | VmaFlags::MAYWRITE);
+        if !self.shared && (is_huge || self.flags.contains(VmaFlags::ACCOUNT)) {
             self.prot | Prot::WRITE
         } else {
             self.prot
@@ -230,6 +233,9 @@ impl Area {
             (self.flags.contains(VmaFlags::NORESERVE), libc::MAP_NORESERVE),
         ] {
             flags |= if is_so { flag } else { 0 };
+        }
+        if let VmaKind::AnonymousHuge { page_size } = self.kind {
+            flags |= libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | hugetlb::size_flags(page_size) as i32;
         }
         flags
     }
@@ -370,7 +376,7 @@ pub(crate) fn map(areas: &[Area], sources: &Sources<'_>, kept: &[Kept]) -> Resul
         let what = format!("map {}", range(area.start, area.end));
         let flags = area.mmap_flags();
         let (fd, offset) = match &area.kind {
-            VmaKind::Anonymous => (-1, 0),
+            VmaKind::Anonymous | VmaKind::AnonymousHuge { .. } => (-1, 0),
             VmaKind::File { file, offset } => {
                 ((sources.files)(*file).ok_or_else(|| format!("{what}: no file"))?, *offset)
             }
@@ -383,7 +389,7 @@ pub(crate) fn map(areas: &[Area], sources: &Sources<'_>, kept: &[Kept]) -> Resul
         };
         let prot = area.prot_for_pouring().bits();
         for (start, end) in gaps(area.start, area.end, kept) {
-            let offset = offset + (start - area.start);
+            let offset = if fd < 0 { 0 } else { offset + (start - area.start) };
             calls.push(call!(&what, libc::SYS_mmap, start, end - start, prot, flags, fd, offset));
         }
         calls.extend(area.page_size_advice().map(|advice| advise(area, advice).optional()));

@@ -9,6 +9,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, fchown};
 use std::path::Path;
 
+use memmap2::MmapOptions;
 use snapshot::{Inode, PAGE_SIZE, PageCacheRun, PhysMem, PhysMemError};
 
 /// What [`restore`] did.
@@ -217,7 +218,11 @@ fn fill(
     let io = |what| move |source| PageCacheError::Io { what, path: path.display().to_string(), source };
     let mut buffer = vec![0; 64 << 10];
     let mut written = 0;
-    for run in inode.pages.iter().filter(|r| all || r.dirty).flat_map(parts) {
+    if let Some(page_size) = inode.huge_page {
+        written = fill_huge(file, page_size, inode, mem).map_err(io("fill"))?;
+    }
+    let wanted = |run: &&PageCacheRun| inode.huge_page.is_none() && (all || run.dirty);
+    for run in inode.pages.iter().filter(wanted).flat_map(parts) {
         let start = run.index.saturating_mul(PAGE_SIZE);
         let len = (u64::from(run.count) * PAGE_SIZE).min(inode.size.saturating_sub(start));
         if len == 0 {
@@ -242,6 +247,31 @@ fn fill(
     // SAFETY: two timespecs, as futimens reads them.
     nix::errno::Errno::result(unsafe { libc::futimens(file.as_raw_fd(), times.as_ptr()) })
         .map_err(|e| io("set the times of")(e.into()))?;
+    Ok(written)
+}
+
+/// The same for a file on a hugetlbfs, which cannot be written to by write(2).
+fn fill_huge(file: &File, page_size: u64, inode: &Inode, mem: &dyn PhysMem) -> io::Result<u64> {
+    let block = file.metadata()?.blksize();
+    if block != page_size {
+        return Err(io::Error::other(format!("its pages are of {block} bytes, and were of {page_size}")));
+    }
+    file.set_len(inode.size)?;
+    let mut written = 0;
+    for run in inode.pages.iter().flat_map(parts) {
+        let (at, len) = (run.index.saturating_mul(PAGE_SIZE), u64::from(run.count) * PAGE_SIZE);
+        if at.checked_add(len).is_none_or(|end| end > inode.size) {
+            return Err(io::Error::other(format!("page {} is behind its end", run.index)));
+        }
+        // Mappings are of whole huge pages.
+        let (start, end) = (at / page_size * page_size, (at + len).next_multiple_of(page_size));
+        // SAFETY: of a file that is nobody else's yet; its pages are promised to the mapping or it is refused.
+        let mut map = unsafe { MmapOptions::new().offset(start).len((end - start) as usize).map_mut(file) }?;
+        let to = map.get_mut((at - start) as usize..).and_then(|tail| tail.get_mut(..len as usize));
+        let to = to.ok_or_else(|| io::Error::other("a mapping that is too short"))?;
+        mem.read(run.pfn.saturating_mul(PAGE_SIZE), to).map_err(io::Error::other)?;
+        written += len;
+    }
     Ok(written)
 }
 

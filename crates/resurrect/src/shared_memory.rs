@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use snapshot::{InodeId, PAGE_SIZE, PageRun, Process, Snapshot, VmaKind};
 
 use crate::pour::{Owner, OwnerId, ReverseMap};
-use crate::sys;
+use crate::{hugetlb, sys};
 
 struct Object {
     start: *mut libc::c_void,
@@ -64,7 +64,12 @@ impl Object {
         let inode = snapshot.inodes.get(&id).ok_or("shared memory that is not in the snapshot")?;
         let len = usize::try_from(inode.size.next_multiple_of(PAGE_SIZE)).map_err(|e| e.to_string())?;
         let prot = libc::PROT_READ | libc::PROT_WRITE;
-        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let mut flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
+        flags |= match inode.huge_page {
+            None => libc::MAP_NORESERVE,
+            // Rather refused now than killed when they are touched.
+            Some(size) => libc::MAP_HUGETLB | hugetlb::size_flags(size) as i32,
+        };
         // SAFETY: a new mapping at an address of the kernel's choice.
         let start = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, flags, -1, 0) };
         if start == libc::MAP_FAILED {

@@ -43,6 +43,14 @@ pub(crate) fn fcntl(fd: RawFd, cmd: i32, arg: i64) -> Result<i32> {
     Errno::result(unsafe { libc::fcntl(fd, cmd, arg) })
 }
 
+/// Bytes of memory that are free or can be freed without swapping; 0 if that is not known.
+pub(crate) fn available_memory() -> u64 {
+    let text = read_proc("/proc/meminfo").unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) << 10
+}
+
 /// The same open file under the lowest free descriptor from `base` on; the old descriptor is closed.
 pub(crate) fn lift(fd: OwnedFd, base: RawFd) -> Result<OwnedFd> {
     if fd.as_raw_fd() >= base {

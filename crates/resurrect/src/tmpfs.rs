@@ -12,8 +12,8 @@ use snapshot::{Bytes, Inode, InodeId, MountFlags, PhysMem, Snapshot, Tmpfs, Tmpf
 
 use crate::{FileStale, mount, page_cache, sys};
 
-/// TMPFS_MAGIC and RAMFS_MAGIC (include/uapi/linux/magic.h).
-const IN_MEMORY: [FsType; 2] = [FsType(0x0102_1994), FsType(0x8584_58f6)];
+/// TMPFS_MAGIC, RAMFS_MAGIC and HUGETLBFS_MAGIC (include/uapi/linux/magic.h).
+const IN_MEMORY: [FsType; 3] = [FsType(0x0102_1994), FsType(0x8584_58f6), FsType(0x9584_58f6)];
 /// What the programs of the running system keep about themselves. When they begin anew, they make it themselves.
 const OF_THE_SYSTEM: [&str; 3] = ["/run/systemd", "/run/udev", "/run/initctl"];
 /// Of the memory that is free, the part that one file may take.
@@ -156,7 +156,8 @@ impl Filling<'_> {
         if let Some(obstacle) = self.snapshot.obstacles_to_contents(inode).first() {
             return Err(obstacle.text.clone());
         }
-        let room = available() / SHARE;
+        // Huge pages have been set aside.
+        let room = if inode.huge_page.is_some() { u64::MAX } else { sys::available_memory() / SHARE };
         let needed: u64 = inode.pages.iter().map(|run| u64::from(run.count) * snapshot::PAGE_SIZE).sum();
         if needed > room {
             return Err(format!("its {} MiB do not fit into this kernel's memory", needed >> 20));
@@ -170,14 +171,6 @@ impl Filling<'_> {
             e.to_string()
         })
     }
-}
-
-/// Bytes that programs can have without anything being taken from others.
-fn available() -> u64 {
-    let text = sys::read_proc("/proc/meminfo").unwrap_or_default();
-    let text = String::from_utf8_lossy(&text);
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) << 10
 }
 
 fn mknod(path: &Path, mode: u32, (major, minor): (u32, u32)) -> Result<(), Errno> {

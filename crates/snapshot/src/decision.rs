@@ -371,7 +371,7 @@ fn judge_memory(
                     reasons.push(Reason::new("mapping", text));
                 }
             },
-            VmaKind::Anonymous | VmaKind::Special { .. } => {}
+            VmaKind::Anonymous | VmaKind::AnonymousHuge { .. } | VmaKind::Special { .. } => {}
         }
         crate::swap::judge_mapping(snapshot, &at, vma, reasons);
     }
@@ -667,6 +667,7 @@ mod tests {
             path: "/run/x".into(),
             dirty: false,
             pages: Vec::new(),
+            huge_page: None,
             lost_pages,
         }
     }

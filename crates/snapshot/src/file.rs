@@ -165,6 +165,9 @@ pub struct Inode {
     pub dirty: bool,
     /// What the page cache held, by ascending index. Regular files (also on tmpfs) and shared anonymous memory.
     pub pages: Vec<PageCacheRun>,
+    /// Bytes of its pages, if it is on a hugetlbfs; the numbers of pages below count small ones nevertheless.
+    #[serde(default)]
+    pub huge_page: Option<u64>,
     /// Pages of shared memory or tmpfs that existed but cannot be had, with the reason in the findings.
     pub lost_pages: u64,
 }
@@ -172,7 +175,7 @@ pub struct Inode {
 impl Inode {
     /// Whether all there is of its contents is in memory anyway: what the page cache lacks is a hole.
     pub fn lives_in_memory(&self) -> bool {
-        matches!(self.fs_type.as_bytes(), b"tmpfs" | b"ramfs" | b"devtmpfs" | b"rootfs")
+        matches!(self.fs_type.as_bytes(), b"tmpfs" | b"ramfs" | b"devtmpfs" | b"rootfs" | b"hugetlbfs")
     }
 
     /// How many pages of its contents the page cache lacks, and of how many.

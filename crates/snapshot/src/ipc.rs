@@ -43,6 +43,9 @@ pub struct ShmSegment {
     pub inode: InodeId,
     /// As given to shmget, bytes.
     pub size: u64,
+    /// Bytes of its pages, if it was made with SHM_HUGETLB.
+    #[serde(default)]
+    pub huge_page: Option<u64>,
     /// IPC_RMID was called while it was attached.
     pub removed: bool,
     /// SHM_LOCK.
@@ -57,7 +60,7 @@ impl ShmSegment {
 
     /// Bytes of address space that it takes.
     pub fn mapped_len(&self) -> u64 {
-        self.size.next_multiple_of(PAGE_SIZE)
+        self.size.next_multiple_of(self.huge_page.unwrap_or(PAGE_SIZE))
     }
 }
 

@@ -24,6 +24,7 @@ mod eventfd;
 mod file;
 mod finding;
 mod fs;
+mod hugetlb;
 mod inet;
 mod inotify;
 mod ipc;
@@ -64,6 +65,7 @@ pub use eventfd::EventFd;
 pub use file::{Descriptor, FileId, FileKind, Inode, InodeId, MAX_DESCRIPTOR, OpenFile, PageCacheRun};
 pub use finding::{Finding, Severity};
 pub use fs::{FsContext, Mount, MountFlags, Timestamp};
+pub use hugetlb::HugePages;
 pub use inet::{InetProtocol, InetSocket, InetState};
 pub use inotify::{Inotify, MAX_WATCH_DESCRIPTOR, Watch};
 pub use ipc::{Ipc, IpcPerm, Message, MsgQueue, SemArray, SemUndo, ShmSegment};
@@ -129,6 +131,9 @@ pub struct Snapshot {
     /// Mount points of automounters.
     #[serde(default)]
     pub autofs: Vec<Autofs>,
+    /// Pools of huge pages.
+    #[serde(default)]
+    pub huge_pages: Vec<HugePages>,
     /// Swap areas in use.
     #[serde(default)]
     pub swap_areas: Vec<SwapArea>,

@@ -119,6 +119,8 @@ bitflags! {
         #[allow(missing_docs)] const MAYEXEC = 1 << 15;
         /// MAP_SYNC (DAX).
         const SYNC = 1 << 16;
+        /// Pages of hugetlbfs, whatever is mapped.
+        const HUGETLB = 1 << 17;
     }
 }
 
@@ -128,6 +130,11 @@ bitflags! {
 pub enum VmaKind {
     /// Anonymous private memory.
     Anonymous,
+    /// The same in pages of hugetlbfs (MAP_HUGETLB).
+    AnonymousHuge {
+        /// Bytes of a page.
+        page_size: u64,
+    },
     /// A file, private or shared.
     File {
         #[allow(missing_docs)]

@@ -643,6 +643,7 @@ fn inode_of(meta: &fs::Metadata, path: &[u8]) -> Inode {
         path: path.into(),
         dirty: false,
         pages: vec![],
+        huge_page: None,
         lost_pages: 0,
     }
 }
