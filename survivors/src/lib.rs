@@ -32,6 +32,7 @@
 //! `resurrect`), and one line in [`TABLE`]. It sets up, calls [`Stage::crash`], damages if told to, and
 //! checks; an error is the verdict `fail`. The test `every_survivor_passes_and_can_fail` then covers it.
 
+mod aio;
 mod await_signal;
 mod cgroup;
 mod child;
@@ -257,6 +258,8 @@ table! {
     "process-attributes" process::attributes Survives, Nothing, "nice, affinity, oom_score_adj, timer slack, subreaper, pdeathsig, dumpable, THP, name, personality";
     "clock-monotonic" clock::monotonic Survives, Nothing, "CLOCK_MONOTONIC and BOOTTIME never go back";
     "clock-vdso" clock::vdso Survives, Nothing, "clock_gettime through the vDSO agrees with the system call";
+    "aio-contexts" aio::contexts Survives, Nothing, "contexts of asynchronous I/O, with events that were not taken";
+    "aio-waiter" aio::waiter Survives, Nothing, "a thread that waits in io_getevents";
     "hugetlb-private" hugetlb::private Survives, HugePages, "private memory in huge pages, shared copy-on-write with a child; read-only";
     "hugetlb-shared" hugetlb::shared Survives, HugePages, "shared memory and a memfd in huge pages";
     "hugetlb-unmapped" hugetlb::unmapped Survives, HugePages, "a System V segment and a file of a hugetlbfs that nobody has mapped";

@@ -768,6 +768,7 @@ fn mapping_name(snapshot: &Snapshot, space: &AddressSpace, vma: &Vma) -> String 
         },
         VmaKind::SysvShm { id, .. } => snapshot.shm_segment(*id).map(|s| s.file_name()).unwrap_or_default(),
         VmaKind::Special { name } => name.to_string(),
+        VmaKind::AioRing => "/[aio] (deleted)".into(),
         VmaKind::AnonymousHuge { .. } => "/anon_hugepage (deleted)".into(),
         VmaKind::Unsupported { .. } => String::new(),
         VmaKind::Anonymous if vma.start <= layout.brk && vma.end >= layout.start_brk => "[heap]".into(),

@@ -14,6 +14,7 @@
 //! One file per kind of kernel object, with the same name as in `snapshot` and `resurrect`. Each declares the kernel
 //! structures that it walks and says where they live in the kernel's sources. Known to work on Linux 6.1 and 6.12 (x86-64).
 
+mod aio;
 mod autofs;
 mod cgroup;
 mod clock;

@@ -418,8 +418,9 @@ impl Autopsy<'_> {
         unsupported: &mut Vec<String>,
     ) -> Result<()> {
         let mm: Mm = self.kernel.read(id.0)?;
-        if mm.ioctx_table.is_some_and(|table| table != 0 && self.has_aio_contexts(table)) {
-            unsupported.push("asynchronous I/O contexts (io_setup)".into());
+        let (aio, in_flight) = self.aio_contexts(mm.ioctx_table.unwrap_or(0))?;
+        if in_flight > 0 {
+            unsupported.push(format!("{in_flight} requests of asynchronous I/O in flight (io_submit)"));
         }
         if mm.ldt.is_some_and(|ldt| ldt != 0) {
             unsupported.push("a local descriptor table (modify_ldt)".into());
@@ -433,20 +434,9 @@ impl Autopsy<'_> {
         if self.address_spaces.borrow().contains_key(&id) {
             return Ok(());
         }
-        let space = self.read_address_space(id, &mm, call_of)?;
+        let space = AddressSpace { aio, ..self.read_address_space(id, &mm, call_of)? };
         self.address_spaces.borrow_mut().insert(id, space);
         Ok(())
-    }
-
-    fn has_aio_contexts(&self, table: u64) -> bool {
-        let nr = self
-            .kernel
-            .offset_of("kioctx_table", "nr")
-            .and_then(|o| self.kernel.read_u32(table.wrapping_add(o)));
-        let first = self.kernel.offset_of("kioctx_table", "table");
-        let (Ok(nr), Ok(first)) = (nr, first) else { return true };
-        let contexts = self.kernel.read_bytes(table.wrapping_add(first), nr.min(65_536) as usize * 8);
-        contexts.map_or(true, |bytes| bytes.iter().any(|b| *b != 0))
     }
 
     fn read_address_space(
@@ -492,6 +482,7 @@ impl Autopsy<'_> {
         let exe = if mm.exe_file == 0 { None } else { self.mapped_file(mm.exe_file) };
         Ok(AddressSpace {
             vmas,
+            aio: Vec::new(),
             layout: MmLayout {
                 start_code: mm.start_code,
                 end_code: mm.end_code,
@@ -572,6 +563,9 @@ impl Autopsy<'_> {
             let name = self.kernel.offset_of("vm_special_mapping", "name")?;
             let name = self.kernel.read_u64(area.vm_private_data.wrapping_add(name))?;
             return Ok(VmaKind::Special { name: Bytes(self.kernel.read_cstr(name, 64)?) });
+        }
+        if self.kernel.symbol_opt("aio_ring_vm_ops").is_some_and(|ops| ops == area.vm_ops) {
+            return Ok(VmaKind::AioRing);
         }
         if flags & (VM_UFFD_MISSING | VM_UFFD_WP | VM_UFFD_MINOR) != 0
             || area.userfaultfd.is_some_and(|ctx| ctx != 0)

@@ -317,6 +317,12 @@ fn decide_by_class(thread: &Thread, facts: &dyn Facts, row: &Row) -> Resume {
                 false => Resume::Restart,
             }
         }
+        // What it has taken so far is in the program's memory, how much it was in no place that is known.
+        Class::Shorten { .. }
+            if matches!(row.name, "io_getevents" | "io_pgetevents") && thread.arg(1) as i64 > 1 =>
+        {
+            impossible(format!("{}: how many events it has taken cannot be told", row.name))
+        }
         Class::Shorten { timeout_arg } if thread.arg(timeout_arg) == 0 => Resume::Restart,
         Class::Shorten { timeout_arg } => shortened(thread, facts, timeout_arg, true),
         // Handled before, whatever its state.

@@ -53,6 +53,7 @@ fn stand_in(exec: &Exec, specials: &Specials) -> AddressSpace {
     vmas.sort_by_key(|vma| vma.start);
     AddressSpace {
         vmas,
+        aio: Vec::new(),
         layout: MmLayout {
             start_code: START,
             end_code: end,

@@ -84,6 +84,11 @@ impl Scratch {
     }
 
     /// First and last address, with the room behind it.
+    /// Where the data of calls are; free between two runs.
+    pub(crate) fn data(self) -> u64 {
+        self.addr + DATA
+    }
+
     pub(crate) fn reserved(self) -> (u64, u64) {
         (self.addr, self.addr + Self::LEN + crate::memory::PARKING)
     }

@@ -28,6 +28,7 @@
 //! glibc: `GLIBC_TUNABLES=glibc.pthread.rseq=0`). Processes whose parent does not come back become children of the *caller's*
 //! parent, which should be PID 1 or reap them.
 
+mod aio;
 mod autofs;
 mod cgroup;
 mod check;

@@ -234,6 +234,9 @@ impl Area {
         ] {
             flags |= if is_so { flag } else { 0 };
         }
+        if self.kind == VmaKind::AioRing {
+            return libc::MAP_FIXED_NOREPLACE | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        }
         if let VmaKind::AnonymousHuge { page_size } = self.kind {
             flags |= libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | hugetlb::size_flags(page_size) as i32;
         }
@@ -383,6 +386,8 @@ pub(crate) fn map(areas: &[Area], sources: &Sources<'_>, kept: &[Kept]) -> Resul
             VmaKind::SharedAnonymous { inode, offset } => {
                 (*sources.shared.get(inode).ok_or_else(|| format!("{what}: no object"))?, *offset)
             }
+            // Its place is kept for it.
+            VmaKind::AioRing => (-1, 0),
             VmaKind::Special { .. } | VmaKind::SysvShm { .. } | VmaKind::Unsupported { .. } => {
                 return Err(format!("{what}: unknown kind"));
             }

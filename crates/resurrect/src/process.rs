@@ -21,7 +21,7 @@ use crate::inject::{self, Call, InjectError, Missed, Scratch, Tracee, call};
 use crate::memory::{self, Area, Sources, Specials};
 use crate::pour::{Owner, OwnerId, ReverseMap};
 use crate::syscall::{self, Continuation};
-use crate::{cgroup, clock, copy_on_write, file, ipc, lock, signal, sys, thread, timer};
+use crate::{aio, cgroup, clock, copy_on_write, file, ipc, lock, signal, sys, thread, timer};
 
 /// What all rebuilt processes have in common.
 pub(crate) struct Common<'a> {
@@ -244,6 +244,7 @@ impl<'a> Build<'a> {
 
     /// Protection, layout, descriptors; and the other threads, while there are all privileges.
     fn finish_memory(&mut self, common: &Common<'_>, deadline: Deadline) -> Result<(), Failure> {
+        aio::set_up(self.mm, &self.leader, self.instruction, deadline).map_err(failure("set up aio"))?;
         let mut calls = memory::finish(&self.areas);
         let exe =
             self.mm.exe.and_then(|id| common.files.fd(id)).filter(|&fd| !is_same_file(fd, common.own.exe));

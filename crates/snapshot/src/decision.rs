@@ -334,6 +334,7 @@ fn judge_memory(
     if mm.exe.is_none() {
         reasons.push(Reason::new("memory", "its executable could not be found"));
     }
+    crate::aio::judge(mm, reasons);
     let mut inodes = BTreeSet::new();
     for vma in &mm.vmas {
         let at = format!("mapping {:x}-{:x}", vma.start, vma.end);
@@ -371,7 +372,10 @@ fn judge_memory(
                     reasons.push(Reason::new("mapping", text));
                 }
             },
-            VmaKind::Anonymous | VmaKind::AnonymousHuge { .. } | VmaKind::Special { .. } => {}
+            VmaKind::Anonymous
+            | VmaKind::AnonymousHuge { .. }
+            | VmaKind::AioRing
+            | VmaKind::Special { .. } => {}
         }
         crate::swap::judge_mapping(snapshot, &at, vma, reasons);
     }

@@ -12,6 +12,7 @@
 //!
 //! One file per kind of kernel object, with the same name as in `autopsy`, `resurrect` and `survivors`.
 
+mod aio;
 mod autofs;
 mod bytes;
 mod cgroup;
@@ -53,6 +54,7 @@ mod tty;
 mod unix;
 mod vt;
 
+pub use aio::AioContext;
 pub use autofs::Autofs;
 pub use bytes::Bytes;
 pub use cgroup::Cgroup;

@@ -3,7 +3,7 @@
 use bitflags::bitflags;
 use serde::{Deserialize, Serialize};
 
-use crate::{Bytes, FileId, InodeId};
+use crate::{AioContext, Bytes, FileId, InodeId};
 
 /// Address of a `struct mm_struct` in the dead kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -15,6 +15,9 @@ pub struct AddressSpaceId(pub u64);
 pub struct AddressSpace {
     /// Mappings by ascending address, as /proc/PID/maps shows them (without `[vsyscall]`).
     pub vmas: Vec<Vma>,
+    /// Contexts of asynchronous I/O (io_setup(2)) whose rings are among the mappings.
+    #[serde(default)]
+    pub aio: Vec<AioContext>,
     /// The fields that prctl(PR_SET_MM_MAP) sets.
     pub layout: MmLayout,
     /// The program (`/proc/PID/exe`).
@@ -156,6 +159,8 @@ pub enum VmaKind {
         /// Offset of `start` in the segment, bytes.
         offset: u64,
     },
+    /// The ring of an asynchronous I/O context ([`AddressSpace::aio`]).
+    AioRing,
     /// A page set that the kernel provides: `[vdso]`, `[vvar]`, `[uprobes]`.
     Special {
         #[allow(missing_docs)]
