@@ -118,3 +118,106 @@ impl Autopsy<'_> {
         Ok(events)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use synth::{PTR, Record, Synth, U32, array};
+
+    use crate::testing::{declare, open};
+
+    const EVENTS: u32 = 127;
+
+    /// A process with one context whose ring is one page.
+    struct Machine {
+        synth: Synth,
+        table: u64,
+        context: u64,
+        ring: u64,
+    }
+
+    impl Machine {
+        /// So many slots of the ring are free, and so many events have been completed since free ones were counted.
+        fn new(free: [u32; 3], completed: u32) -> Self {
+            let mut synth = Synth::new();
+            declare::<Table>(&mut synth, &[("table", array(PTR, 2))]);
+            declare::<Kioctx>(&mut synth, &[]);
+            synth
+                .structure("kioctx_cpu", Record::new().field("reqs_available", U32))
+                .structure("pages", Record::new().field("page", array(PTR, 1)))
+                .structure(
+                    "aio_ring",
+                    Record::new().field("head", U32).field("tail", U32).field("header_length", U32).size(32),
+                );
+            let (table, context) = (synth.alloc("kioctx_table"), synth.alloc("kioctx"));
+            let pages = synth.alloc("pages");
+            let phys = synth.alloc_phys(PAGE_SIZE, PAGE_SIZE);
+            let (ring, page) = (synth.direct(phys), synth.page_of(phys));
+            synth.write_u64(pages, page);
+            synth.set("aio_ring", ring, "header_length", 32u32);
+            let per_cpu = synth.per_cpu_variable("counters", 8);
+            for cpu in 0..2 {
+                let at = synth.per_cpu(per_cpu, cpu);
+                synth.write(at, &free[cpu as usize].to_le_bytes());
+            }
+            let slot = synth.address_of("kioctx_table", table, "table");
+            synth.set("kioctx_table", table, "nr", 2u32).write_u64(slot + 8, context);
+            for (member, value) in [
+                ("max_reqs", 32),
+                ("nr_events", EVENTS),
+                ("completed_events", completed),
+                ("tail", 2),
+                ("reqs_available.counter", free[2]),
+            ] {
+                synth.set("kioctx", context, member, value);
+            }
+            for (member, value) in [
+                ("cpu", per_cpu),
+                ("mmap_base", 0x7f00_0000),
+                ("mmap_size", PAGE_SIZE),
+                ("ring_pages", pages),
+            ] {
+                synth.set("kioctx", context, member, value);
+            }
+            Machine { synth, table, context, ring }
+        }
+
+        fn look(&self) -> Result<(Vec<AioContext>, u64)> {
+            Autopsy::new(&open(&self.synth)).aio_contexts(self.table)
+        }
+    }
+
+    #[test]
+    fn events_are_read_around_the_rings_end() {
+        let mut machine = Machine::new([100, 20, 3], 3);
+        machine.synth.set("aio_ring", machine.ring, "head", EVENTS - 1);
+        for (n, data) in [(EVENTS - 1, 70), (0, 71), (1, 72)] {
+            machine.synth.write_u64(machine.ring + 32 + u64::from(n) * EVENT_SIZE, data);
+        }
+        let (contexts, in_flight) = machine.look().unwrap();
+        assert_eq!((contexts.len(), in_flight), (1, 0));
+        assert_eq!(
+            (contexts[0].address, contexts[0].len, contexts[0].max_reqs),
+            (0x7f00_0000, PAGE_SIZE, 32)
+        );
+        assert_eq!(contexts[0].events.iter().map(|event| event[0]).collect::<Vec<_>>(), [70, 71, 72]);
+    }
+
+    #[test]
+    fn what_neither_is_free_nor_completed_is_in_flight() {
+        assert_eq!(Machine::new([100, 20, 2], 3).look().unwrap().1, 1);
+        assert!(Machine::new([100, 20, 40], 3).look().is_err(), "more than there are");
+    }
+
+    #[test]
+    fn a_ring_that_makes_no_sense_costs_its_process() {
+        let mut machine = Machine::new([100, 20, 6], 0);
+        machine.synth.set("aio_ring", machine.ring, "head", EVENTS);
+        assert!(machine.look().is_err(), "the program can write there");
+        let mut machine = Machine::new([100, 20, 6], 0);
+        machine.synth.set("kioctx", machine.context, "mmap_size", u64::MAX);
+        assert!(machine.look().is_err());
+        machine.synth.set("kioctx", machine.context, "dead.counter", 1);
+        assert_eq!(machine.look().unwrap(), (Vec::new(), 0), "it is being taken down");
+    }
+}

@@ -15,6 +15,8 @@ use crate::{Autopsy, file};
 const MAX_EXTENTS: usize = 1 << 20;
 /// Pages in the swap cache, or in zswap: as many as a large machine has frames.
 const MAX_PAGES: usize = 1 << 28;
+/// An area of a tebibyte, for bitmaps of its slots.
+const MAX_SLOTS: u32 = 1 << 28;
 /// DISK_NAME_LEN (include/linux/blkdev.h).
 const DISK_NAME_LEN: usize = 32;
 /// SWAP_ADDRESS_SPACE_SHIFT (mm/swap.h): log2 of the slots for which there is one cache.
@@ -202,6 +204,9 @@ impl Autopsy<'_> {
         let file: file::File = self.kernel.read(info.swap_file)?;
         let device_of: BlockDevice = self.kernel.read(info.bdev)?;
         let (dev_major, dev_minor) = device(device_of.bd_dev);
+        if info.max > MAX_SLOTS {
+            return Err(corrupt("swap_info_struct", info.swap_file, format!("has {} slots", info.max)));
+        }
         let (mut extents, mut end) = (Vec::new(), 0);
         for node in self.kernel.rb_tree(info.swap_extent_root, MAX_EXTENTS) {
             let extent: Extent = self.kernel.read(self.kernel.container_of::<Extent>(node?, "rb_node")?)?;

@@ -14,6 +14,7 @@ use anyhow::{Context, Result, bail};
 use arm::Manifest;
 use autopsy::Autopsy;
 use ktypes::Kernel;
+use resurrect::FileStale;
 use snapshot::{Finding, PhysMap, PhysMem, PhysMemError, PhysRange, Reason, Severity, Snapshot, StableBytes};
 use vmcore::Vmcore;
 
@@ -140,24 +141,24 @@ impl Worker {
         let pour = Pour { bytes: report.poured_bytes, us: report.pour_time.as_micros() as u64 };
         let processes = std::mem::take(&mut report.outcomes).into_iter().map(fate).collect();
         let mut findings = snapshot.findings.clone();
-        findings.extend(std::mem::take(&mut report.files_stale).into_iter().map(|file| Finding {
-            severity: Severity::Loss,
-            pid: None,
-            object: "writeback".to_owned(),
-            text: format!("{} may be older on the disk than programs left it: {}", file.path, file.why),
-        }));
-        findings.extend(std::mem::take(&mut report.places_lost).into_iter().map(|place| Finding {
-            severity: Severity::Loss,
-            pid: None,
-            object: "tmpfs".to_owned(),
-            text: format!("{}: {}", place.path, place.why),
-        }));
-        findings.extend(std::mem::take(&mut report.swap_off).into_iter().map(|area| Finding {
-            severity: Severity::Loss,
-            pid: None,
-            object: "swap".to_owned(),
-            text: format!("the swap area {} is not in use: {}", area.path, area.why),
-        }));
+        let mut tell = |object: &str, lost: Vec<FileStale>, text: fn(&FileStale) -> String| {
+            let finding = |lost| Finding {
+                severity: Severity::Loss,
+                pid: None,
+                object: object.to_owned(),
+                text: text(&lost),
+            };
+            findings.extend(lost.into_iter().map(finding));
+        };
+        tell("writeback", std::mem::take(&mut report.files_stale), |file| {
+            format!("{} may be older on the disk than programs left it: {}", file.path, file.why)
+        });
+        let plain = |lost: &FileStale| format!("{}: {}", lost.path, lost.why);
+        tell("tmpfs", std::mem::take(&mut report.places_lost), plain);
+        tell("hugetlb", std::mem::take(&mut report.pools_short), plain);
+        tell("swap", std::mem::take(&mut report.swap_off), |area| {
+            format!("the swap area {} is not in use: {}", area.path, area.why)
+        });
         self.channel.send(&FromWorker::Done {
             processes,
             findings,

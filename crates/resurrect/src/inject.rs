@@ -185,15 +185,22 @@ pub(crate) struct Call {
     pub(crate) args: Vec<Arg>,
     /// Its failure is reported as a loss and the next call is made.
     pub(crate) optional: bool,
+    /// Of an optional one: nor is it reported.
+    unheard: bool,
 }
 
 impl Call {
     pub(crate) fn new(what: impl Into<String>, nr: libc::c_long, args: Vec<Arg>) -> Self {
-        Self { what: what.into(), nr, args, optional: false }
+        Self { what: what.into(), nr, args, optional: false, unheard: false }
     }
 
     pub(crate) fn optional(self) -> Self {
         Self { optional: true, ..self }
+    }
+
+    /// Nor does it matter that it failed.
+    pub(crate) fn unheard(self) -> Self {
+        Self { unheard: true, ..self }
     }
 }
 
@@ -494,7 +501,9 @@ impl Tracee {
             if !failed.optional {
                 return Err(InjectError::Call { what: failed.what.clone(), errno });
             }
-            missed.push(Missed { what: failed.what.clone(), errno });
+            if !failed.unheard {
+                missed.push(Missed { what: failed.what.clone(), errno });
+            }
             done += 1;
         }
         Ok(())

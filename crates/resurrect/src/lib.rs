@@ -215,6 +215,9 @@ pub struct Report {
     /// Files of file systems in memory, and mount points of automounters, that are not there again.
     #[serde(default)]
     pub places_lost: Vec<FileStale>,
+    /// Pools of huge pages that are smaller than they were.
+    #[serde(default)]
+    pub pools_short: Vec<FileStale>,
     /// Swap areas that are not in use again.
     #[serde(default)]
     pub swap_off: Vec<FileStale>,
@@ -525,8 +528,8 @@ impl<'a> Run<'a> {
             }
         }
         let with_system = wanted.contains(&first::PID);
-        self.report.places_lost = hugetlb::fill_pools(self.snapshot);
-        self.report.places_lost.extend(tmpfs::fill_all(self.snapshot, with_system, mem));
+        self.report.pools_short = hugetlb::fill_pools(self.snapshot);
+        self.report.places_lost = tmpfs::fill_all(self.snapshot, with_system, mem);
         let (pipes, failed) = autofs::mount_all(self.snapshot, &processes, mem, base);
         self.report.places_lost.extend(failed);
         // Before the namespaces: what is mounted there may be mounted on directories that the disk does not have yet.

@@ -456,7 +456,9 @@ pub(crate) fn finish(areas: &[Area]) -> Vec<Call> {
         if area.flags.intersects(VmaFlags::LOCKED | VmaFlags::LOCKONFAULT) {
             let flags = if area.flags.contains(VmaFlags::LOCKONFAULT) { libc::MLOCK_ONFAULT } else { 0 };
             let what = format!("mlock {}", range(area.start, area.end));
-            calls.push(call!(what, libc::SYS_mlock2, area.start, area.len(), flags).optional());
+            let lock = call!(what, libc::SYS_mlock2, area.start, area.len(), flags).optional();
+            // What cannot be touched cannot be read in, which the call complains of after it has locked it.
+            calls.push(if area.prot.is_empty() { lock.unheard() } else { lock });
         }
         if let Some(name) = &area.name {
             let mut text = name.as_bytes().to_vec();
