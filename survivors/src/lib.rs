@@ -268,8 +268,8 @@ table! {
     "swap-shared" swap::shared Survives, Swap, "swapped-out pages of shared memory, a memfd and a file on a tmpfs";
     "swap-file-private" swap::file_private Survives, Swap, "swapped-out pages of a private file mapping, some of them zero";
     "swap-everything" swap::everything Survives, Swap, "heap and stack of a process that waits";
-    "syscall-epoll-wait" syscall::epoll_wait Survives, Nothing, "epoll_wait of a dynamically linked program waits the rest";
-    "syscall-sigtimedwait-shared" syscall::sigtimedwait_shared Survives, Nothing, "rt_sigtimedwait of a dynamically linked program waits the rest";
+    "syscall-epoll-wait" syscall::epoll_wait Survives, Root, "epoll_wait of a dynamically linked program waits the rest";
+    "syscall-sigtimedwait-shared" syscall::sigtimedwait_shared Survives, Root, "rt_sigtimedwait of a dynamically linked program waits the rest";
     "syscall-nanosleep" syscall::nanosleep Survives, Nothing, "nanosleep sleeps the rest";
     "syscall-clock-nanosleep" syscall::clock_nanosleep Survives, Nothing, "clock_nanosleep sleeps the rest";
     "syscall-clock-nanosleep-absolute" syscall::clock_nanosleep_absolute Survives, Nothing, "clock_nanosleep wakes at its time";

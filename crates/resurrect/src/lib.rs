@@ -483,6 +483,7 @@ impl<'a> Run<'a> {
             }
         }
         let zombies = self.check(&mut builds, &common, &plan, &wanted);
+        self.each(&mut builds, |build, common, _| build.shorten_timeouts(common), &common, false);
         wanted.retain(|pid| !self.fates.contains_key(pid));
         self.note_lost_company(&wanted, &plan);
         // Ends of pipes must not seem open because we have them.

@@ -420,6 +420,25 @@ impl<'a> Build<'a> {
         Ok(())
     }
 
+    /// Timeouts that the kernel does not count down itself: while others were rebuilt time has passed.
+    pub(crate) fn shorten_timeouts(&self, common: &Common<'_>) -> Result<(), Failure> {
+        let step = "shorten timeouts";
+        let gone_by = common.clocks_go_on.at.elapsed();
+        for t in living(self.process) {
+            let Some(shorter) = syscall::timeout(t, gone_by) else { continue };
+            let tracee = self.tracee(t.tid).ok_or("a thread is missing").map_err(failure(step))?;
+            if let Some((addr, bytes)) = shorter.store {
+                tracee.write(addr, &bytes).map_err(failure(step))?;
+            }
+            if let Some(change) = shorter.argument {
+                let mut regs = tracee.registers().map_err(failure(step))?;
+                change.apply(&mut regs);
+                tracee.set_registers(&regs).map_err(failure(step))?;
+            }
+        }
+        Ok(())
+    }
+
     /// What is not as it was.
     pub(crate) fn differences(
         &self,

@@ -49,7 +49,6 @@ pub(crate) enum Timeout {
 
 /// How `thread` goes on; `Err` says why it cannot. `gone_by`: since when its clocks go on, which is time that it has waited.
 pub(crate) fn continuation(thread: &Thread, gone_by: Duration) -> Result<Continuation, String> {
-    let gone_by = i64::try_from(gone_by.as_nanos()).unwrap_or(i64::MAX);
     let mut regs = thread.regs;
     let mut timed = None;
     let mut store = None;
@@ -62,31 +61,15 @@ pub(crate) fn continuation(thread: &Thread, gone_by: Duration) -> Result<Continu
         Resume::Restart => restart(&mut regs, thread)?,
         // A sleep, or a wait with a relative timeout: a plain restart would wait for the full time again.
         Resume::RestartTimed { call, remaining_ns } => {
-            timed = Some(timed_call(*call, remaining_ns.saturating_sub(gone_by))?);
+            timed = Some(timed_call(*call, less(*remaining_ns, gone_by))?);
             regs.orig_rax = call.nr as u64;
         }
-        // select and its kin have the time left written to the structure that they were given, and are issued again.
-        Resume::RestartUpdated { timeout_addr, timeval, remaining_ns } => {
-            let per_second = 1_000_000_000;
-            let left = remaining_ns.saturating_sub(gone_by).max(0);
-            let fraction = if *timeval { left % per_second / 1000 } else { left % per_second };
-            store = Some((*timeout_addr, two_words(left / per_second, fraction).to_vec()));
-            restart(&mut regs, thread)?;
-        }
-        Resume::RestartShortened { argument, timespec, remaining_ns } => {
-            let left = remaining_ns.saturating_sub(gone_by).max(0);
-            let value = if *timespec {
-                let at = below_stack(&regs);
-                store = Some((at, two_words(left / 1_000_000_000, left % 1_000_000_000).to_vec()));
-                at
-            } else {
-                milliseconds(left)
-            };
-            match argument {
-                2 => regs.rdx = value,
-                3 => regs.r10 = value,
-                4 => regs.r8 = value,
-                n => return Err(format!("a timeout in argument {n}")),
+        // select and its kin have the time left written to the structure that they were given, and are issued again; others get it in the
+        // place of their argument.
+        Resume::RestartUpdated { .. } | Resume::RestartShortened { .. } => {
+            if let Some(left) = timeout(thread, gone_by) {
+                store = left.store;
+                left.argument.into_iter().for_each(|argument| argument.apply(&mut regs));
             }
             restart(&mut regs, thread)?;
         }
@@ -104,6 +87,55 @@ pub(crate) fn continuation(thread: &Thread, gone_by: Duration) -> Result<Continu
         Resume::Impossible { why } => return Err(why.clone()),
     }
     Ok(Continuation { regs, timed, store })
+}
+
+/// The time left of a call that is issued again from its beginning.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Left {
+    /// Bytes to be stored in the process.
+    pub(crate) store: Option<(u64, Vec<u8>)>,
+    pub(crate) argument: Option<Argument>,
+}
+
+/// Another value for an argument of a system call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Argument {
+    number: usize,
+    value: u64,
+}
+
+impl Argument {
+    pub(crate) fn apply(self, regs: &mut Registers) {
+        let Registers { rdi, rsi, rdx, r10, r8, r9, .. } = regs;
+        if let Some(register) = [rdi, rsi, rdx, r10, r8, r9].into_iter().nth(self.number) {
+            *register = self.value;
+        }
+    }
+}
+
+/// What the timeout of an interrupted call has to be, when it is the program's to have and not the kernel's.
+pub(crate) fn timeout(thread: &Thread, gone_by: Duration) -> Option<Left> {
+    const SECOND: i64 = 1_000_000_000;
+    match &thread.resume {
+        Resume::RestartUpdated { timeout_addr, timeval, remaining_ns } => {
+            let left = less(*remaining_ns, gone_by).max(0);
+            let fraction = if *timeval { left % SECOND / 1000 } else { left % SECOND };
+            let store = Some((*timeout_addr, two_words(left / SECOND, fraction).to_vec()));
+            Some(Left { store, argument: None })
+        }
+        Resume::RestartShortened { argument, timespec, remaining_ns } => {
+            let left = less(*remaining_ns, gone_by).max(0);
+            let at = below_stack(&thread.regs);
+            let store = timespec.then(|| (at, two_words(left / SECOND, left % SECOND).to_vec()));
+            let value = if *timespec { at } else { milliseconds(left) };
+            Some(Left { store, argument: Some(Argument { number: *argument, value }) })
+        }
+        _ => None,
+    }
+}
+
+fn less(remaining_ns: i64, gone_by: Duration) -> i64 {
+    remaining_ns.saturating_sub(i64::try_from(gone_by.as_nanos()).unwrap_or(i64::MAX))
 }
 
 fn restart(regs: &mut Registers, thread: &Thread) -> Result<(), String> {
