@@ -2,7 +2,7 @@
 
 use anyhow::{Result, bail};
 use clap::Args;
-use lab::Series;
+use lab::{MachineConfig, Series};
 
 use crate::crash_runs::{CrashRuns, Tally};
 use crate::ground_truth::GroundTruth;
@@ -29,13 +29,22 @@ pub struct Test {
 impl Test {
     /// Runs it; whether nothing failed.
     pub fn run(&self, global: &Global) -> Result<bool> {
+        let lab = global.lab()?;
+        let all = crate::series_or_all(self.kernel);
         if !self.vm_only {
-            unit_tests()?;
+            // Making the image takes one CPU and the network, and the unit tests mostly wait.
+            std::thread::scope(|scope| {
+                let image =
+                    scope.spawn(|| lab.image(MachineConfig::new(Series::ALL[0], global.accel()).flavour));
+                let tests = unit_tests();
+                // What went wrong will go wrong again, where it is somebody's failure.
+                _ = image.join();
+                tests
+            })?;
+            alone()?;
         }
         // Once, before several want it.
-        global.lab()?;
         build::static_binaries()?;
-        let all = crate::series_or_all(self.kernel);
         // Side by side: a crash kernel runs on one CPU only.
         let tallies: Vec<Tally> = std::thread::scope(|scope| {
             let started: Vec<_> =
@@ -76,20 +85,30 @@ impl Test {
     }
 }
 
+/// Those that can run beside others.
 fn unit_tests() -> Result<()> {
     let has_nextest =
         build::cargo().args(["nextest", "--version"]).output().is_ok_and(|output| output.status.success());
-    let mut runs = vec![];
-    if has_nextest {
-        // Processes are ended and brought back under their old PIDs there: one test at a time, and nothing else beside it.
-        runs.push(vec!["nextest", "run", "--workspace", "-E", "not binary(live)"]);
-        runs.push(vec!["test", "--package", "resurrect", "--test", "live"]);
-        runs.push(vec!["test", "--workspace", "--doc", "--quiet"]);
-    } else {
-        runs.push(vec!["test", "--workspace"]);
+    match has_nextest {
+        true => cargo(&[&["nextest", "run", "--workspace", "-E", "not binary(live)"]]),
+        false => cargo(&[
+            &["test", "--workspace", "--exclude", "resurrect", "--lib", "--bins", "--tests"],
+            &["test", "--package", "resurrect", "--lib"],
+        ]),
     }
+}
+
+/// Processes are ended and brought back under their old PIDs here: one test at a time, and nothing else beside it.
+fn alone() -> Result<()> {
+    cargo(&[
+        &["test", "--package", "resurrect", "--test", "live"],
+        &["test", "--workspace", "--doc", "--quiet"],
+    ])
+}
+
+fn cargo(runs: &[&[&str]]) -> Result<()> {
     for arguments in runs {
-        if !build::cargo().args(&arguments).status()?.success() {
+        if !build::cargo().args(*arguments).status()?.success() {
             bail!("cargo {} failed", arguments.join(" "));
         }
     }
