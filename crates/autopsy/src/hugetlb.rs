@@ -20,8 +20,6 @@ pub(crate) const ANONYMOUS: &[u8] = b"/anon_hugepage";
 struct Hstate {
     order: u32,
     nr_huge_pages: u64,
-    free_huge_pages: u64,
-    resv_huge_pages: u64,
     surplus_huge_pages: u64,
 }
 
@@ -50,13 +48,8 @@ impl Autopsy<'_> {
         for n in 0..self.kernel.read_u32(count)?.min(MAX_SIZES) {
             let pool: Hstate = self.kernel.read(table.wrapping_add(u64::from(n) * size))?;
             let total = pool.nr_huge_pages.saturating_sub(pool.surplus_huge_pages);
-            let used = pool.nr_huge_pages.saturating_sub(pool.free_huge_pages);
             if pool.order <= MAX_ORDER && pool.nr_huge_pages > 0 {
-                pools.push(HugePages {
-                    page_size: PAGE_SIZE << pool.order,
-                    total,
-                    needed: used.saturating_add(pool.resv_huge_pages),
-                });
+                pools.push(HugePages { page_size: PAGE_SIZE << pool.order, total });
             }
         }
         Ok(pools)

@@ -23,6 +23,8 @@ pub(crate) const S_IFIFO: u32 = 0o010_000;
 const I_DIRTY: u64 = 0x807;
 /// The same since the bits that are waited for come first, as an enum (6.12): bits 3 to 5 and 11.
 const I_DIRTY_AFTER_WAIT_BITS: u64 = 0x838;
+/// Pages that one swap entry stands for: those of the largest folio.
+const MAX_ENTRY: u64 = 512;
 /// Entries of one file's page cache: 16 TiB.
 const MAX_PAGES: usize = 1 << 32;
 
@@ -149,6 +151,11 @@ impl Autopsy<'_> {
             }
             let Some(page) = entry.pointer() else {
                 if let (true, Some(value)) = (values_are_swapped, entry.value()) {
+                    if count > MAX_ENTRY {
+                        *lost = lost.saturating_add(count);
+                        why_lost.get_or_insert("are in more swap slots than one entry has");
+                        return Ok(());
+                    }
                     for part in 0..count {
                         match self.swapped_page(value.wrapping_add(part)) {
                             Slot::Frame(pfn) => push_run(runs, first + part, pfn, 1, false),

@@ -529,7 +529,7 @@ impl<'a> Run<'a> {
             }
         }
         let with_system = wanted.contains(&first::PID);
-        self.report.pools_short = hugetlb::fill_pools(self.snapshot);
+        self.report.pools_short = hugetlb::fill_pools(self.snapshot, &processes);
         self.report.places_lost = tmpfs::fill_all(self.snapshot, with_system, mem);
         let (pipes, failed) = autofs::mount_all(self.snapshot, &processes, mem, base);
         self.report.places_lost.extend(failed);

@@ -9,8 +9,6 @@ pub struct HugePages {
     pub page_size: u64,
     /// Pages in the pool, without those beyond its limit that a program had asked for (surplus).
     pub total: u64,
-    /// Pages in use or promised to somebody.
-    pub needed: u64,
 }
 
 impl HugePages {
