@@ -45,15 +45,17 @@ pub fn shared(stage: &mut Stage) -> Result<()> {
         fs::create_dir(dir)?;
         write_to_disk(&dir.join("landmark"), "here")?;
     }
-    let moved = stage.path("moved");
+    let (looked, moved) = (stage.path("looked"), stage.path("moved"));
+    let wait = || crate::stage::sleep(std::time::Duration::from_millis(20));
     let mut child = Child::sharing(stage, "shared", nix::libc::CLONE_FS, |stage, ready| {
         std::env::set_current_dir(&dirs[0])?;
         ready.announce()?;
         if stage.wait().damage {
             nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS)?;
         }
+        fs::write(&looked, "")?;
         while !moved.exists() {
-            crate::stage::sleep(std::time::Duration::from_millis(20));
+            wait();
         }
         same("working directory", &dirs[1], &std::env::current_dir()?)?;
         same("umask", &0o027, &umask(Mode::empty()).bits())
@@ -61,6 +63,9 @@ pub fn shared(stage: &mut Stage) -> Result<()> {
     same("before the crash", &dirs[0], &std::env::current_dir()?)?;
 
     stage.crash()?;
+    while !looked.exists() && child.is_alive()? {
+        wait();
+    }
     same("after the crash", &dirs[0], &std::env::current_dir()?)?;
     std::env::set_current_dir(&dirs[1])?;
     umask(Mode::from_bits_truncate(0o027));
