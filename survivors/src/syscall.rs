@@ -170,6 +170,7 @@ syscall(151, 1) == 0 or die;
 sub now { syscall(228, 1, $spec); my ($s, $ns) = unpack("qq", $spec); return $s * 1000 + $ns / 1e6; }
 open(my $out, ">", $log) or die;
 $out->autoflush(1);
+print $out "begun\n";
 until (-e $stop) {
     my $start = now();
     $! = 0;
@@ -185,7 +186,7 @@ fn perl_sleeper(stage: &mut Stage, call: &str, outcome: &str) -> Result<()> {
     let mut perl = std::process::Command::new("perl");
     perl.args(["-MIO::Handle", "-e", &SLEEPER.replace("CALL", call)]).arg(period.as_millis().to_string());
     let mut child = perl.arg(&log).arg(&stop).spawn().context("perl")?;
-    while std::fs::read_to_string(&log).unwrap_or_default().lines().count() < 2 {
+    while std::fs::read_to_string(&log).unwrap_or_default().is_empty() {
         ensure!(child.try_wait()?.is_none(), "perl has ended");
         sleep(Duration::from_millis(20));
     }
@@ -195,7 +196,7 @@ fn perl_sleeper(stage: &mut Stage, call: &str, outcome: &str) -> Result<()> {
     ensure!(child.wait()?.success(), "perl has failed");
     let allowed = period + crash.gap + LATE;
     let mut longest = Duration::ZERO;
-    for line in std::fs::read_to_string(&log)?.lines() {
+    for line in std::fs::read_to_string(&log)?.lines().skip(1) {
         let (result, elapsed) = line.rsplit_once(' ').context("a strange line")?;
         let elapsed = Duration::from_millis(elapsed.parse()?);
         ensure!(result == outcome, "the call gave {result} after {elapsed:?}");
