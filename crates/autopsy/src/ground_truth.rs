@@ -738,6 +738,7 @@ fn mapping_line(snapshot: &Snapshot, vma: &Vma, name: &str) -> String {
     let (inode, offset) = match &vma.kind {
         VmaKind::File { file, offset } => (snapshot.files.get(file).map(|f| f.inode), *offset),
         VmaKind::SharedAnonymous { inode, offset } => (Some(*inode), *offset),
+        VmaKind::AioRing { inode } => (Some(*inode), 0),
         VmaKind::SysvShm { id, offset } => (snapshot.shm_segment(*id).map(|s| s.inode), *offset),
         _ => (None, 0),
     };
@@ -768,7 +769,7 @@ fn mapping_name(snapshot: &Snapshot, space: &AddressSpace, vma: &Vma) -> String 
         },
         VmaKind::SysvShm { id, .. } => snapshot.shm_segment(*id).map(|s| s.file_name()).unwrap_or_default(),
         VmaKind::Special { name } => name.to_string(),
-        VmaKind::AioRing => "/[aio] (deleted)".into(),
+        VmaKind::AioRing { .. } => "/[aio] (deleted)".into(),
         VmaKind::AnonymousHuge { .. } => "/anon_hugepage (deleted)".into(),
         VmaKind::Unsupported { .. } => String::new(),
         VmaKind::Anonymous if vma.start <= layout.brk && vma.end >= layout.start_brk => "[heap]".into(),

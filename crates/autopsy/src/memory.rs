@@ -565,7 +565,11 @@ impl Autopsy<'_> {
             return Ok(VmaKind::Special { name: Bytes(self.kernel.read_cstr(name, 64)?) });
         }
         if self.kernel.symbol_opt("aio_ring_vm_ops").is_some_and(|ops| ops == area.vm_ops) {
-            return Ok(VmaKind::AioRing);
+            let file = self.mapped_file(area.vm_file);
+            return match file.and_then(|id| self.files.borrow().get(&id).map(|file| file.inode)) {
+                Some(inode) => Ok(VmaKind::AioRing { inode }),
+                None => unsupported("a ring of asynchronous I/O whose file cannot be read"),
+            };
         }
         if flags & (VM_UFFD_MISSING | VM_UFFD_WP | VM_UFFD_MINOR) != 0
             || area.userfaultfd.is_some_and(|ctx| ctx != 0)

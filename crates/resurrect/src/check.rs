@@ -189,7 +189,7 @@ fn maps(e: &Expected<'_>, dir: &str) -> Vec<String> {
             }
             VmaKind::SharedAnonymous { offset, .. } => Some(("/dev/zero (deleted)".into(), *offset)),
             VmaKind::AnonymousHuge { .. } => Some((ANONYMOUS_HUGE.into(), 0)),
-            VmaKind::AioRing => Some((without_lost_name("/[aio] (deleted)".into()), 0)),
+            VmaKind::AioRing { .. } => Some((without_lost_name("/[aio] (deleted)".into()), 0)),
             VmaKind::Special { name } => Some((name.clone(), 0)),
         };
         Shown { start: vma.start, end: vma.end, prot: vma.prot, shared: vma.shared, object }

@@ -234,7 +234,7 @@ impl Area {
         ] {
             flags |= if is_so { flag } else { 0 };
         }
-        if self.kind == VmaKind::AioRing {
+        if let VmaKind::AioRing { .. } = self.kind {
             return libc::MAP_FIXED_NOREPLACE | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         }
         if let VmaKind::AnonymousHuge { page_size } = self.kind {
@@ -387,7 +387,7 @@ pub(crate) fn map(areas: &[Area], sources: &Sources<'_>, kept: &[Kept]) -> Resul
                 (*sources.shared.get(inode).ok_or_else(|| format!("{what}: no object"))?, *offset)
             }
             // Its place is kept for it.
-            VmaKind::AioRing => (-1, 0),
+            VmaKind::AioRing { .. } => (-1, 0),
             VmaKind::Special { .. } | VmaKind::SysvShm { .. } | VmaKind::Unsupported { .. } => {
                 return Err(format!("{what}: unknown kind"));
             }

@@ -19,7 +19,7 @@ pub struct AioContext {
 
 /// Rings and contexts that do not belong together.
 pub(crate) fn judge(mm: &AddressSpace, reasons: &mut Vec<Reason>) {
-    let rings = || mm.vmas.iter().filter(|vma| vma.kind == VmaKind::AioRing);
+    let rings = || mm.vmas.iter().filter(|vma| matches!(vma.kind, VmaKind::AioRing { .. }));
     let has_context =
         |start: u64, end: u64| mm.aio.iter().any(|c| c.address == start && c.len == end - start);
     for vma in rings().filter(|vma| !has_context(vma.start, vma.end)) {

@@ -374,7 +374,7 @@ fn judge_memory(
             },
             VmaKind::Anonymous
             | VmaKind::AnonymousHuge { .. }
-            | VmaKind::AioRing
+            | VmaKind::AioRing { .. }
             | VmaKind::Special { .. } => {}
         }
         crate::swap::judge_mapping(snapshot, &at, vma, reasons);

@@ -160,7 +160,10 @@ pub enum VmaKind {
         offset: u64,
     },
     /// The ring of an asynchronous I/O context ([`AddressSpace::aio`]).
-    AioRing,
+    AioRing {
+        /// The unnamed file that it is.
+        inode: InodeId,
+    },
     /// A page set that the kernel provides: `[vdso]`, `[vvar]`, `[uprobes]`.
     Special {
         #[allow(missing_docs)]

@@ -180,7 +180,7 @@ fn maps(snapshot: &Snapshot, mm: &snapshot::AddressSpace) -> String {
                 let name = file.map(|f| format!("{}{}", f.path, if f.deleted { " (deleted)" } else { "" }));
                 (*offset, inode, name.unwrap_or_else(|| "(unknown file)".into()))
             }
-            VmaKind::AioRing => (0, 0, "/[aio] (deleted)".into()),
+            VmaKind::AioRing { .. } => (0, 0, "/[aio] (deleted)".into()),
             VmaKind::AnonymousHuge { .. } => (0, 0, "/anon_hugepage (deleted)".into()),
             VmaKind::Anonymous => (0, 0, special_name(mm, vma.start, vma.end)),
             VmaKind::SharedAnonymous { offset, .. } => (*offset, 0, "/dev/zero (deleted)".into()),
