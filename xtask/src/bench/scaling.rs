@@ -14,7 +14,8 @@ use crate::survive::PROGRAM;
 use crate::{Global, ui};
 
 /// A thousand processes of 1 MiB have to fit into the crash kernel's memory.
-const MEMORY_MIB: u32 = 5120;
+/// Wherever the kernel has put itself, there is room for the crash kernel above it or below: 3 GiB lie below the devices, 4 above.
+const MEMORY_MIB: u32 = 7168;
 const CRASHKERNEL_MIB: u32 = 2048;
 const COUNTS: [usize; 4] = [1, 10, 100, 1000];
 const READY_DEADLINE: Duration = Duration::from_secs(240);
