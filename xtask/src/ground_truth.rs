@@ -20,7 +20,7 @@ use survivors::{Expect, Needs, Survivor, TABLE};
 use crate::crash::{self, Quiet};
 use crate::crash_runs::Tally;
 use crate::guest::{self, Installation};
-use crate::survive::PROGRAM;
+use crate::survive::{PROGRAM, needs_root};
 use crate::{Global, ui, workload};
 
 /// Fields of /proc in which a resurrected process may differ from what it was, and why (`docs/ground-truth.md`).
@@ -375,10 +375,8 @@ fn start_survivors(guest: &mut Guest) -> Result<Vec<i32>> {
         .collect();
     let mut pids = Vec::new();
     for (root, dir) in [(false, "/home/demo/survivors"), (true, "/root/survivors")] {
-        let names = chosen
-            .iter()
-            .filter(|survivor| matches!(survivor.needs, Needs::Root | Needs::Tty | Needs::Console) == root)
-            .map(|survivor| survivor.name);
+        let names =
+            chosen.iter().filter(|survivor| needs_root(survivor) == root).map(|survivor| survivor.name);
         let how =
             [PROGRAM, "start", "--dir", dir, "--timeout", "200", "--period", LONG, "--boot-id", BOOT_ID];
         let program = Program::new(how.into_iter().chain(names)).uid(if root { 0 } else { DEMO_UID });

@@ -242,7 +242,8 @@ pub fn verdict(guest: &mut Guest, survivor: &Survivor) -> String {
     String::from_utf8_lossy(&guest.agent.read_file(path).unwrap_or_default()).trim().to_owned()
 }
 
-fn needs_root(survivor: &Survivor) -> bool {
+/// Whether it is started as root, and not as the unprivileged user.
+pub fn needs_root(survivor: &Survivor) -> bool {
     matches!(survivor.needs, Needs::Root | Needs::Tty | Needs::Console | Needs::HugePages)
 }
 

@@ -797,20 +797,24 @@ impl<'a> Dead<'a> {
         Some(words(&bytes))
     }
 
+    /// The `vm_area_struct` of the program's mapping at an address; `Some(None)` if there is none.
+    fn mapping_at(&self, addr: u64) -> Option<Option<u64>> {
+        let tree = self.task?.mm.wrapping_add(self.kernel.offset_of("mm_struct", "mm_mt").ok()?);
+        let mut found = None;
+        let walk = self.kernel.maple_for_each(tree, MAX_VMAS, |first, last, area| {
+            if (first..=last).contains(&addr) {
+                found = Some(area);
+            }
+            Ok(())
+        });
+        walk.ok().map(|()| found)
+    }
+
     fn try_is_in_c_library(&self) -> Option<bool> {
         const NAMES: [&[u8]; 3] = [b"libc.so", b"ld-musl", b"libaio.so"];
         const LONGEST: usize = 16;
         let kernel = self.kernel;
-        let mut area = 0;
-        let tree = self.task?.mm.wrapping_add(kernel.offset_of("mm_struct", "mm_mt").ok()?);
-        let rip = self.ctx.registers.rip;
-        let walk = kernel.maple_for_each(tree, MAX_VMAS, |first, last, vma| {
-            if (first..=last).contains(&rip) {
-                area = vma;
-            }
-            Ok(())
-        });
-        walk.ok().filter(|()| area != 0)?;
+        let area = self.mapping_at(self.ctx.registers.rip)??;
         let follow = |from: u64, kind: &str, member: &str| {
             let at = from.wrapping_add(kernel.offset_of(kind, member).ok()?);
             kernel.read_u64(at).ok().filter(|to| *to != 0)
@@ -855,13 +859,7 @@ impl Facts for Dead<'_> {
     }
 
     fn is_mapped(&self, addr: u64) -> Option<bool> {
-        let tree = self.task?.mm.wrapping_add(self.kernel.offset_of("mm_struct", "mm_mt").ok()?);
-        let mut mapped = false;
-        let walk = self.kernel.maple_for_each(tree, MAX_VMAS, |first, last, _| {
-            mapped |= (first..=last).contains(&addr);
-            Ok(())
-        });
-        walk.ok().map(|()| mapped)
+        self.mapping_at(addr).map(|area| area.is_some())
     }
 
     fn is_in_c_library(&self) -> bool {

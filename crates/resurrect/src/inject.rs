@@ -83,12 +83,12 @@ impl Scratch {
         self.addr..self.addr + Self::LEN
     }
 
-    /// First and last address, with the room behind it.
     /// Where the data of calls are; free between two runs.
     pub(crate) fn data(self) -> u64 {
         self.addr + DATA
     }
 
+    /// First and last address, with the room behind it.
     pub(crate) fn reserved(self) -> (u64, u64) {
         (self.addr, self.addr + Self::LEN + crate::memory::PARKING)
     }

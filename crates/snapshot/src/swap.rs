@@ -72,29 +72,33 @@ impl SwapArea {
 impl Snapshot {
     /// Why not all pages of a file that lives in memory can be had.
     pub fn obstacles_to_contents(&self, inode: &Inode) -> Vec<Reason> {
-        let mut reasons = Vec::new();
-        if inode.lost_pages > 0 {
-            reasons.push(Reason::new("lost-pages", format!("{} pages cannot be read", inode.lost_pages)));
-        }
-        let runs = inode.pages.iter().map(|run| (run.pfn, run.count));
-        reasons.extend(out_of_reach(self, runs).map(|why| Reason::new("swapped", why)));
-        reasons
+        obstacles(self, inode.lost_pages, inode.pages.iter().map(|run| (run.pfn, run.count)))
     }
 }
 
 /// Why pages of a mapping, which is named by `at`, cannot be had.
 pub(crate) fn judge_mapping(snapshot: &Snapshot, at: &str, vma: &Vma, reasons: &mut Vec<Reason>) {
-    if vma.lost_pages > 0 {
-        reasons.push(Reason::new("lost-pages", format!("{at}: {} pages cannot be read", vma.lost_pages)));
-    }
-    let runs = vma.pages.iter().map(|run| (run.pfn, run.count));
-    reasons.extend(out_of_reach(snapshot, runs).map(|why| Reason::new("swapped", format!("{at}: {why}"))));
+    let obstacles = obstacles(snapshot, vma.lost_pages, vma.pages.iter().map(|run| (run.pfn, run.count)));
+    reasons.extend(named(at, obstacles));
 }
 
 /// The same for pages of a file that lives in memory.
 pub(crate) fn judge_inode(snapshot: &Snapshot, at: &str, inode: &Inode, reasons: &mut Vec<Reason>) {
-    let named = |reason: Reason| Reason { text: format!("{at}: {}", reason.text), ..reason };
-    reasons.extend(snapshot.obstacles_to_contents(inode).into_iter().map(named));
+    reasons.extend(named(at, snapshot.obstacles_to_contents(inode)));
+}
+
+fn named(at: &str, obstacles: Vec<Reason>) -> impl Iterator<Item = Reason> {
+    obstacles.into_iter().map(move |reason| Reason { text: format!("{at}: {}", reason.text), ..reason })
+}
+
+/// `lost`: pages that are in no frame at all.
+fn obstacles(snapshot: &Snapshot, lost: u64, runs: impl Iterator<Item = (u64, u32)>) -> Vec<Reason> {
+    let mut reasons = Vec::new();
+    if lost > 0 {
+        reasons.push(Reason::new("lost-pages", format!("{lost} pages cannot be read")));
+    }
+    reasons.extend(out_of_reach(snapshot, runs).map(|why| Reason::new("swapped", why)));
+    reasons
 }
 
 /// Which of these frames are in swap areas that cannot be read.
