@@ -265,7 +265,10 @@ impl Machine {
     pub(crate) fn save(mut self, state: &Path) -> Result<()> {
         self.qmp.command("stop", json!({}))?;
         self.qmp.command("migrate-set-parameters", json!({ "max-bandwidth": 1u64 << 40 }))?;
-        self.qmp.command("migrate", json!({ "uri": format!("exec:cat > {}", state.display()) }))?;
+        // What the writer says (a full disk) tells more than QEMU does.
+        let log = state.with_extension("log");
+        let uri = format!("exec:cat > {} 2> {}", state.display(), log.display());
+        self.qmp.command("migrate", json!({ "uri": uri }))?;
         let deadline = Instant::now() + MIGRATION_DEADLINE;
         loop {
             let info = self.qmp.command("query-migrate", json!({}))?;
@@ -273,8 +276,9 @@ impl Machine {
                 Some("completed") => break,
                 Some("failed" | "cancelled") => {
                     return Err(Error::Qemu(format!(
-                        "saving the state failed: {}",
-                        info["error-desc"].as_str().unwrap_or("?")
+                        "saving the state failed: {}: {}",
+                        info["error-desc"].as_str().unwrap_or("?"),
+                        std::fs::read_to_string(log).unwrap_or_default().trim()
                     )));
                 }
                 _ if Instant::now() > deadline => {

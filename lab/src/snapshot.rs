@@ -18,7 +18,7 @@ const LAYOUT: &str = "5";
 const BOOT_DEADLINE: Duration = Duration::from_secs(300);
 const AGENT_DEADLINE: Duration = Duration::from_secs(60);
 /// How many layers of the same label are kept beside those that others stand on.
-const KEEP_LAYERS: usize = 10;
+const KEEP_LAYERS: usize = 6;
 /// How many run directories are kept, besides those marked to be kept.
 const KEEP_RUNS: usize = 24;
 
@@ -268,7 +268,10 @@ impl Lab {
         let mut layers = Vec::new();
         let mut parents = Vec::new();
         for entry in fs::read_dir(self.snapshots()).into_iter().flatten().flatten() {
-            let Some(meta) = meta(&entry.path()) else { continue };
+            let Some(meta) = meta(&entry.path()) else {
+                self.remove_unfinished(&entry.path());
+                continue;
+            };
             parents.extend(meta.parent);
             if meta.label == label {
                 let used = fs::metadata(entry.path().join("meta.json")).and_then(|file| file.modified());
@@ -280,6 +283,18 @@ impl Lab {
         let surplus = layers.len().saturating_sub(KEEP_LAYERS);
         for (_, dir) in layers.drain(..surplus) {
             let _ = fs::remove_dir_all(dir);
+        }
+    }
+
+    /// Removes a layer that nobody finished, unless somebody is making it.
+    fn remove_unfinished(&self, part: &Path) {
+        let Some(name) = part.file_stem().filter(|_| part.extension().is_some_and(|ext| ext == "part"))
+        else {
+            return;
+        };
+        let lock = self.cache().join("locks").join(name);
+        if fs::File::open(lock).is_ok_and(|file| file.try_lock().is_ok()) {
+            let _ = fs::remove_dir_all(part);
         }
     }
 
