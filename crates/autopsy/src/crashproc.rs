@@ -1,0 +1,51 @@
+//! Crash procedures. Nothing of the kernel's is read for them but page tables: the record lies in a mapping of a size and with properties that no other
+//! has by chance (see `crashproc`'s `record`), and says itself whether it is one.
+
+use otherworld::record::{self, RecordError};
+use snapshot::{AddressSpace, CrashProcedure, PAGE_SIZE, Prot, Severity, SwapArea, Vma, VmaFlags, VmaKind};
+
+use crate::Autopsy;
+
+impl Autopsy<'_> {
+    /// What a process has registered. What looks like a record and is none becomes a finding.
+    pub(crate) fn crash_procedure(&self, mm: &AddressSpace) -> Option<CrashProcedure> {
+        mm.vmas.iter().filter(|vma| fits(vma)).find_map(|vma| {
+            let record = match record::parse(&self.contents(vma)?) {
+                Ok(record) => record,
+                Err(RecordError::NotARecord | RecordError::Empty) => return None,
+                Err(error) => {
+                    self.find(Severity::Note, "crashproc", format!("at {:x}: {error}", vma.start));
+                    return None;
+                }
+            };
+            Some(CrashProcedure {
+                entry: record.entry,
+                procedure: record.procedure,
+                data: record.data,
+                stack_size: record.stack_size,
+                time_limit_ms: record.time_limit_ms,
+                threads_run: record.threads_run,
+                regions: record.regions.iter().map(|r| (r.address, r.len, r.checksum)).collect(),
+            })
+        })
+    }
+
+    fn contents(&self, vma: &Vma) -> Option<Vec<u8>> {
+        let mut bytes = vec![0; record::SIZE];
+        for run in vma.pages.iter().filter(|run| SwapArea::slot_of(run.pfn).is_none()) {
+            let at = (run.addr - vma.start) as usize;
+            let part = bytes.get_mut(at..at + run.count as usize * PAGE_SIZE as usize)?;
+            self.kernel.vmcore().read_phys(run.pfn * PAGE_SIZE, part).ok()?;
+        }
+        Some(bytes)
+    }
+}
+
+/// Whether a mapping can be a record.
+fn fits(vma: &Vma) -> bool {
+    vma.kind == VmaKind::Anonymous
+        && vma.end - vma.start == record::SIZE as u64
+        && vma.prot == Prot::READ | Prot::WRITE
+        && !vma.shared
+        && vma.flags.contains(VmaFlags::DONTDUMP | VmaFlags::RAND_READ)
+}

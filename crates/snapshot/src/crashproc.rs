@@ -1,0 +1,22 @@
+//! Crash procedures: what an application has registered with libotherworld.
+
+use serde::{Deserialize, Serialize};
+
+/// A registration, as the record in the process's memory has it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CrashProcedure {
+    /// Where the library is entered.
+    pub entry: u64,
+    /// The application's function.
+    pub procedure: u64,
+    /// What it is called with.
+    pub data: u64,
+    /// Bytes of stack.
+    pub stack_size: u64,
+    /// How long it may take, milliseconds.
+    pub time_limit_ms: u64,
+    /// The other threads run meanwhile.
+    pub threads_run: bool,
+    /// Memory whose contents are checked before: address, bytes, checksum.
+    pub regions: Vec<(u64, u64, u64)>,
+}
