@@ -18,6 +18,7 @@ mod aio;
 mod autofs;
 mod cgroup;
 mod clock;
+mod crashproc;
 mod credentials;
 mod epoll;
 mod error;

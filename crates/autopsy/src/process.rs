@@ -592,6 +592,7 @@ impl Autopsy<'_> {
             namespaces: Namespaces::default(),
             mount_namespace: None,
             uts_namespace: None,
+            crash_procedure: None,
             start_boottime_ns: task.start_boottime,
             unsupported: Vec::new(),
             decision: Decision::Undecided,
@@ -658,6 +659,8 @@ impl Autopsy<'_> {
             if self.part("memory", space).is_none() {
                 process.address_space = None;
             }
+            process.crash_procedure =
+                self.address_spaces.borrow().get(&id).and_then(|mm| self.crash_procedure(mm));
         }
         process.vfork = self.is_vfork_child(&process, members);
         self.name_unsupported(members, &mut unsupported);

@@ -217,13 +217,40 @@ fn word32(bytes: &[u8], at: usize) -> u32 {
 
 /// FNV-1a over eight bytes at a time: against accidents, not against malice.
 pub fn checksum(bytes: &[u8]) -> u64 {
+    let mut sum = Checksum::default();
+    sum.add(bytes);
+    sum.finish()
+}
+
+/// [`checksum`] of what comes in parts.
+#[derive(Clone, Copy, Debug)]
+pub struct Checksum(u64);
+
+impl Default for Checksum {
+    fn default() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+}
+
+impl Checksum {
     const PRIME: u64 = 0x100_0000_01b3;
-    let (words, rest) = bytes.as_chunks::<8>();
-    let sum = words.iter().fold(0xcbf2_9ce4_8422_2325, |sum: u64, word| {
-        let mixed = (sum ^ u64::from_le_bytes(*word)).wrapping_mul(PRIME);
-        mixed ^ mixed >> 29
-    });
-    rest.iter().fold(sum, |sum, byte| (sum ^ u64::from(*byte)).wrapping_mul(PRIME))
+
+    /// All parts but the last have to be of a multiple of eight bytes.
+    pub fn add(&mut self, bytes: &[u8]) {
+        let (words, rest) = bytes.as_chunks::<8>();
+        for word in words {
+            let mixed = (self.0 ^ u64::from_le_bytes(*word)).wrapping_mul(Self::PRIME);
+            self.0 = mixed ^ mixed >> 29;
+        }
+        for byte in rest {
+            self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(Self::PRIME);
+        }
+    }
+
+    /// The sum.
+    pub fn finish(self) -> u64 {
+        self.0
+    }
 }
 
 #[cfg(test)]

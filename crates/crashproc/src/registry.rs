@@ -92,7 +92,11 @@ impl Copy {
 /// [`Error::Invalid`], [`Error::NoMemory`].
 pub fn register(procedure: Procedure, data: *mut c_void, options: &Options) -> Result<(), Error> {
     let limit = u64::try_from(options.time_limit.as_millis()).map_err(|_| Error::Invalid)?;
-    if options.stack_size as u64 > MAX_STACK || options.stack_size < 16 << 10 || limit > MAX_TIME_LIMIT_MS || limit == 0 {
+    if options.stack_size as u64 > MAX_STACK
+        || options.stack_size < 16 << 10
+        || limit > MAX_TIME_LIMIT_MS
+        || limit == 0
+    {
         return Err(Error::Invalid);
     }
     change(|copy| {
@@ -185,7 +189,11 @@ fn change(f: impl FnOnce(&mut Copy) -> Result<(), Error>) -> Result<(), Error> {
         to.write_bytes(0, MAGIC.len());
         fence(Ordering::SeqCst);
         let bytes = next.bytes();
-        std::ptr::copy_nonoverlapping(bytes.as_ptr().add(MAGIC.len()), to.add(MAGIC.len()), bytes.len() - MAGIC.len());
+        std::ptr::copy_nonoverlapping(
+            bytes.as_ptr().add(MAGIC.len()),
+            to.add(MAGIC.len()),
+            bytes.len() - MAGIC.len(),
+        );
         fence(Ordering::SeqCst);
         std::ptr::copy_nonoverlapping(MAGIC.as_ptr(), to, MAGIC.len());
     }
@@ -234,7 +242,10 @@ mod tests {
     #[test]
     fn what_is_registered_can_be_read() {
         let options = Options { stack_size: 1 << 20, ..Options::default() };
-        assert_eq!(register(procedure, std::ptr::null_mut(), &Options { stack_size: 1, ..options }), Err(Error::Invalid));
+        assert_eq!(
+            register(procedure, std::ptr::null_mut(), &Options { stack_size: 1, ..options }),
+            Err(Error::Invalid)
+        );
         register(procedure, 0x77 as *mut c_void, &options).unwrap();
         let found = record().unwrap();
         assert_eq!((found.procedure, found.data), (procedure as *const () as u64, 0x77));

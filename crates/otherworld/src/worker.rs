@@ -134,6 +134,7 @@ impl Worker {
             process_deadline: Duration::from_secs(config.deadlines.process),
             whole_machine: config.policy.mode == snapshot::Mode::All,
             fallback: crate::init::steward::fallback(&config.after.start),
+            generation: 1,
             block_devices: block_devices(snapshot, manifest),
         };
         let memory = DeadMemory::new(kernel.vmcore());

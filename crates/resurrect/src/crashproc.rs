@@ -6,7 +6,7 @@
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use snapshot::{CrashProcedure, FileKind, PAGE_SIZE, Pid, Reason, Registers, Resume, Snapshot, Thread};
+use snapshot::{CrashProcedure, PAGE_SIZE, Pid, Reason, Registers, Resume, Snapshot, Thread};
 
 use crate::deadline::{Alarm, Deadline};
 use crate::inject::{self, InjectError, Tracee};
@@ -17,8 +17,6 @@ const RESERVE: Duration = Duration::from_secs(3);
 /// `NT_X86_XSTATE`: the vector registers, which a procedure may use.
 const NT_X86_XSTATE: u32 = 0x202;
 const XSTATE_MAX: usize = 16 << 10;
-/// Length of the breakpoint.
-const INT3: u64 = 1;
 
 /// How the process goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,4 +102,383 @@ impl Layout {
             field.copy_from_slice(&value.to_ne_bytes());
         }
     }
+}
+
+/// What a procedure is told, as `otherworld.h` has it, for the address `base`.
+fn context(
+    base: u64,
+    snapshot: &Snapshot,
+    build: &Build<'_>,
+    generation: u32,
+    damaged_regions: &[u64],
+) -> Vec<u8> {
+    const HEAD: usize = 80;
+    let process = build.process;
+    let mut layout = Layout::new(base, HEAD);
+    let panic = layout.text(&snapshot.panic.message);
+    let threads: Vec<u8> = process.threads.iter().flat_map(thread).collect();
+    let threads_at = layout.list(&threads);
+    let mut descriptors = Vec::new();
+    for d in &process.descriptors {
+        let number = format!("descriptor {} ", d.fd);
+        let loss = build.losses.iter().find(|loss| loss.text.starts_with(&number));
+        let state: u32 = match loss {
+            _ if snapshot.dead_files.contains(&d.file) => 2,
+            Some(_) => 1,
+            None => 0,
+        };
+        let why = loss.map_or(0, |loss| layout.text(&loss.text));
+        descriptors.extend(d.fd.to_ne_bytes());
+        descriptors.extend(state.to_ne_bytes());
+        descriptors.extend(why.to_ne_bytes());
+    }
+    let descriptors_at = layout.list(&descriptors);
+    let mut losses = Vec::new();
+    for loss in &build.losses {
+        losses.extend(layout.text(&loss.code).to_ne_bytes());
+        losses.extend(layout.text(&loss.text).to_ne_bytes());
+    }
+    let losses_at = layout.list(&losses);
+    let damaged: Vec<u8> = damaged_regions.iter().flat_map(|at| at.to_ne_bytes()).collect();
+    let damaged_at = layout.list(&damaged);
+    let words = [
+        HEAD as u64 | u64::from(generation) << 32,
+        panic,
+        threads_at,
+        process.threads.len() as u64,
+        descriptors_at,
+        process.descriptors.len() as u64,
+        losses_at,
+        build.losses.len() as u64,
+        damaged_at,
+        damaged_regions.len() as u64,
+    ];
+    words.into_iter().enumerate().for_each(|(n, word)| layout.put(n * 8, word));
+    layout.bytes
+}
+
+fn thread(t: &Thread) -> Vec<u8> {
+    let (outcome, result): (u32, i64) = match &t.resume {
+        _ if t.syscall.is_none() => (0, 0),
+        Resume::Return { value, .. } => (2, *value),
+        Resume::Finished => (2, t.regs.rax as i64),
+        _ => (1, 0),
+    };
+    let mut bytes = Vec::with_capacity(248);
+    bytes.extend(t.tid.to_ne_bytes());
+    bytes.extend(u32::from(t.on_cpu.is_some()).to_ne_bytes());
+    bytes.extend(t.syscall.map_or(-1, |call| call.nr).to_ne_bytes());
+    bytes.extend(outcome.to_ne_bytes());
+    bytes.extend(0u32.to_ne_bytes());
+    bytes.extend(result.to_ne_bytes());
+    bytes.extend(t.regs.words().into_iter().flat_map(u64::to_ne_bytes));
+    bytes
+}
+
+// ---- calling
+
+/// Options while a procedure runs: it dies with us; that it executes a program is told. What it forks is its own.
+const OPTIONS: i32 = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACEEXEC;
+
+impl Call {
+    /// Puts the process's main thread at the beginning of the procedure, on a new stack, and lets it go.
+    fn enter(
+        build: &Build<'_>,
+        procedure: &CrashProcedure,
+        snapshot: &Snapshot,
+        generation: u32,
+        deadline: Deadline,
+    ) -> Result<Self, InjectError> {
+        let main = build.main()?;
+        let (registers, mask) = (main.registers()?, main.signal_mask()?);
+        let mut xstate = vec![0; XSTATE_MAX];
+        let len = main.register_set(NT_X86_XSTATE, &mut xstate)?;
+        xstate.truncate(len);
+
+        let damaged = damaged_regions(main, procedure);
+        let stack = procedure.stack_size.next_multiple_of(PAGE_SIZE);
+        // How long it is does not depend on where it lies.
+        let told = context(0, snapshot, build, generation, &damaged).len() as u64;
+        // Below the stack lies a page that cannot be touched.
+        let len = PAGE_SIZE + stack + told.next_multiple_of(PAGE_SIZE);
+        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let map = [0, len, prot as u64, (flags | libc::MAP_NORESERVE) as u64, u64::MAX, 0];
+        let start = call(main, build.instruction(), "mmap", libc::SYS_mmap, map, deadline)?;
+        let guard = [start, PAGE_SIZE, libc::PROT_NONE as u64, 0, 0, 0];
+        call(main, build.instruction(), "mprotect", libc::SYS_mprotect, guard, deadline)?;
+        let top = start + PAGE_SIZE + stack;
+        main.write(top, &context(top, snapshot, build, generation, &damaged))?;
+
+        main.set_options(OPTIONS)?;
+        // Nothing comes in between; the breakpoint at its end is to be told.
+        main.set_signal_mask(!(1 << (libc::SIGTRAP - 1)))?;
+        main.set_registers(&Registers {
+            rip: procedure.entry,
+            rsp: top,
+            rdi: top,
+            rsi: procedure.procedure,
+            rdx: procedure.data,
+            rbp: 0,
+            orig_rax: u64::MAX,
+            eflags: 0x202,
+            ..registers
+        })?;
+        main.resume()?;
+        Ok(Self { tid: main.tid, registers, mask, xstate, area: (start, len) })
+    }
+
+    /// The thread is where it was before.
+    fn undo(&self, build: &Build<'_>, deadline: Deadline) -> Result<(), InjectError> {
+        let main = build.main()?;
+        main.set_register_set(NT_X86_XSTATE, &self.xstate)?;
+        let (start, len) = self.area;
+        main.set_registers(&self.registers)?;
+        main.set_signal_mask(self.mask)?;
+        main.call_aside(
+            build.instruction(),
+            &[("munmap", libc::SYS_munmap, [start, len, 0, 0, 0, 0])],
+            deadline,
+        )?;
+        Ok(())
+    }
+
+    /// Whether a stop for SIGTRAP is the end of the entry: there the stack is as it was at its beginning.
+    fn answer(&self, registers: &Registers) -> Option<Answer> {
+        let (start, len) = self.area;
+        let is_end = (start + PAGE_SIZE..start + len).contains(&registers.rsp) && registers.rbp == 0;
+        is_end.then(|| Answer::from_register(registers.rax)).flatten()
+    }
+}
+
+fn call(
+    tracee: &Tracee,
+    instruction: u64,
+    what: &str,
+    nr: i64,
+    args: [u64; 6],
+    deadline: Deadline,
+) -> Result<u64, InjectError> {
+    let results = tracee.call_aside(instruction, &[(what, nr, args)], deadline)?;
+    match results.first() {
+        Some(&result) if !(-4095..0).contains(&result) => Ok(result as u64),
+        result => {
+            let errno = Errno::from_raw(-result.copied().unwrap_or(-1) as i32);
+            Err(InjectError::Call { what: what.into(), errno })
+        }
+    }
+}
+
+/// The protected regions whose contents are not what they were.
+fn damaged_regions(process: &Tracee, procedure: &CrashProcedure) -> Vec<u64> {
+    const PART: usize = 1 << 20;
+    let is_whole = |&&(start, len, sum): &&(u64, u64, u64)| {
+        let mut state = otherworld::record::Checksum::default();
+        let mut buffer = vec![0; PART.min(len as usize)];
+        let mut at = 0;
+        while at < len {
+            let part = ((len - at) as usize).min(PART);
+            let Some(bytes) = buffer.get_mut(..part) else { return false };
+            if process.read(start.wrapping_add(at), bytes).is_err() {
+                return false;
+            }
+            state.add(bytes);
+            at += part as u64;
+        }
+        state.finish() == sum
+    };
+    procedure.regions.iter().filter(|region| !is_whole(region)).map(|(start, ..)| *start).collect()
+}
+
+// ---- all at the same time
+
+/// What has become of a process with a procedure.
+pub(crate) struct Ended<'a> {
+    pub(crate) build: Build<'a>,
+    pub(crate) end: End,
+    pub(crate) took: Duration,
+}
+
+/// Those that are running.
+pub(crate) struct Procedures<'a> {
+    running: Vec<Running<'a>>,
+    ended: Vec<Ended<'a>>,
+    whole: Deadline,
+}
+
+impl<'a> Procedures<'a> {
+    /// Begins them all.
+    pub(crate) fn begin(
+        builds: Vec<(Build<'a>, &CrashProcedure)>,
+        snapshot: &Snapshot,
+        generation: u32,
+        step: Duration,
+        whole: Deadline,
+    ) -> Self {
+        let mut this = Self { running: Vec::new(), ended: Vec::new(), whole };
+        for (build, procedure) in builds {
+            let began = Instant::now();
+            match Call::enter(&build, procedure, snapshot, generation, whole.or_after(step)) {
+                Ok(call) => {
+                    let limit = Duration::from_millis(procedure.time_limit_ms);
+                    let deadline = whole.before(RESERVE).or_after(limit);
+                    this.running.push(Running { build, call, began, deadline });
+                }
+                Err(error) => {
+                    let end = End::Failed(format!("it could not be called: {error}"));
+                    this.ended.push(Ended { build, end, took: began.elapsed() });
+                }
+            }
+        }
+        this
+    }
+
+    /// Waits until all have ended, each within its time.
+    pub(crate) fn await_all(mut self, alarm: &Alarm) -> Vec<Ended<'a>> {
+        while let Some(nearest) = self.running.iter().map(|r| r.deadline).min() {
+            alarm.set(nearest);
+            match inject::wait_any(nearest) {
+                Ok((tid, status)) => {
+                    let Some(i) = self.running.iter().position(|r| r.call.tid == tid) else { continue };
+                    self.stopped(i, status);
+                }
+                Err(Errno::EINTR) => {
+                    while let Some(i) = self.running.iter().position(|r| r.deadline.is_over()) {
+                        self.end(i, End::Failed("it did not return in time".into()));
+                    }
+                }
+                Err(_) => {
+                    while !self.running.is_empty() {
+                        self.end(0, End::Failed("it is gone".into()));
+                    }
+                }
+            }
+        }
+        self.ended
+    }
+
+    fn stopped(&mut self, i: usize, status: i32) {
+        let running = &self.running[i];
+        if !libc::WIFSTOPPED(status) {
+            return self.end(i, End::Left("it ended the process itself"));
+        }
+        let Ok(main) = running.build.main() else { return self.end(i, End::Failed("it is gone".into())) };
+        match (status >> 16, libc::WSTOPSIG(status)) {
+            (libc::PTRACE_EVENT_EXEC, _) => {
+                _ = main.detach();
+                self.end(i, End::Left("it executed a program"));
+            }
+            (0, libc::SIGTRAP) => {
+                let answer = main.registers().ok().and_then(|registers| running.call.answer(&registers));
+                match answer {
+                    Some(answer) => self.answered(i, answer),
+                    None => self.end(
+                        i,
+                        End::Failed("it ran into a breakpoint, or gave no answer that there is".into()),
+                    ),
+                }
+            }
+            (0, signal) => {
+                let name =
+                    nix::sys::signal::Signal::try_from(signal).map_or("a signal", |signal| signal.as_str());
+                self.end(i, End::Failed(format!("it crashed ({name})")));
+            }
+            // Stops of job control, and our own.
+            _ => _ = main.resume(),
+        }
+    }
+
+    fn answered(&mut self, i: usize, answer: Answer) {
+        let running = &self.running[i];
+        let deadline = self.whole.or_after(Duration::from_secs(10));
+        match running.call.undo(&running.build, deadline) {
+            Ok(()) => self.end(i, End::Answered(answer)),
+            Err(error) => self.end(i, End::Failed(format!("it could not be left: {error}"))),
+        }
+    }
+
+    fn end(&mut self, i: usize, end: End) {
+        let Running { build, began, .. } = self.running.swap_remove(i);
+        self.ended.push(Ended { build, end, took: began.elapsed() });
+    }
+}
+
+/// What the report says of it.
+pub(crate) fn reason(end: &End, took: Duration) -> Reason {
+    let what = match end {
+        End::Answered(Answer::Continue) => "had it continue".to_owned(),
+        End::Answered(Answer::Restart) => "had it start anew".to_owned(),
+        End::Answered(Answer::Exit) => "had it end".to_owned(),
+        End::Left(how) => (*how).to_owned(),
+        End::Failed(why) => format!("failed: {why}"),
+    };
+    Reason::new("crash-procedure", format!("its crash procedure ran for {} ms and {what}", took.as_millis()))
+}
+
+// ---- going on otherwise
+
+/// Executes the program anew, with its arguments and its environment. Its other threads end, as with any execve(2).
+pub(crate) fn restart(build: &Build<'_>, program: &[u8], deadline: Deadline) -> Result<(), InjectError> {
+    let main = build.main()?;
+    let layout = &build.mm.layout;
+    let strings = |start: u64, end: u64| -> Result<Vec<Vec<u8>>, InjectError> {
+        // ARG_MAX is a quarter of the stack's limit; nobody has more.
+        let len = end.saturating_sub(start).min(8 << 20) as usize;
+        let mut bytes = vec![0; len];
+        main.read(start, &mut bytes)?;
+        Ok(bytes.split_inclusive(|byte| *byte == 0).map(<[u8]>::to_vec).collect())
+    };
+    let (argv, envp) =
+        (strings(layout.arg_start, layout.arg_end)?, strings(layout.env_start, layout.env_end)?);
+    let size: usize =
+        argv.iter().chain(&envp).map(|text| text.len() + 16 + 8).sum::<usize>() + program.len() + 64;
+    let len = (size as u64).next_multiple_of(PAGE_SIZE);
+    let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    let map = [0, len, prot as u64, flags as u64, u64::MAX, 0];
+    let start = call(main, build.instruction(), "mmap", libc::SYS_mmap, map, deadline)?;
+    let mut area = Layout::new(start, 0);
+    let path = area.list(&[program, b"\0"].concat());
+    let mut list = |texts: &[Vec<u8>]| {
+        let pointers: Vec<u64> = texts.iter().map(|text| area.list(text)).chain([0]).collect();
+        area.list(&pointers.iter().flat_map(|at| at.to_ne_bytes()).collect::<Vec<_>>())
+    };
+    let (argv, envp) = (list(&argv), list(&envp));
+    main.write(start, &area.bytes)?;
+    main.set_options(OPTIONS)?;
+    main.set_registers(&Registers {
+        rip: build.instruction(),
+        rax: libc::SYS_execve as u64,
+        orig_rax: u64::MAX,
+        rdi: path,
+        rsi: argv,
+        rdx: envp,
+        ..main.registers()?
+    })?;
+    main.resume()?;
+    // Its other threads have to be waited for, or it waits for them.
+    loop {
+        let (tid, status) =
+            inject::wait_any(deadline).map_err(|_| InjectError::Deadline { what: "execve".into() })?;
+        if tid != main.tid {
+            continue;
+        }
+        return match (libc::WIFSTOPPED(status), status >> 16) {
+            (true, libc::PTRACE_EVENT_EXEC) => main.detach(),
+            // The call has come back, to an instruction that means nothing.
+            _ => Err(InjectError::Unexpected("execve failed".into())),
+        };
+    }
+}
+
+/// Ends the process.
+pub(crate) fn exit(build: &Build<'_>) -> Result<(), InjectError> {
+    let main = build.main()?;
+    let nr = libc::SYS_exit_group as u64;
+    main.set_registers(&Registers {
+        rip: build.instruction(),
+        rax: nr,
+        orig_rax: u64::MAX,
+        rdi: 0,
+        ..main.registers()?
+    })?;
+    build.release()
 }

@@ -392,6 +392,11 @@ impl Tracee {
         ptrace("SETOPTIONS", libc::PTRACE_SETOPTIONS, self.tid, 0, options as u64).map(drop)
     }
 
+    /// Sets what is told of it (PTRACE_O_*).
+    pub(crate) fn set_options(&self, options: i32) -> Result<(), InjectError> {
+        ptrace("SETOPTIONS", libc::PTRACE_SETOPTIONS, self.tid, 0, options as u64).map(drop)
+    }
+
     /// Lets it run under observation ([`Tracee::go_on`]), no longer to die with us.
     pub(crate) fn observe(&self) -> Result<(), InjectError> {
         let options = libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_TRACEEXEC | libc::PTRACE_O_TRACEEXIT;
@@ -607,7 +612,7 @@ impl Tracee {
         self.detach()
     }
 
-    fn resume(&self) -> Result<(), InjectError> {
+    pub(crate) fn resume(&self) -> Result<(), InjectError> {
         ptrace("CONT", libc::PTRACE_CONT, self.tid, 0, 0).map(drop)
     }
 

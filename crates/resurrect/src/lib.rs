@@ -35,6 +35,7 @@ mod check;
 mod clock;
 mod company;
 mod copy_on_write;
+mod crashproc;
 mod credentials;
 mod dead;
 mod deadline;
@@ -111,6 +112,8 @@ pub struct Options {
     pub whole_machine: bool,
     /// Should PID 1 not come back although it has been begun: arguments with which it runs the caller's program again.
     pub fallback: Vec<std::ffi::OsString>,
+    /// How many kernels have died since the machine was switched on, this one included.
+    pub generation: u32,
     /// Where the block devices are that swap areas are on.
     pub block_devices: swap::BlockDevices,
 }
@@ -122,6 +125,7 @@ impl Default for Options {
             process_deadline: Duration::from_secs(10),
             whole_machine: false,
             fallback: Vec::new(),
+            generation: 1,
             block_devices: swap::BlockDevices::new(),
         }
     }
@@ -999,6 +1003,8 @@ impl<'a> Run<'a> {
             vfork::Families::take_from(&mut builds, self.options.process_deadline, self.deadline);
         // Whoever stopped a process must find it stopped, not traced.
         builds.sort_by_key(|build| !matches!(build.process.state, ProcessState::Stopped { .. }));
+        let has_procedure = |build: &Build<'_>| build.process.crash_procedure.is_some();
+        let (with_procedure, builds): (Vec<_>, Vec<_>) = builds.into_iter().partition(has_procedure);
         for build in builds {
             let released = build.release();
             back.extend(self.note_release(build, released));
@@ -1011,9 +1017,45 @@ impl<'a> Run<'a> {
         for (build, released) in families.await_all(&self.alarm) {
             back.extend(self.note_release(build, released));
         }
+        back.extend(self.call_procedures(with_procedure));
         for p in back {
             self.progress.step(Step::Back { pid: p.pid, comm: &p.comm });
         }
+    }
+
+    /// Those who have a crash procedure go on as it says.
+    fn call_procedures(&mut self, builds: Vec<Build<'a>>) -> Vec<&'a Process> {
+        let mut with = Vec::new();
+        for build in builds {
+            if let Some(procedure) = &build.process.crash_procedure {
+                with.push((build, procedure));
+            }
+        }
+        let step = self.options.process_deadline;
+        let procedures =
+            crashproc::Procedures::begin(with, self.snapshot, self.options.generation, step, self.deadline);
+        let mut back = Vec::new();
+        for crashproc::Ended { build, end, took } in procedures.await_all(&self.alarm) {
+            let reason = crashproc::reason(&end, took);
+            let deadline = self.process_deadline();
+            let released = match &end {
+                crashproc::End::Failed(_) => {
+                    self.abandon(build, Failure { step: "crash procedure", reason: reason.text });
+                    continue;
+                }
+                crashproc::End::Left(_) => Ok(()),
+                crashproc::End::Answered(crashproc::Answer::Continue) => build.release(),
+                crashproc::End::Answered(crashproc::Answer::Exit) => crashproc::exit(&build),
+                crashproc::End::Answered(crashproc::Answer::Restart) => {
+                    let exe = build.mm.exe.and_then(|id| self.snapshot.files.get(&id));
+                    let program = exe.map_or(&b"/proc/self/exe"[..], |file| file.path.as_bytes());
+                    crashproc::restart(&build, program, deadline)
+                }
+            };
+            self.losses.entry(build.process.pid).or_default().push(reason);
+            back.extend(self.note_release(build, released));
+        }
+        back
     }
 
     fn note_release(

@@ -457,6 +457,11 @@ impl<'a> Build<'a> {
         })
     }
 
+    /// Address of a `syscall` instruction of its own.
+    pub(crate) fn instruction(&self) -> u64 {
+        self.instruction
+    }
+
     /// The first thread that lives.
     pub(crate) fn main(&self) -> Result<&Tracee, InjectError> {
         let main = living(self.process).next().and_then(|t| self.tracee(t.tid));

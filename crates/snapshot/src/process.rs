@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    AddressSpaceId, Bytes, Decision, Descriptor, FsContext, NamespaceId, Pid, SignalState, Thread, Timers,
-    TtyId,
+    AddressSpaceId, Bytes, CrashProcedure, Decision, Descriptor, FsContext, NamespaceId, Pid, SignalState,
+    Thread, Timers, TtyId,
 };
 
 /// A process: what `fork` makes (`task_struct` of a thread group leader, `signal_struct`).
@@ -63,6 +63,9 @@ pub struct Process {
     /// Its UTS namespace, if that is not the initial one.
     #[serde(default)]
     pub uts_namespace: Option<NamespaceId>,
+    /// What it has registered with libotherworld.
+    #[serde(default)]
+    pub crash_procedure: Option<CrashProcedure>,
     /// Start time on the dead kernel's CLOCK_BOOTTIME, nanoseconds.
     pub start_boottime_ns: u64,
     /// State that this version does not bring back, named for people: the process is given up because of it.

@@ -109,6 +109,18 @@ pub struct Registers {
     pub gs: u64,
 }
 
+impl Registers {
+    /// In the order of `struct user_regs_struct`.
+    pub fn words(&self) -> [u64; 27] {
+        let r = self;
+        [
+            r.r15, r.r14, r.r13, r.r12, r.rbp, r.rbx, r.r11, r.r10, r.r9, r.r8, r.rax, r.rcx, r.rdx, r.rsi,
+            r.rdi, r.orig_rax, r.rip, r.cs, r.eflags, r.rsp, r.ss, r.fs_base, r.gs_base, r.ds, r.es, r.fs,
+            r.gs,
+        ]
+    }
+}
+
 /// FPU, SSE, AVX … state.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "type")]

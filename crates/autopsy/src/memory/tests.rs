@@ -217,6 +217,7 @@ fn reasons(vma: Vma) -> Vec<String> {
         namespaces: Namespaces::default(),
         mount_namespace: None,
         uts_namespace: None,
+        crash_procedure: None,
         start_boottime_ns: 0,
         unsupported: Vec::new(),
         decision: Decision::Undecided,

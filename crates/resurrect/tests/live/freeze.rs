@@ -208,6 +208,7 @@ impl Freezer {
             namespaces: Namespaces::default(),
             mount_namespace: None,
             uts_namespace: None,
+            crash_procedure: None,
             start_boottime_ns: 0,
             unsupported: vec![],
             decision: Decision::Continue { losses: vec![] },
