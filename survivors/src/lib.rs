@@ -38,6 +38,7 @@ mod cgroup;
 mod child;
 mod clock;
 mod credentials;
+pub mod crashproc;
 mod crowd;
 mod device;
 mod edge;
@@ -107,6 +108,8 @@ pub enum Needs {
     Console,
     /// A swap area.
     Swap,
+    /// A second kernel that calls crash procedures.
+    CrashKernel,
     /// Huge pages that are set aside, and to be started as root.
     HugePages,
 }
@@ -260,6 +263,11 @@ table! {
     "clock-vdso" clock::vdso Survives, Nothing, "clock_gettime through the vDSO agrees with the system call";
     "aio-contexts" aio::contexts Survives, Nothing, "contexts of asynchronous I/O, with events that were not taken";
     "aio-waiter" aio::waiter Survives, Nothing, "a thread that waits in io_getevents";
+    "crashproc-continue" crashproc::goes_on Survives, CrashKernel, "a crash procedure is told what there is to know, and every thread goes on";
+    "crashproc-restart" crashproc::restarts Survives, CrashKernel, "a crash procedure has its program begin anew";
+    "crashproc-exit" crashproc::exits Survives, CrashKernel, "a crash procedure ends its process";
+    "crashproc-crash" crashproc::crashes Survives, CrashKernel, "a crash procedure that crashes costs nobody else anything";
+    "crashproc-forever" crashproc::never_returns Survives, CrashKernel, "a crash procedure that does not return is given up";
     "hugetlb-private" hugetlb::private Survives, HugePages, "private memory in huge pages, shared copy-on-write with a child; read-only";
     "hugetlb-shared" hugetlb::shared Survives, HugePages, "shared memory and a memfd in huge pages";
     "hugetlb-unmapped" hugetlb::unmapped Survives, HugePages, "a System V segment and a file of a hugetlbfs that nobody has mapped";

@@ -44,6 +44,9 @@ enum Sub {
         #[arg(long, default_value_t = 0)]
         mib: usize,
     },
+    /// What some survivors start
+    #[command(hide = true)]
+    CrashprocChild { how: String, log: PathBuf },
     /// Start survivors in the background and wait until they are ready
     Start {
         /// Their names; none: all
@@ -114,6 +117,10 @@ fn command() -> Result<ExitCode> {
             println!("{}", Crowd { processes, threads, descriptors, mib }.start()?);
             Ok(ExitCode::SUCCESS)
         }
+        Sub::CrashprocChild { how, log } => {
+            survivors::crashproc::child(&how, &log)?;
+            Ok(ExitCode::SUCCESS)
+        }
         Sub::Start { names, dir, timeout, how } => {
             let names =
                 if names.is_empty() { TABLE.iter().map(|s| s.name.to_owned()).collect() } else { names };
@@ -135,6 +142,7 @@ fn list() {
             Needs::Tty => "tty",
             Needs::Console => "console",
             Needs::Swap => "swap",
+            Needs::CrashKernel => "crash-kernel",
             Needs::HugePages => "huge-pages",
         };
         println!("{}\t{}\t{expect}\t{needs}\t{}", survivor.name, survivor.kind, survivor.shows);

@@ -29,6 +29,7 @@ fn can_run(survivor: &Survivor) -> bool {
         Needs::Console => std::path::Path::new("/dev/vcsa9").exists(),
         Needs::HugePages => std::fs::read_to_string("/proc/sys/vm/nr_hugepages")
             .is_ok_and(|text| text.trim().parse().is_ok_and(|pages: u64| pages >= 10)),
+        Needs::CrashKernel => false,
         Needs::Swap => std::fs::read_to_string("/proc/swaps").is_ok_and(|text| text.lines().count() > 1),
         Needs::Avx2 => is_x86_feature_detected!("avx2"),
     }

@@ -10,7 +10,7 @@ impl Autopsy<'_> {
     /// What a process has registered. What looks like a record and is none becomes a finding.
     pub(crate) fn crash_procedure(&self, mm: &AddressSpace) -> Option<CrashProcedure> {
         mm.vmas.iter().filter(|vma| fits(vma)).find_map(|vma| {
-            let record = match record::parse(&self.contents(vma)?) {
+            let record = match record::parse(&self.record_bytes(vma)?) {
                 Ok(record) => record,
                 Err(RecordError::NotARecord | RecordError::Empty) => return None,
                 Err(error) => {
@@ -30,7 +30,7 @@ impl Autopsy<'_> {
         })
     }
 
-    fn contents(&self, vma: &Vma) -> Option<Vec<u8>> {
+    fn record_bytes(&self, vma: &Vma) -> Option<Vec<u8>> {
         let mut bytes = vec![0; record::SIZE];
         for run in vma.pages.iter().filter(|run| SwapArea::slot_of(run.pfn).is_none()) {
             let at = (run.addr - vma.start) as usize;

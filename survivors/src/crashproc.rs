@@ -1,0 +1,197 @@
+//! Crash procedures (libotherworld): called once under the second kernel, and then the process goes on as they say.
+
+use std::ffi::c_void;
+use std::fs;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::process::Command;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::libc;
+use nix::sys::wait::WaitStatus;
+use otherworld::{Context, DescriptorState, LockState, Options, Outcome};
+
+use crate::Stage;
+use crate::procfs::same;
+use crate::stage::sleep;
+
+static CALLS: AtomicU32 = AtomicU32::new(0);
+static THREADS: AtomicU64 = AtomicU64::new(0);
+static HOLDER: AtomicI32 = AtomicI32::new(0);
+static DAMAGED: AtomicU64 = AtomicU64::new(0);
+static WATCHED: AtomicI32 = AtomicI32::new(-1);
+static FLOAT: AtomicU64 = AtomicU64::new(0);
+static MESSAGE: Mutex<String> = Mutex::new(String::new());
+static mut LOCK: libc::pthread_mutex_t = libc::PTHREAD_MUTEX_INITIALIZER;
+
+extern "C" fn look(context: &Context, data: *mut c_void) -> Outcome {
+    CALLS.fetch_add(1, Ordering::Relaxed);
+    THREADS.store(context.threads().len() as u64, Ordering::Relaxed);
+    DAMAGED.store(context.damaged_regions().first().copied().unwrap_or(0), Ordering::Relaxed);
+    // SAFETY: a mutex that lives as long as the program.
+    let state = unsafe { otherworld::mutex_state(&raw const LOCK) };
+    HOLDER.store(if let LockState::HeldBy(tid) = state { tid } else { 0 }, Ordering::Relaxed);
+    let watched = WATCHED.load(Ordering::Relaxed);
+    let is_back = |d: &&otherworld::Descriptor| d.fd == watched && d.state == DescriptorState::Back;
+    if context.descriptors().iter().any(|d| is_back(&d)) {
+        *MESSAGE.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = context.panic().to_owned();
+    }
+    // Uses what must not be seen afterwards: the vector registers.
+    let root = (data as u64 as f64).sqrt();
+    FLOAT.store(root.to_bits(), Ordering::Relaxed);
+    Outcome::Continue
+}
+
+/// It is called once, with what it is to know, and every thread goes on.
+pub fn goes_on(stage: &mut Stage) -> Result<()> {
+    let file = fs::File::open("/dev/null")?;
+    WATCHED.store(file.as_raw_fd(), Ordering::Relaxed);
+    let (whole, mut changed) = (vec![1u8; 100_000], vec![2u8; 100_000]);
+    otherworld::register(look, 1_000_000 as *mut c_void, &Options::default())?;
+    // SAFETY: vectors of our own.
+    unsafe {
+        otherworld::protect(whole.as_ptr(), whole.len())?;
+        otherworld::protect(changed.as_ptr(), changed.len())?;
+    }
+    changed[77_777] ^= 1;
+    let (ready, is_ready) = std::sync::mpsc::channel();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let holder = scope.spawn(|| {
+            // SAFETY: a mutex that lives as long as the program.
+            unsafe { libc::pthread_mutex_lock(&raw mut LOCK) };
+            // SAFETY: no arguments.
+            let tid = unsafe { libc::syscall(libc::SYS_gettid) } as i32;
+            _ = ready.send(tid);
+            while !done.load(Ordering::Relaxed) {
+                sleep(Duration::from_millis(50));
+            }
+            // SAFETY: it is ours.
+            unsafe { libc::pthread_mutex_unlock(&raw mut LOCK) };
+        });
+        let outcome = (|| -> Result<()> {
+            let tid = is_ready.recv()?;
+            let crash = stage.crash()?;
+            if crash.damage {
+                CALLS.store(0, Ordering::Relaxed);
+            }
+            same("calls", &1, &CALLS.load(Ordering::Relaxed))?;
+            same("threads", &2, &THREADS.load(Ordering::Relaxed))?;
+            same("who held the lock", &tid, &HOLDER.load(Ordering::Relaxed))?;
+            same("the damaged region", &(changed.as_ptr() as u64), &DAMAGED.load(Ordering::Relaxed))?;
+            same("square root", &1000f64.to_bits(), &FLOAT.load(Ordering::Relaxed))?;
+            let message = MESSAGE.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
+            ensure!(!message.is_empty(), "it was not told why the kernel died, or not that a descriptor is back");
+            Ok(())
+        })();
+        done.store(true, Ordering::Relaxed);
+        if holder.join().is_err() {
+            bail!("the other thread panicked");
+        }
+        outcome
+    })
+}
+
+/// What the hidden command does: registers a procedure that answers so, and says in `log` that it has begun.
+pub fn child(how: &str, log: &Path) -> Result<()> {
+    extern "C" fn restart(_: &Context, _: *mut c_void) -> Outcome {
+        Outcome::Restart
+    }
+    extern "C" fn exit(_: &Context, _: *mut c_void) -> Outcome {
+        Outcome::Exit
+    }
+    extern "C" fn crash(_: &Context, _: *mut c_void) -> Outcome {
+        // SAFETY: it is meant to crash, and does.
+        unsafe { std::ptr::null_mut::<u8>().write_volatile(1) };
+        Outcome::Continue
+    }
+    extern "C" fn forever(_: &Context, _: *mut c_void) -> Outcome {
+        loop {
+            std::hint::spin_loop();
+        }
+    }
+    let before = fs::read_to_string(log).unwrap_or_default();
+    fs::write(log, format!("{before}begun {}\n", std::process::id()))?;
+    if !before.is_empty() {
+        return Ok(());
+    }
+    let options = Options { time_limit: Duration::from_secs(2), ..Options::default() };
+    let procedure = match how {
+        "restart" => restart,
+        "exit" => exit,
+        "crash" => crash,
+        "forever" => forever,
+        _ => bail!("no such answer"),
+    };
+    otherworld::register(procedure, std::ptr::null_mut(), &options)?;
+    // A second thread, which ends with a restart.
+    std::thread::scope(|scope| {
+        scope.spawn(|| loop {
+            sleep(Duration::from_secs(3600));
+        });
+        fs::write(log.with_extension("ready"), "")?;
+        loop {
+            sleep(Duration::from_secs(3600));
+        }
+    })
+}
+
+/// A child that has a procedure with this answer; how it ends, and how often it has begun.
+fn with_child(stage: &mut Stage, how: &str, check: impl FnOnce(WaitStatus, usize) -> Result<()>) -> Result<()> {
+    let log = stage.path("log");
+    let mut command = Command::new("/proc/self/exe");
+    let mut child = command.args(["crashproc-child", how]).arg(&log).spawn()?;
+    while !log.with_extension("ready").exists() {
+        ensure!(child.try_wait()?.is_none(), "the child has ended");
+        sleep(Duration::from_millis(20));
+    }
+    let crash = stage.crash()?;
+    if crash.damage {
+        child.kill()?;
+        fs::write(&log, "")?;
+    }
+    let pid = nix::unistd::Pid::from_raw(child.id() as i32);
+    let status = nix::sys::wait::waitpid(pid, None).context("waitpid")?;
+    let text = fs::read_to_string(&log)?;
+    ensure!(text.lines().all(|line| line == format!("begun {pid}")), "another process has begun: {text}");
+    check(status, text.lines().count())
+}
+
+/// The program begins anew, in the same process.
+pub fn restarts(stage: &mut Stage) -> Result<()> {
+    with_child(stage, "restart", |status, begun| {
+        same("how often it has begun", &2, &begun)?;
+        ensure!(matches!(status, WaitStatus::Exited(_, 0)), "it ended with {status:?}");
+        Ok(())
+    })
+}
+
+/// The process ends.
+pub fn exits(stage: &mut Stage) -> Result<()> {
+    with_child(stage, "exit", |status, begun| {
+        same("how often it has begun", &1, &begun)?;
+        ensure!(matches!(status, WaitStatus::Exited(_, 0)), "it ended with {status:?}");
+        Ok(())
+    })
+}
+
+/// A procedure that crashes costs its process, and nobody else.
+pub fn crashes(stage: &mut Stage) -> Result<()> {
+    with_child(stage, "crash", |status, begun| {
+        same("how often it has begun", &1, &begun)?;
+        ensure!(matches!(status, WaitStatus::Signaled(..)), "it ended with {status:?}");
+        Ok(())
+    })
+}
+
+/// One that does not return is given up in its time.
+pub fn never_returns(stage: &mut Stage) -> Result<()> {
+    with_child(stage, "forever", |status, begun| {
+        same("how often it has begun", &1, &begun)?;
+        ensure!(matches!(status, WaitStatus::Signaled(..)), "it ended with {status:?}");
+        Ok(())
+    })
+}
