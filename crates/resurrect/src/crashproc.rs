@@ -178,7 +178,7 @@ fn thread(t: &Thread) -> Vec<u8> {
 // ---- calling
 
 /// Options while a procedure runs: it dies with us; that it executes a program is told. What it forks is its own.
-const OPTIONS: i32 = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACEEXEC;
+const OPTIONS: i32 = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_TRACEEXEC;
 
 impl Call {
     /// Puts the process's main thread at the beginning of the procedure, on a new stack, and lets it go.
