@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use snapshot::{LiveFpu, Mode, Policy, Selector};
+use snapshot::{FailedProcedure, LiveFpu, Mode, Policy, Selector};
 use toml::Spanned;
 
 use crate::Root;
@@ -22,6 +22,9 @@ pub const PATH: &str = "/etc/otherworld.toml";
 pub struct Config {
     /// Which processes go on; user names are resolved.
     pub policy: Policy,
+    /// What becomes of a process whose crash procedure fails.
+    #[serde(default)]
+    pub failed_procedure: FailedProcedure,
     #[allow(missing_docs)]
     pub deadlines: Deadlines,
     #[allow(missing_docs)]
@@ -47,6 +50,7 @@ struct File {
     never: Vec<Spanned<Selector>>,
     never_defaults: bool,
     live_fpu: LiveFpu,
+    failed_procedure: FailedProcedure,
     deadlines: Deadlines,
     failure: Failure,
     fsck: Fsck,
@@ -64,6 +68,7 @@ impl Default for File {
             never: Vec::new(),
             never_defaults: true,
             live_fpu: LiveFpu::default(),
+            failed_procedure: FailedProcedure::default(),
             deadlines: Deadlines::default(),
             failure: Failure::default(),
             fsck: Fsck::default(),
@@ -339,6 +344,7 @@ impl Config {
     fn from_file(file: File, policy: Policy) -> Self {
         Self {
             policy,
+            failed_procedure: file.failed_procedure,
             deadlines: file.deadlines,
             failure: file.failure,
             fsck: file.fsck,

@@ -135,6 +135,7 @@ impl Worker {
             whole_machine: config.policy.mode == snapshot::Mode::All,
             fallback: crate::init::steward::fallback(&config.after.start),
             generation: 1,
+            failed_procedure: config.failed_procedure,
             block_devices: block_devices(snapshot, manifest),
         };
         let memory = DeadMemory::new(kernel.vmcore());

@@ -296,6 +296,18 @@ pub(crate) struct Ended<'a> {
     pub(crate) build: Build<'a>,
     pub(crate) end: End,
     pub(crate) took: Duration,
+    /// Of one that has failed and stands still: what leads back.
+    call: Option<Call>,
+}
+
+impl Ended<'_> {
+    /// Its threads are where they were before the procedure, which has done nobody knows how much.
+    pub(crate) fn recover(&self, deadline: Deadline) -> Result<(), InjectError> {
+        match &self.call {
+            Some(call) => call.undo(&self.build, deadline),
+            None => Err(InjectError::Unexpected("it does not stand still".into())),
+        }
+    }
 }
 
 /// Those that are running.
@@ -325,7 +337,7 @@ impl<'a> Procedures<'a> {
                 }
                 Err(error) => {
                     let end = End::Failed(format!("it could not be called: {error}"));
-                    this.ended.push(Ended { build, end, took: began.elapsed() });
+                    this.ended.push(Ended { build, end, took: began.elapsed(), call: None });
                 }
             }
         }
@@ -343,6 +355,7 @@ impl<'a> Procedures<'a> {
                 }
                 Err(Errno::EINTR) => {
                     while let Some(i) = self.running.iter().position(|r| r.deadline.is_over()) {
+                        self.stop(i);
                         self.end(i, End::Failed("it did not return in time".into()));
                     }
                 }
@@ -387,6 +400,17 @@ impl<'a> Procedures<'a> {
         }
     }
 
+    /// One whose time is over stands still.
+    fn stop(&self, i: usize) {
+        const PATIENCE: Duration = Duration::from_secs(1);
+        if let Ok(main) = self.running[i].build.main()
+            && main.interrupt().is_ok()
+        {
+            // Should it not stop, it cannot be led back either.
+            _ = inject::wait(main.tid, Deadline::after(PATIENCE));
+        }
+    }
+
     fn answered(&mut self, i: usize, answer: Answer) {
         let running = &self.running[i];
         let deadline = self.whole.or_after(Duration::from_secs(10));
@@ -397,8 +421,9 @@ impl<'a> Procedures<'a> {
     }
 
     fn end(&mut self, i: usize, end: End) {
-        let Running { build, began, .. } = self.running.swap_remove(i);
-        self.ended.push(Ended { build, end, took: began.elapsed() });
+        let Running { build, began, call, .. } = self.running.swap_remove(i);
+        let call = matches!(end, End::Failed(_)).then_some(call);
+        self.ended.push(Ended { build, end, took: began.elapsed(), call });
     }
 }
 

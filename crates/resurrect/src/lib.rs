@@ -86,7 +86,7 @@ use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use snapshot::{Bytes, Decision, MAX_DESCRIPTOR, PhysMem, Pid, Process, ProcessState, Reason, Snapshot};
+use snapshot::{Bytes, Decision, FailedProcedure, MAX_DESCRIPTOR, PhysMem, Pid, Process, ProcessState, Reason, Snapshot};
 
 use crate::company::Company;
 use crate::deadline::{Alarm, Deadline};
@@ -114,6 +114,8 @@ pub struct Options {
     pub fallback: Vec<std::ffi::OsString>,
     /// How many kernels have died since the machine was switched on, this one included.
     pub generation: u32,
+    /// What becomes of a process whose crash procedure fails.
+    pub failed_procedure: FailedProcedure,
     /// Where the block devices are that swap areas are on.
     pub block_devices: swap::BlockDevices,
 }
@@ -126,6 +128,7 @@ impl Default for Options {
             whole_machine: false,
             fallback: Vec::new(),
             generation: 1,
+            failed_procedure: FailedProcedure::default(),
             block_devices: swap::BlockDevices::new(),
         }
     }
@@ -1035,10 +1038,15 @@ impl<'a> Run<'a> {
         let procedures =
             crashproc::Procedures::begin(with, self.snapshot, self.options.generation, step, self.deadline);
         let mut back = Vec::new();
-        for crashproc::Ended { build, end, took } in procedures.await_all(&self.alarm) {
-            let reason = crashproc::reason(&end, took);
+        for ended in procedures.await_all(&self.alarm) {
+            let reason = crashproc::reason(&ended.end, ended.took);
             let deadline = self.process_deadline();
+            let goes_on = self.options.failed_procedure == FailedProcedure::Continue;
+            let is_failed = matches!(ended.end, crashproc::End::Failed(_));
+            let recovered = if is_failed && goes_on { Some(ended.recover(deadline)) } else { None };
+            let crashproc::Ended { build, end, .. } = ended;
             let released = match &end {
+                crashproc::End::Failed(_) if matches!(recovered, Some(Ok(()))) => build.release(),
                 crashproc::End::Failed(_) => {
                     self.abandon(build, Failure { step: "crash procedure", reason: reason.text });
                     continue;

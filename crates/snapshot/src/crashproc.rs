@@ -2,6 +2,17 @@
 
 use serde::{Deserialize, Serialize};
 
+/// What becomes of a process whose crash procedure crashes, or does not return in its time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FailedProcedure {
+    /// It is given up: nobody knows what the procedure has left half done.
+    #[default]
+    GiveUp,
+    /// It goes on as it would without a procedure; the report says so.
+    Continue,
+}
+
 /// A registration, as the record in the process's memory has it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CrashProcedure {
