@@ -84,7 +84,10 @@ pub fn goes_on(stage: &mut Stage) -> Result<()> {
             same("the damaged region", &(changed.as_ptr() as u64), &DAMAGED.load(Ordering::Relaxed))?;
             same("square root", &1000f64.to_bits(), &FLOAT.load(Ordering::Relaxed))?;
             let message = MESSAGE.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
-            ensure!(!message.is_empty(), "it was not told why the kernel died, or not that a descriptor is back");
+            ensure!(
+                !message.is_empty(),
+                "it was not told why the kernel died, or not that a descriptor is back"
+            );
             Ok(())
         })();
         done.store(true, Ordering::Relaxed);
@@ -129,8 +132,10 @@ pub fn child(how: &str, log: &Path) -> Result<()> {
     otherworld::register(procedure, std::ptr::null_mut(), &options)?;
     // A second thread, which ends with a restart.
     std::thread::scope(|scope| {
-        scope.spawn(|| loop {
-            sleep(Duration::from_secs(3600));
+        scope.spawn(|| {
+            loop {
+                sleep(Duration::from_secs(3600));
+            }
         });
         fs::write(log.with_extension("ready"), "")?;
         loop {
@@ -140,7 +145,11 @@ pub fn child(how: &str, log: &Path) -> Result<()> {
 }
 
 /// A child that has a procedure with this answer; how it ends, and how often it has begun.
-fn with_child(stage: &mut Stage, how: &str, check: impl FnOnce(WaitStatus, usize) -> Result<()>) -> Result<()> {
+fn with_child(
+    stage: &mut Stage,
+    how: &str,
+    check: impl FnOnce(WaitStatus, usize) -> Result<()>,
+) -> Result<()> {
     let log = stage.path("log");
     let mut command = Command::new("/proc/self/exe");
     let mut child = command.args(["crashproc-child", how]).arg(&log).spawn()?;

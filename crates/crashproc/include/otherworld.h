@@ -5,7 +5,7 @@
  * thread goes on; what it returns decides how the process goes on. Until then it costs one mapping of 8 KiB: no system call, no signal, no thread.
  * In a program that is never resurrected nothing happens at all.
  *
- * All functions are thread-safe and return 0, or an errno value.
+ * All functions are thread-safe. Those that return int return 0, or an errno value. Tutorial and reference: docs/crash-procedures.md.
  */
 #ifndef OTHERWORLD_H
 #define OTHERWORLD_H
@@ -21,8 +21,8 @@ extern "C" {
 /* How the process goes on. */
 typedef enum {
     OTHERWORLD_CONTINUE = 0, /* every thread where it was */
-    OTHERWORLD_RESTART = 1,  /* the same program anew, with its arguments and its environment */
-    OTHERWORLD_EXIT = 2      /* it ends, with exit code 0 */
+    OTHERWORLD_RESTART = 1,  /* the same program anew, with its arguments and its environment (for others: call execve) */
+    OTHERWORLD_EXIT = 2      /* it ends, with exit code 0 (for another: call _exit) */
 } otherworld_outcome;
 
 typedef enum {
@@ -60,7 +60,16 @@ typedef struct {
     const char *text; /* for people */
 } otherworld_loss;
 
-/* What had happened. Valid until the procedure returns. */
+/* A watched lock, as it was when the kernel died. */
+typedef struct {
+    const void *address;
+    uint32_t kind;     /* OTHERWORLD_LOCK_... */
+    uint32_t tag;      /* the application's */
+    int32_t owner;     /* 0 nobody, a thread id, or minus the number of readers */
+    uint32_t known;    /* 0: it could not be read */
+} otherworld_lock;
+
+/* What had happened. Valid until the procedure returns. Later versions append: `size` says what there is. */
 typedef struct {
     uint32_t size;       /* of this structure */
     uint32_t generation; /* how many kernels have died since the machine was switched on */
@@ -73,30 +82,46 @@ typedef struct {
     uint64_t loss_count;
     const uint64_t *damaged_regions; /* addresses of protected regions whose contents have changed */
     uint64_t damaged_region_count;
+    const otherworld_lock *locks;
+    uint64_t lock_count;
 } otherworld_context;
 
 typedef otherworld_outcome (*otherworld_procedure)(const otherworld_context *context, void *data);
 
-#define OTHERWORLD_THREADS_RUN 1u /* the other threads go on before the procedure is called */
+#define OTHERWORLD_THREADS_RUN 1u /* the other threads go on before the procedure is called, not after it has returned */
 
 typedef struct {
-    uint64_t stack_size;    /* bytes; 0: 256 KiB */
-    uint64_t time_limit_ms; /* 0: 20 seconds */
-    uint32_t flags;
+    uint64_t stack_size;    /* bytes, at most 64 MiB; 0: 256 KiB */
+    uint64_t time_limit_ms; /* at most ten minutes; 0: 20 seconds */
+    uint32_t flags;         /* OTHERWORLD_THREADS_RUN */
     uint32_t reserved;      /* 0 */
 } otherworld_options;
 
-/* Registers the procedure, in the place of a former one. `options` may be NULL. */
+/* Registers the procedure, in the place of a former one. `options` may be NULL. ENOMEM, EINVAL. */
 int otherworld_register(otherworld_procedure procedure, void *data, const otherworld_options *options);
 void otherworld_unregister(void);
 
-/* Has the contents of this memory checked before the procedure runs. Call it again after each change. */
+/* Has the contents of this memory checked before the procedure runs. Call it again after each change: it reads all of it. ENOSPC: there are 64. */
 int otherworld_protect(const void *start, size_t len);
-int otherworld_unprotect(const void *start);
+int otherworld_unprotect(const void *start); /* ENOENT */
 
-/* Who held a lock: 0 nobody, a thread id, or minus the number of readers. For procedures, while the other threads stand still. */
+enum {
+    OTHERWORLD_LOCK_MUTEX = 1,  /* pthread_mutex_t */
+    OTHERWORLD_LOCK_RWLOCK = 2, /* pthread_rwlock_t */
+    OTHERWORLD_LOCK_WORD = 3    /* uint32_t: 0 when it is free, the owner's thread id otherwise */
+};
+
+/* Makes a lock known: the context and the report name those that were held. ENOSPC: there are 96. EINVAL: no such kind. */
+int otherworld_watch_lock(const void *lock, uint32_t kind, uint32_t tag);
+int otherworld_unwatch_lock(const void *lock); /* ENOENT */
+
+/* Who holds a lock: 0 nobody, a thread id, or minus the number of readers. For procedures, while the other threads stand still. */
 int otherworld_mutex_owner(const pthread_mutex_t *mutex);
 int otherworld_rwlock_owner(const pthread_rwlock_t *lock);
+
+/* Calls the registered procedure here and now, in a thread with a stack of the size that it asked for and with a context that has the calling thread
+   and no losses, and returns its answer without acting on it: for the application's own tests. -1: there is none, or no memory for it. */
+int otherworld_rehearse(void);
 
 #ifdef __cplusplus
 }

@@ -4,7 +4,6 @@ use std::ffi::{c_int, c_void};
 use std::time::Duration;
 
 use crate::context::Procedure;
-use crate::locks::LockState;
 use crate::registry::{self, Error, Options};
 
 /// `otherworld_options`.
@@ -69,17 +68,18 @@ extern "C" fn otherworld_unprotect(start: *const c_void) -> c_int {
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn otherworld_watch_lock(lock: *const c_void, kind: u32, tag: u32) -> c_int {
-    code(registry::watch_lock(lock, kind, tag))
+extern "C" fn otherworld_unwatch_lock(lock: *const c_void) -> c_int {
+    code(registry::unwatch_lock(lock))
 }
 
-/// 0 free, a TID, or minus the number of readers.
-fn owner(state: LockState) -> c_int {
-    match state {
-        LockState::Free => 0,
-        LockState::HeldBy(tid) => tid,
-        LockState::Read(count) => -(count as c_int),
-    }
+#[unsafe(no_mangle)]
+extern "C" fn otherworld_rehearse() -> c_int {
+    crate::rehearse().map_or(-1, |outcome| outcome as c_int)
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn otherworld_watch_lock(lock: *const c_void, kind: u32, tag: u32) -> c_int {
+    code(registry::watch_lock(lock, kind, tag))
 }
 
 /// # Safety
@@ -87,7 +87,7 @@ fn owner(state: LockState) -> c_int {
 #[unsafe(no_mangle)]
 unsafe extern "C" fn otherworld_mutex_owner(mutex: *const libc::pthread_mutex_t) -> c_int {
     // SAFETY: the caller's promise.
-    owner(unsafe { crate::locks::mutex_state(mutex) })
+    unsafe { crate::locks::mutex_state(mutex) }.owner()
 }
 
 /// # Safety
@@ -95,5 +95,5 @@ unsafe extern "C" fn otherworld_mutex_owner(mutex: *const libc::pthread_mutex_t)
 #[unsafe(no_mangle)]
 unsafe extern "C" fn otherworld_rwlock_owner(lock: *const libc::pthread_rwlock_t) -> c_int {
     // SAFETY: the caller's promise.
-    owner(unsafe { crate::locks::rwlock_state(lock) })
+    unsafe { crate::locks::rwlock_state(lock) }.owner()
 }

@@ -34,6 +34,24 @@ pub struct Context {
     loss_count: u64,
     damaged_regions: *const u64,
     damaged_region_count: u64,
+    locks: *const HeldLock,
+    lock_count: u64,
+}
+
+/// A [watched](crate::watch_lock) lock, as it was when the kernel died.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeldLock {
+    /// Where it is.
+    pub address: u64,
+    /// One of the record's `LOCK_*`.
+    pub kind: u32,
+    /// The application's.
+    pub tag: u32,
+    /// 0 nobody, a TID, or minus the number of readers.
+    pub owner: i32,
+    /// 0: it could not be read.
+    pub known: u32,
 }
 
 /// A thread, as it was interrupted.
@@ -154,6 +172,47 @@ impl Context {
     pub fn damaged_regions(&self) -> &[u64] {
         // SAFETY: see above.
         unsafe { list(self.damaged_regions, self.damaged_region_count) }
+    }
+}
+
+impl Context {
+    /// The watched locks.
+    pub fn locks(&self) -> &[HeldLock] {
+        // SAFETY: see above.
+        unsafe { list(self.locks, self.lock_count) }
+    }
+
+    /// One that no crash has made.
+    pub(crate) fn rehearsed(panic: &CStr, threads: &[Thread]) -> Self {
+        Self {
+            size: size_of::<Self>() as u32,
+            generation: 0,
+            panic: panic.as_ptr(),
+            threads: threads.as_ptr(),
+            thread_count: threads.len() as u64,
+            descriptors: std::ptr::null(),
+            descriptor_count: 0,
+            losses: std::ptr::null(),
+            loss_count: 0,
+            damaged_regions: std::ptr::null(),
+            damaged_region_count: 0,
+            locks: std::ptr::null(),
+            lock_count: 0,
+        }
+    }
+}
+
+impl Thread {
+    pub(crate) fn rehearsed(tid: i32) -> Self {
+        Self {
+            tid,
+            on_cpu: 1,
+            syscall: -1,
+            syscall_outcome: SyscallOutcome::None,
+            padding: 0,
+            syscall_result: 0,
+            registers: [0; 27],
+        }
     }
 }
 

@@ -21,7 +21,11 @@ mod context;
 mod entry;
 mod locks;
 mod registry;
+mod rehearsal;
 
-pub use context::{Context, Descriptor, DescriptorState, Loss, Outcome, Procedure, SyscallOutcome, Thread};
-pub use locks::{LockState, mutex_state, rwlock_state, word_state};
-pub use registry::{Error, Options, protect, register, unprotect, unregister, watch_lock};
+pub use context::{
+    Context, Descriptor, DescriptorState, HeldLock, Loss, Outcome, Procedure, SyscallOutcome, Thread,
+};
+pub use locks::{LockState, WORDS as LOCK_WORDS, mutex_state, rwlock_state, state as lock_state, word_state};
+pub use registry::{Error, Options, protect, register, unprotect, unregister, unwatch_lock, watch_lock};
+pub use rehearsal::rehearse;

@@ -9,8 +9,8 @@ use std::time::Duration;
 use crate::context::Procedure;
 use crate::entry;
 use crate::record::{
-    COPY, Copy, FLAG_THREADS_RUN, Lock, MAGIC, MAX_LOCKS, MAX_REGIONS, MAX_STACK, MAX_TIME_LIMIT_MS, Region,
-    SIZE, VERSION, checksum,
+    COPY, Copy, FLAG_THREADS_RUN, LOCK_MUTEX, LOCK_RWLOCK, LOCK_WORD, Lock, MAGIC, MAX_LOCKS, MAX_REGIONS,
+    MAX_STACK, MAX_TIME_LIMIT_MS, Region, SIZE, VERSION, checksum,
 };
 
 /// How the procedure is called.
@@ -159,17 +159,46 @@ pub fn unprotect(start: *const u8) -> Result<(), Error> {
     })
 }
 
-/// Makes a lock known, whose state the report is to name. `kind`: one of the record's `LOCK_*`; `tag` is the application's.
+/// Makes a lock known: the context and the report name those that were held. `kind`: one of the record's `LOCK_*`; `tag` is the application's.
 ///
 /// # Errors
-/// [`Error::Full`], [`Error::NoMemory`].
+/// [`Error::Full`], [`Error::NoMemory`]; [`Error::Invalid`]: there is no such kind.
 pub fn watch_lock(lock: *const c_void, kind: u32, tag: u32) -> Result<(), Error> {
+    if !matches!(kind, LOCK_MUTEX | LOCK_RWLOCK | LOCK_WORD) {
+        return Err(Error::Invalid);
+    }
     change(|copy| {
         let count = copy.lock_count as usize;
+        let known = copy.locks.iter_mut().take(count).find(|known| known.address == lock as u64);
+        if let Some(known) = known {
+            *known = Lock { address: lock as u64, kind, tag };
+            return Ok(());
+        }
         *copy.locks.get_mut(count).ok_or(Error::Full)? = Lock { address: lock as u64, kind, tag };
         copy.lock_count += 1;
         Ok(())
     })
+}
+
+/// No longer watches a lock, as before it is freed.
+///
+/// # Errors
+/// [`Error::Unknown`].
+pub fn unwatch_lock(lock: *const c_void) -> Result<(), Error> {
+    change(|copy| {
+        let count = copy.lock_count as usize;
+        let at = copy.locks.iter().take(count).position(|known| known.address == lock as u64);
+        let at = at.ok_or(Error::Unknown)?;
+        copy.locks.copy_within(at + 1..count, at);
+        copy.lock_count -= 1;
+        Ok(())
+    })
+}
+
+/// What is registered: procedure, data, bytes of stack.
+pub(crate) fn registered() -> Option<(u64, u64, usize)> {
+    let copy = CHANGING.lock().unwrap_or_else(PoisonError::into_inner);
+    (copy.procedure != 0).then_some((copy.procedure, copy.data, copy.stack_size as usize))
 }
 
 /// Changes the record: the copy that is out of date becomes the one that counts, with its last store.
@@ -181,7 +210,7 @@ fn change(f: impl FnOnce(&mut Copy) -> Result<(), Error>) -> Result<(), Error> {
     next.generation = GENERATION.fetch_add(1, Ordering::Relaxed) + 1;
     next.checksum = 0;
     next.checksum = checksum(next.bytes());
-    let at = if next.generation % 2 == 0 { 0 } else { COPY };
+    let at = if next.generation.is_multiple_of(2) { 0 } else { COPY };
     // SAFETY: the mapping has two copies and is ours; who reads it does so when nobody runs.
     unsafe {
         let to = base.add(at);
@@ -218,6 +247,8 @@ fn mapping() -> Result<*mut u8, Error> {
             // By these it is found; without NOHUGEPAGE (a kernel without huge pages) by the other two.
             libc::madvise(start, SIZE, advice);
         }
+        // Not to be swapped out, where it would not be found; whoever may lock nothing goes without.
+        libc::mlock(start, SIZE);
         RECORD.store(start.cast(), Ordering::Release);
         Ok(start.cast())
     }
@@ -262,7 +293,12 @@ mod tests {
         unprotect(data.as_ptr()).unwrap();
         assert_eq!(unprotect(data.as_ptr()), Err(Error::Unknown));
         assert_eq!((record().unwrap().regions.len(), record().unwrap().locks.len()), (0, 1));
+        assert_eq!(watch_lock(0x1000 as *const c_void, 77, 5), Err(Error::Invalid));
+        unwatch_lock(0x1000 as *const c_void).unwrap();
+        assert_eq!(unwatch_lock(0x1000 as *const c_void), Err(Error::Unknown));
+        assert_eq!(crate::rehearse(), Some(Outcome::Continue));
         unregister();
+        assert_eq!(crate::rehearse(), None);
         assert_eq!(record(), Err(crate::record::RecordError::Empty));
     }
 }

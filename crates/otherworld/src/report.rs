@@ -109,6 +109,10 @@ pub enum FateKind {
     Resurrected,
     /// Goes on, with losses that are named.
     ResurrectedWithLosses,
+    /// Its crash procedure had its program begin anew.
+    Restarted,
+    /// Its crash procedure ended it.
+    Ended,
     /// Cannot be brought back faithfully.
     GivenUp,
     /// Was to come back; rebuilding it failed.
@@ -122,6 +126,8 @@ impl FateKind {
         match self {
             Self::Resurrected => "lives",
             Self::ResurrectedWithLosses => "lives, with losses",
+            Self::Restarted => "began anew",
+            Self::Ended => "ended itself",
             Self::GivenUp => "given up",
             Self::Failed => "failed",
             Self::NotSelected => "not selected",
@@ -264,8 +270,12 @@ impl Report {
         }
         let count = |kinds: &[FateKind]| self.processes.iter().filter(|p| kinds.contains(&p.fate)).count();
         line(format!(
-            "{} live, {} given up, {} failed, {} not selected",
-            count(&[FateKind::Resurrected, FateKind::ResurrectedWithLosses]),
+            "{} live{}, {} given up, {} failed, {} not selected",
+            count(&[FateKind::Resurrected, FateKind::ResurrectedWithLosses, FateKind::Restarted]),
+            match count(&[FateKind::Ended]) {
+                0 => String::new(),
+                ended => format!(", {ended} ended as they wanted to"),
+            },
             count(&[FateKind::GivenUp]),
             count(&[FateKind::Failed]),
             count(&[FateKind::NotSelected])

@@ -134,7 +134,7 @@ impl Worker {
             process_deadline: Duration::from_secs(config.deadlines.process),
             whole_machine: config.policy.mode == snapshot::Mode::All,
             fallback: crate::init::steward::fallback(&config.after.start),
-            generation: 1,
+            generation: arm::generation(&arm::Root::default()).unwrap_or(0),
             failed_procedure: config.failed_procedure,
             block_devices: block_devices(snapshot, manifest),
         };
@@ -184,8 +184,15 @@ fn block_devices(snapshot: &Snapshot, manifest: &Manifest) -> resurrect::swap::B
 
 fn fate(outcome: resurrect::Outcome) -> Fate {
     let (fate, reasons) = match outcome.fate {
-        resurrect::Fate::Resumed { losses } if losses.is_empty() => (FateKind::Resurrected, losses),
+        // That its procedure had it continue takes nothing from it.
+        resurrect::Fate::Resumed { losses }
+            if losses.iter().all(|loss| loss.code == resurrect::CRASH_PROCEDURE) =>
+        {
+            (FateKind::Resurrected, losses)
+        }
         resurrect::Fate::Resumed { losses } => (FateKind::ResurrectedWithLosses, losses),
+        resurrect::Fate::Restarted { losses } => (FateKind::Restarted, losses),
+        resurrect::Fate::Ended { losses } => (FateKind::Ended, losses),
         resurrect::Fate::GaveUp { reasons } => (FateKind::GivenUp, reasons),
         resurrect::Fate::NotSelected { why } => {
             (FateKind::NotSelected, vec![Reason::new("not-selected", why)])

@@ -6,7 +6,8 @@
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use snapshot::{CrashProcedure, PAGE_SIZE, Pid, Reason, Registers, Resume, Snapshot, Thread};
+use otherworld::LockState;
+use snapshot::{CrashProcedure, PAGE_SIZE, Pid, Reason, Registers, Resume, Snapshot, Thread, WatchedLock};
 
 use crate::deadline::{Alarm, Deadline};
 use crate::inject::{self, InjectError, Tracee};
@@ -17,6 +18,8 @@ const RESERVE: Duration = Duration::from_secs(3);
 /// `NT_X86_XSTATE`: the vector registers, which a procedure may use.
 const NT_X86_XSTATE: u32 = 0x202;
 const XSTATE_MAX: usize = 16 << 10;
+/// The code of what the report says of a procedure that did what it was to do.
+pub const CODE: &str = "crash-procedure";
 
 /// How the process goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,8 +46,10 @@ impl Answer {
 pub(crate) enum End {
     /// It has returned.
     Answered(Answer),
-    /// It has executed a program, or ended the process, itself.
-    Left(&'static str),
+    /// It has executed a program.
+    Executed,
+    /// It has ended the process.
+    Exited,
     /// It crashed, took too long, or could not be called; for people.
     Failed(String),
 }
@@ -65,6 +70,17 @@ struct Call {
     xstate: Vec<u8>,
     /// Stack and context.
     area: (u64, u64),
+    /// How many of its regions were damaged, and of its locks held.
+    damaged: usize,
+    held: usize,
+}
+
+/// What a procedure is told beside what the report says of its process.
+struct Told<'a> {
+    panic: &'a str,
+    generation: u32,
+    damaged_regions: Vec<u64>,
+    locks: Vec<(WatchedLock, Option<LockState>)>,
 }
 
 /// Lays a context out for an address: what the `Context` of libotherworld points to lies behind it.
@@ -105,17 +121,11 @@ impl Layout {
 }
 
 /// What a procedure is told, as `otherworld.h` has it, for the address `base`.
-fn context(
-    base: u64,
-    snapshot: &Snapshot,
-    build: &Build<'_>,
-    generation: u32,
-    damaged_regions: &[u64],
-) -> Vec<u8> {
-    const HEAD: usize = 80;
+fn context(base: u64, snapshot: &Snapshot, build: &Build<'_>, told: &Told<'_>) -> Vec<u8> {
+    const HEAD: usize = 96;
     let process = build.process;
     let mut layout = Layout::new(base, HEAD);
-    let panic = layout.text(&snapshot.panic.message);
+    let panic = layout.text(told.panic);
     let threads: Vec<u8> = process.threads.iter().flat_map(thread).collect();
     let threads_at = layout.list(&threads);
     let mut descriptors = Vec::new();
@@ -139,10 +149,19 @@ fn context(
         losses.extend(layout.text(&loss.text).to_ne_bytes());
     }
     let losses_at = layout.list(&losses);
-    let damaged: Vec<u8> = damaged_regions.iter().flat_map(|at| at.to_ne_bytes()).collect();
+    let damaged: Vec<u8> = told.damaged_regions.iter().flat_map(|at| at.to_ne_bytes()).collect();
     let damaged_at = layout.list(&damaged);
+    let mut locks = Vec::new();
+    for (lock, state) in &told.locks {
+        locks.extend(lock.address.to_ne_bytes());
+        locks.extend(lock.kind.to_ne_bytes());
+        locks.extend(lock.tag.to_ne_bytes());
+        locks.extend(state.map_or(0, LockState::owner).to_ne_bytes());
+        locks.extend(u32::from(state.is_some()).to_ne_bytes());
+    }
+    let locks_at = layout.list(&locks);
     let words = [
-        HEAD as u64 | u64::from(generation) << 32,
+        HEAD as u64 | u64::from(told.generation) << 32,
         panic,
         threads_at,
         process.threads.len() as u64,
@@ -151,7 +170,9 @@ fn context(
         losses_at,
         build.losses.len() as u64,
         damaged_at,
-        damaged_regions.len() as u64,
+        told.damaged_regions.len() as u64,
+        locks_at,
+        told.locks.len() as u64,
     ];
     words.into_iter().enumerate().for_each(|(n, word)| layout.put(n * 8, word));
     layout.bytes
@@ -195,20 +216,28 @@ impl Call {
         let len = main.register_set(NT_X86_XSTATE, &mut xstate)?;
         xstate.truncate(len);
 
-        let damaged = damaged_regions(main, procedure);
+        let panic = &snapshot.panic.message;
+        let told = Told {
+            panic: if panic.is_empty() { "no message in its log" } else { panic },
+            generation,
+            damaged_regions: damaged_regions(main, procedure),
+            locks: procedure.locks.iter().map(|lock| (*lock, lock_state(main, lock))).collect(),
+        };
         let stack = procedure.stack_size.next_multiple_of(PAGE_SIZE);
         // How long it is does not depend on where it lies.
-        let told = context(0, snapshot, build, generation, &damaged).len() as u64;
+        let told_len = context(0, snapshot, build, &told).len() as u64;
         // Below the stack lies a page that cannot be touched.
-        let len = PAGE_SIZE + stack + told.next_multiple_of(PAGE_SIZE);
+        let len = PAGE_SIZE + stack + told_len.next_multiple_of(PAGE_SIZE);
         let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
         let map = [0, len, prot as u64, (flags | libc::MAP_NORESERVE) as u64, u64::MAX, 0];
         let start = call(main, build.instruction(), "mmap", libc::SYS_mmap, map, deadline)?;
         let guard = [start, PAGE_SIZE, libc::PROT_NONE as u64, 0, 0, 0];
         call(main, build.instruction(), "mprotect", libc::SYS_mprotect, guard, deadline)?;
         let top = start + PAGE_SIZE + stack;
-        main.write(top, &context(top, snapshot, build, generation, &damaged))?;
-
+        main.write(top, &context(top, snapshot, build, &told))?;
+        if procedure.threads_run {
+            build.release_others()?;
+        }
         main.set_options(OPTIONS)?;
         // Nothing comes in between; the breakpoint at its end is to be told.
         main.set_signal_mask(!(1 << (libc::SIGTRAP - 1)))?;
@@ -224,7 +253,17 @@ impl Call {
             ..registers
         })?;
         main.resume()?;
-        Ok(Self { tid: main.tid, registers, mask, xstate, area: (start, len) })
+        let held =
+            told.locks.iter().filter(|(_, state)| state.is_some_and(|state| state.owner() != 0)).count();
+        Ok(Self {
+            tid: main.tid,
+            registers,
+            mask,
+            xstate,
+            area: (start, len),
+            damaged: told.damaged_regions.len(),
+            held,
+        })
     }
 
     /// The thread is where it was before.
@@ -268,6 +307,20 @@ fn call(
     }
 }
 
+/// Who had a lock; `None` if it cannot be read.
+fn lock_state(process: &Tracee, lock: &WatchedLock) -> Option<LockState> {
+    // Fewer words than the largest have may be all that there is before the end of a mapping.
+    (1..=otherworld::LOCK_WORDS).rev().find_map(|count| {
+        let mut bytes = vec![0; 4 * count];
+        process.read(lock.address, &mut bytes).ok()?;
+        let words: Vec<u32> = bytes
+            .chunks_exact(4)
+            .filter_map(|word| Some(u32::from_ne_bytes(word.try_into().ok()?)))
+            .collect();
+        otherworld::lock_state(lock.kind, &words)
+    })
+}
+
 /// The protected regions whose contents are not what they were.
 fn damaged_regions(process: &Tracee, procedure: &CrashProcedure) -> Vec<u64> {
     const PART: usize = 1 << 20;
@@ -296,6 +349,9 @@ pub(crate) struct Ended<'a> {
     pub(crate) build: Build<'a>,
     pub(crate) end: End,
     pub(crate) took: Duration,
+    /// How many of its regions were damaged, and of its locks held.
+    pub(crate) damaged: usize,
+    pub(crate) held: usize,
     /// Of one that has failed and stands still: what leads back.
     call: Option<Call>,
 }
@@ -337,7 +393,8 @@ impl<'a> Procedures<'a> {
                 }
                 Err(error) => {
                     let end = End::Failed(format!("it could not be called: {error}"));
-                    this.ended.push(Ended { build, end, took: began.elapsed(), call: None });
+                    let took = began.elapsed();
+                    this.ended.push(Ended { build, end, took, damaged: 0, held: 0, call: None });
                 }
             }
         }
@@ -372,13 +429,13 @@ impl<'a> Procedures<'a> {
     fn stopped(&mut self, i: usize, status: i32) {
         let running = &self.running[i];
         if !libc::WIFSTOPPED(status) {
-            return self.end(i, End::Left("it ended the process itself"));
+            return self.end(i, End::Exited);
         }
         let Ok(main) = running.build.main() else { return self.end(i, End::Failed("it is gone".into())) };
         match (status >> 16, libc::WSTOPSIG(status)) {
             (libc::PTRACE_EVENT_EXEC, _) => {
                 _ = main.detach();
-                self.end(i, End::Left("it executed a program"));
+                self.end(i, End::Executed);
             }
             (0, libc::SIGTRAP) => {
                 let answer = main.registers().ok().and_then(|registers| running.call.answer(&registers));
@@ -422,21 +479,31 @@ impl<'a> Procedures<'a> {
 
     fn end(&mut self, i: usize, end: End) {
         let Running { build, began, call, .. } = self.running.swap_remove(i);
+        let (damaged, held) = (call.damaged, call.held);
         let call = matches!(end, End::Failed(_)).then_some(call);
-        self.ended.push(Ended { build, end, took: began.elapsed(), call });
+        self.ended.push(Ended { build, end, took: began.elapsed(), damaged, held, call });
     }
 }
 
 /// What the report says of it.
-pub(crate) fn reason(end: &End, took: Duration) -> Reason {
-    let what = match end {
-        End::Answered(Answer::Continue) => "had it continue".to_owned(),
-        End::Answered(Answer::Restart) => "had it start anew".to_owned(),
-        End::Answered(Answer::Exit) => "had it end".to_owned(),
-        End::Left(how) => (*how).to_owned(),
-        End::Failed(why) => format!("failed: {why}"),
+pub(crate) fn reason(ended: &Ended<'_>) -> Reason {
+    let (code, what) = match &ended.end {
+        End::Answered(Answer::Continue) => (CODE, "had it continue".to_owned()),
+        End::Answered(Answer::Restart) => (CODE, "had it begin anew".to_owned()),
+        End::Answered(Answer::Exit) => (CODE, "had it end".to_owned()),
+        End::Executed => (CODE, "executed a program".to_owned()),
+        End::Exited => (CODE, "ended the process".to_owned()),
+        End::Failed(why) => ("crash-procedure-failed", format!("failed: {why}")),
     };
-    Reason::new("crash-procedure", format!("its crash procedure ran for {} ms and {what}", took.as_millis()))
+    let mut text = format!("its crash procedure ran for {} ms and {what}", ended.took.as_millis());
+    let mut note = |count, one, many| match count {
+        0 => {}
+        1 => text.push_str(&format!("; {one}")),
+        count => text.push_str(&format!("; {count} {many}")),
+    };
+    note(ended.damaged, "a protected region was damaged", "protected regions were damaged");
+    note(ended.held, "a lock that it watches was held", "locks that it watches were held");
+    Reason::new(code, text)
 }
 
 // ---- going on otherwise

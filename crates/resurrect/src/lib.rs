@@ -86,9 +86,12 @@ use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use snapshot::{Bytes, Decision, FailedProcedure, MAX_DESCRIPTOR, PhysMem, Pid, Process, ProcessState, Reason, Snapshot};
+use snapshot::{
+    Bytes, Decision, FailedProcedure, MAX_DESCRIPTOR, PhysMem, Pid, Process, ProcessState, Reason, Snapshot,
+};
 
 use crate::company::Company;
+pub use crate::crashproc::CODE as CRASH_PROCEDURE;
 use crate::deadline::{Alarm, Deadline};
 use crate::file::{Files, Prepared};
 use crate::first::First;
@@ -277,6 +280,16 @@ pub enum Fate {
     /// It runs again (or, a zombie, waits again).
     Resumed {
         /// What is different for it.
+        losses: Vec<Reason>,
+    },
+    /// Its crash procedure had its program begin anew, or executed one.
+    Restarted {
+        /// What its procedure was told of as different, and what the procedure did.
+        losses: Vec<Reason>,
+    },
+    /// Its crash procedure ended it.
+    Ended {
+        /// As of [`Fate::Restarted`].
         losses: Vec<Reason>,
     },
     /// It was found before that it cannot come back faithfully.
@@ -1039,7 +1052,7 @@ impl<'a> Run<'a> {
             crashproc::Procedures::begin(with, self.snapshot, self.options.generation, step, self.deadline);
         let mut back = Vec::new();
         for ended in procedures.await_all(&self.alarm) {
-            let reason = crashproc::reason(&ended.end, ended.took);
+            let reason = crashproc::reason(&ended);
             let deadline = self.process_deadline();
             let goes_on = self.options.failed_procedure == FailedProcedure::Continue;
             let is_failed = matches!(ended.end, crashproc::End::Failed(_));
@@ -1051,7 +1064,7 @@ impl<'a> Run<'a> {
                     self.abandon(build, Failure { step: "crash procedure", reason: reason.text });
                     continue;
                 }
-                crashproc::End::Left(_) => Ok(()),
+                crashproc::End::Executed | crashproc::End::Exited => Ok(()),
                 crashproc::End::Answered(crashproc::Answer::Continue) => build.release(),
                 crashproc::End::Answered(crashproc::Answer::Exit) => crashproc::exit(&build),
                 crashproc::End::Answered(crashproc::Answer::Restart) => {
@@ -1060,8 +1073,22 @@ impl<'a> Run<'a> {
                     crashproc::restart(&build, program, deadline)
                 }
             };
-            self.losses.entry(build.process.pid).or_default().push(reason);
-            back.extend(self.note_release(build, released));
+            let pid = build.process.pid;
+            self.losses.entry(pid).or_default().push(reason);
+            let lives = self.note_release(build, released);
+            let mut losses = || self.losses.remove(&pid).unwrap_or_default();
+            let fate = match end {
+                _ if lives.is_none() => None,
+                crashproc::End::Answered(crashproc::Answer::Restart) | crashproc::End::Executed => {
+                    Some(Fate::Restarted { losses: losses() })
+                }
+                crashproc::End::Answered(crashproc::Answer::Exit) | crashproc::End::Exited => {
+                    Some(Fate::Ended { losses: losses() })
+                }
+                crashproc::End::Answered(crashproc::Answer::Continue) | crashproc::End::Failed(_) => None,
+            };
+            self.fates.extend(fate.map(|fate| (pid, fate)));
+            back.extend(lives);
         }
         back
     }

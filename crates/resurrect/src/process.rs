@@ -502,6 +502,15 @@ impl<'a> Build<'a> {
         Ok(())
     }
 
+    /// Lets all threads go but the main one.
+    pub(crate) fn release_others(&self) -> Result<(), InjectError> {
+        let main = self.main()?.tid;
+        living(self.process)
+            .filter(|t| t.tid != main)
+            .filter_map(|t| self.tracee(t.tid))
+            .try_for_each(Tracee::detach)
+    }
+
     /// Lets it go as far as its memory is its own; it has a single thread.
     pub(crate) fn release_observed(&self) -> Result<(), InjectError> {
         self.stop_again();

@@ -30,4 +30,18 @@ pub struct CrashProcedure {
     pub threads_run: bool,
     /// Memory whose contents are checked before: address, bytes, checksum.
     pub regions: Vec<(u64, u64, u64)>,
+    /// Locks whose owners it is told.
+    #[serde(default)]
+    pub locks: Vec<WatchedLock>,
+}
+
+/// A lock that an application has made known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WatchedLock {
+    #[allow(missing_docs)]
+    pub address: u64,
+    /// Which words it consists of (libotherworld's `LOCK_*`).
+    pub kind: u32,
+    /// The application's.
+    pub tag: u32,
 }

@@ -297,7 +297,8 @@ fn judge(
             let reason = Reason::new("live-fpu", text);
             match policy.live_fpu {
                 LiveFpu::ResumeAnyway => losses.push(reason),
-                // Crash procedures are not known to this version: their fallback is to give up.
+                // The procedure is told of it, and decides.
+                LiveFpu::CrashProcedure if process.crash_procedure.is_some() => losses.push(reason),
                 LiveFpu::GiveUp | LiveFpu::CrashProcedure => reasons.push(reason),
             }
         }
@@ -1038,6 +1039,20 @@ mod tests {
         decide(&mut s, &Policy { live_fpu: LiveFpu::ResumeAnyway, ..all() });
         assert!(matches!(decision(&s, 500), Decision::Continue { losses } if losses.len() == 1));
         decide(&mut s, &Policy { live_fpu: LiveFpu::CrashProcedure, ..all() });
+        assert!(matches!(decision(&s, 500), Decision::GiveUp { .. }));
+        s.processes[0].crash_procedure = Some(crate::CrashProcedure {
+            entry: 0x1000,
+            procedure: 0x2000,
+            data: 0,
+            stack_size: 1 << 16,
+            time_limit_ms: 1000,
+            threads_run: false,
+            regions: vec![],
+            locks: vec![],
+        });
+        decide(&mut s, &Policy { live_fpu: LiveFpu::CrashProcedure, ..all() });
+        assert!(matches!(decision(&s, 500), Decision::Continue { losses } if losses[0].code == "live-fpu"));
+        decide(&mut s, &Policy { live_fpu: LiveFpu::GiveUp, ..all() });
         assert!(matches!(decision(&s, 500), Decision::GiveUp { .. }));
     }
 

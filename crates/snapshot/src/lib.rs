@@ -60,7 +60,7 @@ pub use autofs::Autofs;
 pub use bytes::Bytes;
 pub use cgroup::Cgroup;
 pub use clock::Clocks;
-pub use crashproc::{CrashProcedure, FailedProcedure};
+pub use crashproc::{CrashProcedure, FailedProcedure, WatchedLock};
 pub use credentials::{Capabilities, Credentials};
 pub use decision::{Decision, LiveFpu, Mode, Policy, Reason, Selector, decide, swapped_out_of_reach};
 pub use device::{Device, DeviceKind};
