@@ -1,6 +1,6 @@
 //! Crash procedures (libotherworld): called once under the second kernel, and then the process goes on as they say.
 
-use std::ffi::c_void;
+use std::ffi::{CString, c_void};
 use std::fs;
 use std::os::fd::AsRawFd;
 use std::path::Path;
@@ -12,6 +12,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::libc;
 use nix::sys::wait::WaitStatus;
+use otherworld::record::LOCK_MUTEX;
 use otherworld::{Context, DescriptorState, LockState, Options, Outcome};
 
 use crate::Stage;
@@ -24,13 +25,20 @@ static HOLDER: AtomicI32 = AtomicI32::new(0);
 static DAMAGED: AtomicU64 = AtomicU64::new(0);
 static WATCHED: AtomicI32 = AtomicI32::new(-1);
 static FLOAT: AtomicU64 = AtomicU64::new(0);
+/// What the context says of the watched lock.
+static TOLD_HOLDER: AtomicI32 = AtomicI32::new(0);
+/// The application's name for it.
+const TAG: u32 = 42;
 static MESSAGE: Mutex<String> = Mutex::new(String::new());
+static EXECUTED: Mutex<Vec<CString>> = Mutex::new(Vec::new());
 static mut LOCK: libc::pthread_mutex_t = libc::PTHREAD_MUTEX_INITIALIZER;
 
 extern "C" fn look(context: &Context, data: *mut c_void) -> Outcome {
     CALLS.fetch_add(1, Ordering::Relaxed);
     THREADS.store(context.threads().len() as u64, Ordering::Relaxed);
     DAMAGED.store(context.damaged_regions().first().copied().unwrap_or(0), Ordering::Relaxed);
+    let told = context.locks().iter().find(|lock| lock.tag == TAG && lock.known == 1);
+    TOLD_HOLDER.store(told.map_or(0, |lock| lock.owner), Ordering::Relaxed);
     // SAFETY: a mutex that lives as long as the program.
     let state = unsafe { otherworld::mutex_state(&raw const LOCK) };
     HOLDER.store(if let LockState::HeldBy(tid) = state { tid } else { 0 }, Ordering::Relaxed);
@@ -57,6 +65,7 @@ pub fn goes_on(stage: &mut Stage) -> Result<()> {
         otherworld::protect(changed.as_ptr(), changed.len())?;
     }
     changed[77_777] ^= 1;
+    otherworld::watch_lock((&raw const LOCK).cast(), LOCK_MUTEX, TAG)?;
     let (ready, is_ready) = std::sync::mpsc::channel();
     let done = std::sync::atomic::AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -81,6 +90,7 @@ pub fn goes_on(stage: &mut Stage) -> Result<()> {
             same("calls", &1, &CALLS.load(Ordering::Relaxed))?;
             same("threads", &2, &THREADS.load(Ordering::Relaxed))?;
             same("who held the lock", &tid, &HOLDER.load(Ordering::Relaxed))?;
+            same("who the context says held it", &tid, &TOLD_HOLDER.load(Ordering::Relaxed))?;
             same("the damaged region", &(changed.as_ptr() as u64), &DAMAGED.load(Ordering::Relaxed))?;
             same("square root", &1000f64.to_bits(), &FLOAT.load(Ordering::Relaxed))?;
             let message = MESSAGE.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
@@ -111,6 +121,12 @@ pub fn child(how: &str, log: &Path) -> Result<()> {
         unsafe { std::ptr::null_mut::<u8>().write_volatile(1) };
         Outcome::Continue
     }
+    extern "C" fn execute(_: &Context, _: *mut c_void) -> Outcome {
+        let Ok(mut words) = EXECUTED.lock() else { return Outcome::Exit };
+        let program: Vec<CString> = std::mem::take(&mut *words);
+        _ = nix::unistd::execv(c"/proc/self/exe", &program);
+        Outcome::Exit
+    }
     extern "C" fn forever(_: &Context, _: *mut c_void) -> Outcome {
         loop {
             std::hint::spin_loop();
@@ -119,10 +135,15 @@ pub fn child(how: &str, log: &Path) -> Result<()> {
     let before = fs::read_to_string(log).unwrap_or_default();
     fs::write(log, format!("{before}begun {}\n", std::process::id()))?;
     if !before.is_empty() {
+        ensure!(how != "execute", "it was to execute something else");
         return Ok(());
     }
     let options = Options { time_limit: Duration::from_secs(2), ..Options::default() };
+    let log_name = CString::new(log.as_os_str().as_encoded_bytes())?;
+    *EXECUTED.lock().unwrap_or_else(std::sync::PoisonError::into_inner) =
+        vec![c"other".into(), c"crashproc-child".into(), c"executed".into(), log_name];
     let procedure = match how {
+        "execute" => execute,
         "restart" => restart,
         "exit" => exit,
         "crash" => crash,
@@ -175,6 +196,48 @@ pub fn restarts(stage: &mut Stage) -> Result<()> {
         same("how often it has begun", &2, &begun)?;
         ensure!(matches!(status, WaitStatus::Exited(_, 0)), "it ended with {status:?}");
         Ok(())
+    })
+}
+
+/// It executes a program, which ends all its threads.
+pub fn executes(stage: &mut Stage) -> Result<()> {
+    with_child(stage, "execute", |status, begun| {
+        same("how often it has begun", &2, &begun)?;
+        ensure!(matches!(status, WaitStatus::Exited(_, 0)), "it ended with {status:?}");
+        Ok(())
+    })
+}
+
+/// Its other thread goes on meanwhile: the procedure waits for it.
+pub fn others_run(stage: &mut Stage) -> Result<()> {
+    static ROUNDS: AtomicU64 = AtomicU64::new(0);
+    static SEEN: AtomicU64 = AtomicU64::new(0);
+    extern "C" fn wait(_: &Context, _: *mut c_void) -> Outcome {
+        let before = ROUNDS.load(Ordering::Relaxed);
+        while ROUNDS.load(Ordering::Relaxed) < before + 2 {
+            sleep(Duration::from_millis(5));
+        }
+        SEEN.fetch_add(1, Ordering::Relaxed);
+        Outcome::Continue
+    }
+    let options = Options { threads_run: true, ..Options::default() };
+    otherworld::register(wait, std::ptr::null_mut(), &options)?;
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                ROUNDS.fetch_add(1, Ordering::Relaxed);
+                sleep(Duration::from_millis(20));
+            }
+        });
+        let outcome = stage.crash().and_then(|crash| {
+            if crash.damage {
+                SEEN.store(0, Ordering::Relaxed);
+            }
+            same("how often the procedure has seen the other thread go on", &1, &SEEN.load(Ordering::Relaxed))
+        });
+        done.store(true, Ordering::Relaxed);
+        outcome
     })
 }
 

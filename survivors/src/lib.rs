@@ -265,6 +265,8 @@ table! {
     "aio-waiter" aio::waiter Survives, Nothing, "a thread that waits in io_getevents";
     "crashproc-continue" crashproc::goes_on Survives, CrashKernel, "a crash procedure is told what there is to know, and every thread goes on";
     "crashproc-restart" crashproc::restarts Survives, CrashKernel, "a crash procedure has its program begin anew";
+    "crashproc-execute" crashproc::executes Survives, CrashKernel, "a crash procedure executes another program";
+    "crashproc-threads-run" crashproc::others_run Survives, CrashKernel, "a crash procedure while the other threads run";
     "crashproc-exit" crashproc::exits Survives, CrashKernel, "a crash procedure ends its process";
     "crashproc-crash" crashproc::crashes Survives, CrashKernel, "a crash procedure that crashes costs nobody else anything";
     "crashproc-forever" crashproc::never_returns Survives, CrashKernel, "a crash procedure that does not return is given up";

@@ -12,6 +12,7 @@ mod fpu_runs;
 mod ground_truth;
 mod guest;
 mod lab_cmd;
+mod libotherworld;
 mod real_programs;
 mod survive;
 mod test;
@@ -72,6 +73,8 @@ impl Global {
 enum Command {
     /// Shows it: five unmodified programs survive a panic of the kernel under them, before your eyes.
     Demo(demo::Demo),
+    /// Builds libotherworld (crash procedures) for C programs.
+    Libotherworld(libotherworld::Libotherworld),
     /// Runs the unit tests and the tests in virtual machines.
     Test(test::Test),
     /// Panics a guest at random moments, many times, and counts the programs whose output is right.
@@ -102,6 +105,7 @@ enum Command {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match cli.command {
+        Command::Libotherworld(command) => command.run(),
         Command::Demo(command) => command.run(&cli.global),
         Command::Test(command) => command.run(&cli.global),
         Command::CrashRuns(command) => command.run(&cli.global),

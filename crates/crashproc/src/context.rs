@@ -216,6 +216,11 @@ impl Thread {
     }
 }
 
+/// As `tests/abi.c` has them for C.
+const _: () =
+    assert!(size_of::<Context>() == 96 && size_of::<Thread>() == 248 && size_of::<HeldLock>() == 24);
+const _: () = assert!(size_of::<Descriptor>() == 16 && size_of::<Loss>() == 16);
+
 impl Descriptor {
     /// What is different about it, or why it is dead.
     pub fn why(&self) -> &str {
