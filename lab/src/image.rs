@@ -66,9 +66,16 @@ impl Flavour {
     fn packages(self) -> Vec<&'static str> {
         let more: &[&str] = match self {
             Flavour::Small => &[],
-            Flavour::Programs => {
-                &["tmux", "vim", "redis-server", "redis-tools", "nginx", "postgresql", "mariadb-server"]
-            }
+            Flavour::Programs => &[
+                "tmux",
+                "vim",
+                "joe",
+                "redis-server",
+                "redis-tools",
+                "nginx",
+                "postgresql",
+                "mariadb-server",
+            ],
         };
         PACKAGES.iter().chain(more).copied().collect()
     }
@@ -132,7 +139,7 @@ impl Lab {
         }
         self.update_apt_once()?;
         let sources = dir.join("sources.list");
-        fs::write(&sources, debian_sources()?).at(&sources)?;
+        fs::write(&sources, debian_sources("deb")?).at(&sources)?;
         let tree = dir.join("tree");
         self.note("building the guest's root file system (mmdebstrap)");
         let mut mmdebstrap = Command::new("mmdebstrap");
@@ -188,20 +195,20 @@ impl Lab {
     }
 }
 
-/// This machine's own apt sources for the suite, as sources.list lines.
-fn debian_sources() -> Result<String> {
+/// This machine's own apt sources for the suite, as sources.list lines of this kind: `deb` or `deb-src`.
+pub fn debian_sources(kind: &str) -> Result<String> {
     let targets = host::run(Command::new("apt-get").args([
         "indextargets",
         "--format",
-        "$(ORIGIN) $(CODENAME) deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $(REPO_URI) $(RELEASE) $(COMPONENT)",
+        "$(ORIGIN) $(CODENAME) [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $(REPO_URI) $(RELEASE) $(COMPONENT)",
         "Created-By: Packages",
     ]))?;
-    let lines: Vec<&str> = targets
+    let lines: Vec<String> = targets
         .lines()
         .filter_map(|line| {
             let (origin, rest) = line.split_once(' ')?;
             let (codename, source) = rest.split_once(' ')?;
-            (origin == "Debian" && codename.starts_with(SUITE)).then_some(source)
+            (origin == "Debian" && codename.starts_with(SUITE)).then(|| format!("{kind} {source}"))
         })
         .collect();
     if lines.is_empty() {

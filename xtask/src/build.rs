@@ -54,6 +54,17 @@ pub fn static_binaries() -> Result<Binaries> {
     Ok(Binaries { otherworld: dir.join("otherworld"), survivors, dir })
 }
 
+/// Builds an example of a package, as a program for guests; its path.
+pub fn example(package: &str, name: &str) -> Result<PathBuf> {
+    let target = target_dir().join("libotherworld-build");
+    let mut cargo = cargo();
+    cargo.args(["build", "--release", "--quiet", "-p", package, "--example", name]);
+    if !cargo.env("CARGO_TARGET_DIR", &target).status().context("cannot run cargo")?.success() {
+        bail!("building the example {name} failed");
+    }
+    Ok(target.join("release/examples").join(name))
+}
+
 /// Builds the lab's agent; its path.
 pub fn agent() -> Result<PathBuf> {
     lab_binary("lab-agent")

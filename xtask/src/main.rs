@@ -3,6 +3,7 @@
 //! One file per command. In goes the command line; out come lines for people, an exit status for scripts, and artifacts
 //! below `target/lab/`. Nothing outside `target/` is touched, except that missing host tools are installed through apt when root.
 
+mod apps;
 mod bench;
 mod build;
 mod crash;
@@ -11,6 +12,7 @@ mod demo;
 mod fpu_runs;
 mod ground_truth;
 mod guest;
+mod in_guest;
 mod lab_cmd;
 mod libotherworld;
 mod real_programs;
@@ -73,6 +75,8 @@ impl Global {
 enum Command {
     /// Shows it: five unmodified programs survive a panic of the kernel under them, before your eyes.
     Demo(demo::Demo),
+    /// Takes applications with crash procedures through panics: JOE, MariaDB, the examples of libotherworld.
+    Apps(apps::Apps),
     /// Builds libotherworld (crash procedures) for C programs.
     Libotherworld(libotherworld::Libotherworld),
     /// Runs the unit tests and the tests in virtual machines.
@@ -105,6 +109,7 @@ enum Command {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match cli.command {
+        Command::Apps(command) => command.run(&cli.global),
         Command::Libotherworld(command) => command.run(),
         Command::Demo(command) => command.run(&cli.global),
         Command::Test(command) => command.run(&cli.global),

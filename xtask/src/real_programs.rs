@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use clap::Args;
@@ -11,11 +11,13 @@ use lab::{Channel, Key, Lab, MachineConfig, Panic, Program, Series, Snapshot};
 
 use crate::crash_runs::Tally;
 use crate::guest::{self, AGENT_COMMAND, Installation};
+use crate::in_guest::{Place, file, log, of_user, pids, same, shell, until};
 use crate::survive::{Claim, claims_after};
 use crate::{Global, ui};
 
 /// Where the programs' files are in the guest.
 const DIR: &str = "/home/demo/real";
+const HERE: Place = Place(DIR);
 /// Its appearance tells the endless ones that it is enough.
 const STOP: &str = "/home/demo/real/stop";
 /// RAM of the guest, and of its crash kernel, in MiB: what comes back has to fit into the latter.
@@ -23,7 +25,7 @@ const MEMORY: (u32, u32) = (4096, 1536);
 /// When the panic comes after the guest has gone on, in microseconds.
 const MOMENTS_US: std::ops::Range<u64> = 200_000..6_000_000;
 const SET_UP_DEADLINE: Duration = Duration::from_secs(240);
-const STEP_DEADLINE: Duration = Duration::from_secs(60);
+use crate::in_guest::STEP_DEADLINE;
 
 /// Files pushed into the guest.
 const FILES: &[(&str, &str)] = &[
@@ -295,82 +297,9 @@ fn once(
 
 // ---- helpers
 
-fn shell(agent: &mut Channel, script: &str) -> Result<String> {
-    agent.shell(script, STEP_DEADLINE).with_context(|| format!("`{script}`"))
-}
-
 /// By the user demo.
 fn demo(agent: &mut Channel, script: &str) -> Result<String> {
-    let program = Program::shell(script).uid(DEMO_UID).cwd(DIR);
-    agent.run(&program, STEP_DEADLINE).with_context(|| format!("`{script}`"))
-}
-
-fn same(what: &str, before: &str, after: &str) -> Result<()> {
-    ensure!(before == after, "{what} was\n{before}\nand is\n{after}");
-    Ok(())
-}
-
-/// Repeats a question until the answer is right; an error after a minute, with the last answer.
-fn until(
-    agent: &mut Channel,
-    what: &str,
-    ask: impl Fn(&mut Channel) -> Result<String>,
-    is_right: impl Fn(&str) -> bool,
-) -> Result<String> {
-    let start = Instant::now();
-    loop {
-        let answer = ask(agent)?;
-        if is_right(&answer) {
-            return Ok(answer);
-        }
-        ensure!(start.elapsed() < STEP_DEADLINE, "{what}: {}", answer.trim());
-        // Nothing tells when a screen or a file changes.
-        std::thread::sleep(Duration::from_millis(300));
-    }
-}
-
-fn file(agent: &mut Channel, path: &str) -> Result<String> {
-    Ok(String::from_utf8_lossy(&agent.read_file(path).unwrap_or_default()).into_owned())
-}
-
-/// A log's lines that tell of trouble.
-fn log(agent: &mut Channel, path: &str) -> Result<String> {
-    let trouble = ["error", "fatal", "panic", "warn", "crit", "abort", "interrupted"];
-    let is_trouble = |line: &&str| trouble.iter().any(|word| line.to_lowercase().contains(word));
-    let text = file(agent, path)?;
-    Ok(text.lines().filter(is_trouble).map(|line| format!("{line}\n")).collect())
-}
-
-fn pids(agent: &mut Channel, script: &str) -> Result<Vec<i32>> {
-    let text = shell(agent, script)?;
-    Ok(text.split_whitespace().filter_map(|word| word.parse().ok()).collect())
-}
-
-/// argv of a program that another user runs.
-fn of_user(user: &str, argv: &[&str]) -> Vec<String> {
-    let setpriv = ["setpriv", &format!("--reuid={user}"), &format!("--regid={user}"), "--init-groups", "--"]
-        .map(String::from);
-    setpriv.into_iter().chain(argv.iter().map(|word| word.to_string())).collect()
-}
-
-/// A client that reads its commands from a FIFO and keeps it open.
-fn fifo_client(agent: &mut Channel, name: &str, user: &str, client: &str) -> Result<i32> {
-    let script = format!(
-        "cd {DIR} && rm -f {name}.in && mkfifo -m 666 {name}.in && exec 9<>{name}.in && exec {client} <{name}.in"
-    );
-    let argv = of_user(user, &["sh", "-c", &script]);
-    let program = Program::new(argv).stdout(format!("{DIR}/{name}.out"));
-    let pid = agent.spawn(&program)?;
-    shell(agent, &format!("until [ -p {DIR}/{name}.in ]; do sleep 0.1; done"))?;
-    Ok(pid)
-}
-
-/// Gives a client commands, and waits until its last line of output is this.
-fn tell(agent: &mut Channel, name: &str, commands: &str, answer: &str) -> Result<()> {
-    let fifo = format!("{DIR}/{name}.in");
-    shell(agent, &format!("cat > {fifo} <<'EOF'\n{commands}\nEOF"))?;
-    let out = format!("{DIR}/{name}.out");
-    until(agent, name, |agent| file(agent, &out), |text| text.lines().last() == Some(answer)).map(drop)
+    HERE.demo(agent, script)
 }
 
 // ---- tmux and what runs in it
@@ -566,8 +495,8 @@ fn postgres_start(agent: &mut Channel) -> Result<Vec<i32>> {
     let as_postgres = |what: &str| of_user("postgres", &["sh", "-c", what]);
     agent
         .run(&Program::new(as_postgres("cd / && createdb bench && pgbench -q -i bench")), SET_UP_DEADLINE)?;
-    let client = fifo_client(agent, "psql", "postgres", "psql -X -q -A -t postgres")?;
-    tell(
+    let client = HERE.fifo_client(agent, "psql", "postgres", "psql -X -q -A -t postgres")?;
+    HERE.tell(
         agent,
         "psql",
         "CREATE TABLE numbers (n INT);\nBEGIN;\nINSERT INTO numbers SELECT generate_series(1, 1000);\nSELECT count(*) FROM numbers;",
@@ -588,7 +517,7 @@ fn transactions(agent: &mut Channel) -> Result<String> {
 }
 
 fn postgres_check(agent: &mut Channel, before: &str) -> Result<()> {
-    tell(
+    HERE.tell(
         agent,
         "psql",
         "INSERT INTO numbers VALUES (1001);\nCOMMIT;\nSELECT sum(n) FROM numbers;",
@@ -615,9 +544,9 @@ fn mariadb_start(agent: &mut Channel) -> Result<Vec<i32>> {
     let server = agent.spawn(&Program::new(argv).stdout(format!("{DIR}/mariadb.log")))?;
     let ready = "mariadb-admin ping 2>&1 || true";
     until(agent, "mariadb", |agent| shell(agent, ready), |text| text.contains("alive"))?;
-    let client = fifo_client(agent, "mariadb", "root", "mariadb -N -n")?;
+    let client = HERE.fifo_client(agent, "mariadb", "root", "mariadb -N -n")?;
     let rows = "SELECT seq, CONCAT('row ', seq) FROM seq_1_to_5000";
-    tell(
+    HERE.tell(
         agent,
         "mariadb",
         &format!(
@@ -632,7 +561,7 @@ fn mariadb_start(agent: &mut Channel) -> Result<Vec<i32>> {
 }
 
 fn mariadb_check(agent: &mut Channel, before: &str) -> Result<()> {
-    tell(
+    HERE.tell(
         agent,
         "mariadb",
         "INSERT INTO disk VALUES (5001, 'after');\nCOMMIT;\nSELECT SUM(CRC32(t)) = @before, COUNT(*) FROM mem;\nSELECT 'done';",

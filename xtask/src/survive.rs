@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
@@ -29,7 +29,7 @@ const EMPTY_SWAP_CACHE: &str = "for i in $(seq 100); do
     echo 4M > /sys/fs/cgroup/memory.reclaim || true
 done; grep Swap /proc/meminfo; exit 1";
 /// Codes of losses that all survivors have alike and none looks at.
-const OF_ALL: &[&str] = &["cgroup"];
+const OF_ALL: &[&str] = &["cgroup", "crash-procedure"];
 /// The panic comes within so many microseconds after all are ready.
 const MOMENTS_US: u64 = 2_000_000;
 /// The CPU that panics; computing survivors are on the other, where they are caught in user mode.
@@ -218,14 +218,20 @@ pub fn start(
 
 /// Panics, and waits for the crash kernel's agent; what the report claims of each process.
 pub fn claims_after(guest: &mut Guest, panic: &Panic) -> Result<BTreeMap<i32, Claim>> {
+    Ok(panic_and_claims(guest, panic)?.1)
+}
+
+/// [`claims_after`], and when the panic was.
+pub fn panic_and_claims(guest: &mut Guest, panic: &Panic) -> Result<(Instant, BTreeMap<i32, Claim>)> {
     let Some(line) = crash::crash(guest, panic, &mut Quiet)? else {
         bail!("some program had ended before the panic")
     };
+    let panicked = Instant::now();
     ui::note("waiting for them under the second kernel");
     crash::wait_agent(guest, &line, &mut Vec::new(), &mut Quiet)?;
     crash::fetch_report(guest)?;
     let report = fs::read_to_string(guest.dir.join("report.json"))?;
-    Ok(claims(&serde_json::from_str(&report).context("the report is not JSON")?))
+    Ok((panicked, claims(&serde_json::from_str(&report).context("the report is not JSON")?)))
 }
 
 /// Panics and waits until the survivors have ended under the second kernel (or their time is over); what the report claims of
@@ -271,6 +277,11 @@ impl Claim {
     /// Whether it runs again, with losses or without.
     pub fn lives(&self) -> bool {
         self.fate.starts_with("resurrected")
+    }
+
+    /// Whether it became what its crash procedure wanted it to.
+    pub fn obeyed(&self) -> bool {
+        matches!(self.fate.as_str(), "restarted" | "ended")
     }
 
     /// Whether it lives and has lost nothing that a survivor could notice.

@@ -4,6 +4,7 @@ use anyhow::{Result, bail};
 use clap::Args;
 use lab::{MachineConfig, Series};
 
+use crate::apps::Apps;
 use crate::crash_runs::{CrashRuns, Tally};
 use crate::ground_truth::GroundTruth;
 use crate::survive::Survivors;
@@ -80,6 +81,7 @@ impl Test {
         add("survivors", Survivors::new(series).count(global));
         add("unhappy paths", Unhappy::new(series).count(global));
         add("the whole machine", WholeMachine::new(series).count(global));
+        add("applications", Apps::new(series).count(global));
         add("ground truth", GroundTruth::new(series).count(global));
         sum
     }
