@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
@@ -13,11 +14,16 @@ use nix::sched::{CloneFlags, unshare};
 use crate::Stage;
 use crate::procfs::same;
 
-/// The table of mounts without the numbers, which the kernel gives as it likes.
-fn table() -> Result<Vec<String>> {
+/// The table of mounts without the numbers, which the kernel gives as it likes,
+/// and without those of other survivors: what they mount in the meantime comes here as well.
+fn table(own: &Path) -> Result<Vec<String>> {
     let text = fs::read_to_string("/proc/self/mountinfo")?;
     let line = |line: &str| -> Option<String> {
         let fields: Vec<&str> = line.split(' ').collect();
+        let place = Path::new(fields[4]);
+        if own.parent().is_some_and(|all| place.starts_with(all)) && !place.starts_with(own) {
+            return None;
+        }
         let dash = fields.iter().position(|field| *field == "-")?;
         let ways = fields[6..dash].iter().map(|way| way.split(':').next().unwrap_or(way));
         Some(format!(
@@ -65,13 +71,14 @@ pub fn mounts(stage: &mut Stage) -> Result<()> {
     mount(none, &read_only, none, flags, none).context("make read-only")?;
     mount(Some(&read_only), &moved, none, MsFlags::MS_BIND, none).context("bind elsewhere")?;
     mount(none, &moved, none, MsFlags::MS_PRIVATE, none).context("make private")?;
-    let was = table()?;
+    let own = private.parent().context("no directory")?;
+    let was = table(own)?;
 
     let crash = stage.crash()?;
     if crash.damage {
         umount2(&moved, MntFlags::MNT_DETACH)?;
     }
-    let is = table()?;
+    let is = table(own)?;
     same("number of mounts", &was.len(), &is.len())?;
     for (was, is) in was.iter().zip(&is) {
         same("a mount", was, is)?;

@@ -13,7 +13,7 @@ session = sys.argv[1]
 pid, terminal = pty.fork()
 if pid == 0:
     os.environ["TERM"] = "xterm"
-    os.execvp("tmux", ["tmux", "-L", "apps", "attach", "-t", session])
+    os.execvp("tmux", ["tmux", "-L", "apps", "attach", "-t", "=" + session])
 fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
 
 

@@ -110,11 +110,11 @@ fn original(document: &str) -> String {
 }
 
 fn keys(agent: &mut Channel, name: &str, keys: &str) -> Result<()> {
-    HERE.demo(agent, &format!("{TMUX} send-keys -t {name} {keys}")).map(drop)
+    HERE.demo(agent, &format!("{TMUX} send-keys -t ={name}: {keys}")).map(drop)
 }
 
 fn screen(agent: &mut Channel, name: &str) -> Result<String> {
-    HERE.demo(agent, &format!("{TMUX} capture-pane -p -t {name}"))
+    HERE.demo(agent, &format!("{TMUX} capture-pane -p -t ={name}:"))
 }
 
 fn start(agent: &mut Channel, name: &str, joe: &str) -> Result<Vec<i32>> {
@@ -140,7 +140,7 @@ fn start(agent: &mut Channel, name: &str, joe: &str) -> Result<Vec<i32>> {
         until(agent, document, |agent| screen(agent, name), is_there)?;
         keys(agent, name, "C-k n")?;
     }
-    let editor = HERE.demo(agent, &format!("{TMUX} list-panes -t {name} -F '#{{pane_pid}}'"))?;
+    let editor = HERE.demo(agent, &format!("{TMUX} list-panes -t ={name}: -F '#{{pane_pid}}'"))?;
     let editor = editor.trim().parse().context("no editor")?;
     let typist = Program::new(["python3", "typist.py", name]).uid(lab::image::DEMO_UID).cwd(DIR);
     let typist = agent.spawn(&typist.stdout(format!("{DIR}/{name}.typist")))?;
