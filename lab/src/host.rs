@@ -25,10 +25,16 @@ const TOOLS: &[(&str, &str)] = &[
 /// then is installed in a second round.
 const ROUNDS: usize = 2;
 
-/// Makes sure that all tools are there. Installs what is missing when it may, and says so first.
-pub fn ensure_tools() -> Result<()> {
+/// Makes sure that all of the lab's tools are there.
+pub fn ensure_own_tools() -> Result<()> {
+    ensure_tools(TOOLS)
+}
+
+/// Makes sure that these tools (a command, or a file's path; the Debian package that has it) are there. Installs what is missing when it may, and
+/// says so first.
+pub fn ensure_tools(tools: &[(&str, &'static str)]) -> Result<()> {
     for _ in 0..ROUNDS {
-        let packages = missing_packages();
+        let packages = missing_packages(tools);
         if packages.is_empty() || !is_root() {
             break;
         }
@@ -41,7 +47,7 @@ pub fn ensure_tools() -> Result<()> {
             .env("DEBIAN_FRONTEND", "noninteractive");
         run(&mut install)?;
     }
-    let packages = missing_packages();
+    let packages = missing_packages(tools);
     if packages.is_empty() {
         return Ok(());
     }
@@ -50,8 +56,9 @@ pub fn ensure_tools() -> Result<()> {
 }
 
 /// Packages of the tools that this machine does not have.
-fn missing_packages() -> Vec<&'static str> {
-    TOOLS.iter().filter(|(tool, _)| !has(tool)).map(|&(_, package)| package).collect()
+fn missing_packages(tools: &[(&str, &'static str)]) -> Vec<&'static str> {
+    let is_there = |tool: &str| if tool.starts_with('/') { Path::new(tool).exists() } else { has(tool) };
+    tools.iter().filter(|(tool, _)| !is_there(tool)).map(|&(_, package)| package).collect()
 }
 
 /// Refreshes apt's package lists.

@@ -21,6 +21,10 @@ pub const DEMO_USER: &str = "demo";
 /// User id of [`DEMO_USER`].
 pub const DEMO_UID: u32 = 1000;
 
+/// The version of MariaDB that is installed: the one whose source the archive has (that of the security archive's next one is missing), for plugins are
+/// built for exactly one.
+pub const MARIADB_VERSION: &str = "1:10.11.18-0+deb12u1";
+
 const PACKAGES: &[&str] = &[
     "systemd-sysv",
     "udev",
@@ -75,6 +79,7 @@ impl Flavour {
                 "nginx",
                 "postgresql",
                 "mariadb-server",
+                "python3-pymysql",
             ],
         };
         PACKAGES.iter().chain(more).copied().collect()
@@ -111,6 +116,7 @@ impl Lab {
             .with(LAYOUT)
             .with(SUITE)
             .with(DISK_SIZE)
+            .with(MARIADB_VERSION)
             .with(&flavour.packages().join(" "))
             .with(&flavour.masked().join(" "));
         for kernel in &kernels {
@@ -147,6 +153,10 @@ impl Lab {
             .args(["--mode=root", "--variant=minbase", "--quiet"])
             .arg(format!("--include={}", flavour.packages().join(",")))
             .args(["--aptopt=Acquire::Check-Valid-Until \"false\"", "--dpkgopt=force-unsafe-io"]);
+        let preferences = dir.join("preferences");
+        let pinned = format!("Package: src:mariadb\nPin: version {MARIADB_VERSION}\nPin-Priority: 1001\n");
+        fs::write(&preferences, pinned).at(&preferences)?;
+        mmdebstrap.arg(format!("--setup-hook=cp {} \"$1/etc/apt/preferences.d/lab\"", preferences.display()));
         for path in ["/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*"] {
             mmdebstrap.arg(format!("--dpkgopt=path-exclude={path}"));
         }

@@ -60,7 +60,7 @@ impl Lab {
     /// # Errors
     /// [`Error::Host`] with what to install, if that is not allowed.
     pub fn open(cache: &Path, agent: &Path) -> Result<Self> {
-        host::ensure_tools()?;
+        host::ensure_own_tools()?;
         for dir in ["kernels", "images", "snapshots", "runs", "locks"] {
             let dir = cache.join(dir);
             fs::create_dir_all(&dir).at(&dir)?;

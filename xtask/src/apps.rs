@@ -4,6 +4,7 @@
 
 mod examples;
 mod joe;
+mod mariadb;
 mod source;
 
 use std::collections::BTreeMap;
@@ -27,6 +28,15 @@ const DIR: &str = "/home/demo/apps";
 const HERE: Place = Place(DIR);
 /// RAM of the guest, and of its crash kernel, in MiB: what comes back has to fit into the latter.
 const MEMORY: (u32, u32) = (4096, 1536);
+/// What building them needs: a command or a file, and the Debian package that has it.
+const TOOLS: &[(&str, &str)] = &[
+    ("gcc", "gcc"),
+    ("g++", "g++"),
+    ("readelf", "binutils"),
+    ("patch", "patch"),
+    ("make", "make"),
+    ("/usr/include/curses.h", "libncurses-dev"),
+];
 /// When the panic comes after the guest has gone on, in microseconds.
 const MOMENTS_US: std::ops::Range<u64> = 200_000..4_000_000;
 const ANSWER_DEADLINE: Duration = Duration::from_secs(120);
@@ -75,7 +85,7 @@ struct App {
 }
 
 fn all() -> impl Iterator<Item = &'static App> {
-    joe::APPS.iter().chain(examples::APPS)
+    joe::APPS.iter().chain(mariadb::APPS).chain(examples::APPS)
 }
 
 /// What all panics have made of an application.
@@ -140,8 +150,10 @@ impl Apps {
     }
 
     fn installation(&self) -> Installation {
-        let selected = if self.damage { "exe = \"/nobody\"" } else { "user = \"demo\"" };
-        let config = format!("[[select]]\n{selected}\n\n[after]\nstart = [\"{AGENT_COMMAND}\"]\n");
+        let selected =
+            if self.damage { &["exe = \"/nobody\""][..] } else { &["user = \"demo\"", "user = \"mysql\""] };
+        let selected: String = selected.iter().map(|who| format!("[[select]]\n{who}\n\n")).collect();
+        let config = format!("{selected}[after]\nstart = [\"{AGENT_COMMAND}\"]\n");
         Installation { config, saver: true, memory: false }
     }
 
@@ -210,13 +222,17 @@ fn await_answers(agent: &mut Channel, panicked: Instant) -> BTreeMap<&'static st
 
 /// A guest in which all of them run, and by which processes the report names them.
 fn running(lab: &Lab, config: &MachineConfig) -> Result<(Snapshot, BTreeMap<String, Vec<i32>>)> {
+    lab::host::ensure_tools(TOOLS)?;
     let library = Library::in_place()?;
     let mut files = joe::files(&library)?;
+    files.extend(mariadb::files(&library)?);
     files.extend(examples::files(&library)?);
     let booted = lab.booted(config)?;
     // Whatever these files do is done again when they change.
     let mut inputs = Key::new("apps").with(include_str!("apps.rs"));
-    for text in [include_str!("apps/joe.rs"), include_str!("apps/examples.rs")] {
+    for text in
+        [include_str!("apps/joe.rs"), include_str!("apps/mariadb.rs"), include_str!("apps/examples.rs")]
+    {
         inputs = inputs.with(text);
     }
     for (path, mode, data) in &files {
