@@ -55,6 +55,9 @@ pub struct Apps {
     /// Draws the moments; a random one, which is printed, if none is given.
     #[arg(long)]
     seed: Option<u64>,
+    /// How many rows each MariaDB has in its MEMORY tables.
+    #[arg(long, default_value_t = 500_000)]
+    rows: u64,
     /// Nobody is selected: every program must fail (to see that they can).
     #[arg(long)]
     damage: bool,
@@ -99,7 +102,7 @@ struct Sum {
 impl Apps {
     /// As part of the tests.
     pub fn new(kernel: Series) -> Self {
-        Self { kernel: Some(kernel), crashes: 2, seed: None, damage: false }
+        Self { kernel: Some(kernel), crashes: 2, seed: None, rows: 50_000, damage: false }
     }
 
     /// Runs it; whether nothing was lost.
@@ -124,7 +127,7 @@ impl Apps {
                 crashkernel_mib,
                 ..MachineConfig::new(series, global.accel())
             };
-            let (running, processes) = running(&lab, &config)?;
+            let (running, processes) = running(&lab, &config, self.rows)?;
             let without = baseline(&lab, &running, &format!("apps-{series}-reboot"))
                 .with_context(|| format!("the panic without Otherworld on kernel {series}"))?;
             let armed = guest::armed(&lab, &running, &self.installation())?;
@@ -221,11 +224,11 @@ fn await_answers(agent: &mut Channel, panicked: Instant) -> BTreeMap<&'static st
 }
 
 /// A guest in which all of them run, and by which processes the report names them.
-fn running(lab: &Lab, config: &MachineConfig) -> Result<(Snapshot, BTreeMap<String, Vec<i32>>)> {
+fn running(lab: &Lab, config: &MachineConfig, rows: u64) -> Result<(Snapshot, BTreeMap<String, Vec<i32>>)> {
     lab::host::ensure_tools(TOOLS)?;
     let library = Library::in_place()?;
     let mut files = joe::files(&library)?;
-    files.extend(mariadb::files(&library)?);
+    files.extend(mariadb::files(&library, rows)?);
     files.extend(examples::files(&library)?);
     let booted = lab.booted(config)?;
     // Whatever these files do is done again when they change.

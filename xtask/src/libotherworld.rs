@@ -19,12 +19,18 @@ pub struct Libotherworld {
     /// Where it will be installed, for the pkg-config file.
     #[arg(long, default_value = "/usr/local")]
     prefix: String,
+    /// Then builds the C programs of its tests and examples with the address and undefined-behaviour sanitizers, and runs them.
+    #[arg(long)]
+    check: bool,
 }
 
 impl Libotherworld {
     /// Builds it and says where it is.
     pub fn run(self) -> Result<bool> {
         let library = Library::build(Path::new(&self.prefix))?;
+        if self.check {
+            library.check()?;
+        }
         ui::finish();
         println!("{}", library.dir.display());
         Ok(true)
@@ -76,6 +82,38 @@ impl Library {
         fs::write(lib.join("pkgconfig/otherworld.pc"), pkg_config(prefix))?;
         needs_only_libc(&lib.join(SONAME))?;
         Ok(Self { dir })
+    }
+
+    /// Runs the C programs of its tests and examples under sanitizers, linked with both libraries.
+    pub fn check(&self) -> Result<()> {
+        let scratch = self.dir.join("check");
+        fs::create_dir_all(&scratch)?;
+        let sources = build::workspace().join("crates/crashproc");
+        let programs: [(&str, &[&str]); 2] =
+            [("tests/abi.c", &[]), ("examples/c/notes.c", &["rehearse", "notes.txt"])];
+        for (source, arguments) in programs {
+            for shared in [false, true] {
+                ui::note(&format!("{source} under sanitizers, {}", if shared { "shared" } else { "static" }));
+                let program = scratch.join("program");
+                let mut gcc = self.compiler();
+                gcc.args(["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"])
+                    .arg(sources.join(source));
+                match shared {
+                    true => gcc.arg("-L").arg(self.dir.join("lib")).arg("-lotherworld"),
+                    false => gcc.args(self.static_link()),
+                };
+                ensure!(
+                    gcc.arg("-o").arg(&program).status().context("gcc")?.success(),
+                    "building {source} failed"
+                );
+                let mut run = Command::new(&program);
+                run.args(arguments).current_dir(&scratch).env("LD_LIBRARY_PATH", self.dir.join("lib"));
+                ensure!(run.status()?.success(), "{source} failed");
+            }
+        }
+        let notes = fs::read_to_string(scratch.join("notes.txt"))?;
+        ensure!(notes == "milk\nbread\n", "the example has written {notes:?}");
+        Ok(())
     }
 
     /// gcc, told where the header is.

@@ -10,6 +10,7 @@ mod crash;
 mod crash_runs;
 mod demo;
 mod fpu_runs;
+mod fuzz;
 mod ground_truth;
 mod guest;
 mod in_guest;
@@ -79,6 +80,8 @@ enum Command {
     Apps(apps::Apps),
     /// Builds libotherworld (crash procedures) for C programs.
     Libotherworld(libotherworld::Libotherworld),
+    /// Fuzzes what reads data of untrusted processes.
+    Fuzz(fuzz::Fuzz),
     /// Runs the unit tests and the tests in virtual machines.
     Test(test::Test),
     /// Panics a guest at random moments, many times, and counts the programs whose output is right.
@@ -110,6 +113,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match cli.command {
         Command::Apps(command) => command.run(&cli.global),
+        Command::Fuzz(command) => command.run(),
         Command::Libotherworld(command) => command.run(),
         Command::Demo(command) => command.run(&cli.global),
         Command::Test(command) => command.run(&cli.global),

@@ -7,10 +7,14 @@ use lab::{MachineConfig, Series};
 use crate::apps::Apps;
 use crate::crash_runs::{CrashRuns, Tally};
 use crate::ground_truth::GroundTruth;
+use crate::libotherworld::Library;
 use crate::survive::Survivors;
 use crate::unhappy::Unhappy;
 use crate::whole_machine::WholeMachine;
-use crate::{Global, build, ui};
+use crate::{Global, build, fuzz, ui};
+
+/// Inputs for each fuzz target.
+const FUZZ_RUNS: u64 = 200_000;
 
 /// Runs the unit tests (cargo nextest if it is there, else cargo test), then the tests in virtual machines. The last line counts
 /// the latter.
@@ -42,6 +46,8 @@ impl Test {
                 _ = image.join();
                 tests
             })?;
+            Library::in_place()?.check()?;
+            fuzz::run(FUZZ_RUNS)?;
             alone()?;
         }
         // Once, before several want it.

@@ -82,6 +82,11 @@ const CASES: &[Case] = &[
         run: replaced_file,
     },
     Case {
+        name: "procedure-fails",
+        expected: "a crash procedure that crashes, and one that does not return: configured to go on, they do, and the report says so",
+        run: procedure_fails,
+    },
+    Case {
         name: "worker-dies",
         expected: "the report is on the disk, nothing half-built runs, the configured action is taken",
         run: worker_dies,
@@ -476,6 +481,37 @@ fn replaced_file(setting: &Setting) -> Result<String> {
     );
     still_counts(&mut guest, "good", good)?;
     Ok(format!("{word} {reasons}; the other file is whole, the other process counts on"))
+}
+
+fn procedure_fails(setting: &Setting) -> Result<String> {
+    let mut guest = setting.lab.start(&setting.installed, &setting.name)?;
+    let mut pids = Vec::new();
+    for how in ["crash", "forever"] {
+        let log = format!("/home/demo/{how}.log");
+        let program = Program::new([crate::survive::PROGRAM, "crashproc-child", how, &log]).uid(DEMO_UID);
+        pids.push(guest.agent.spawn(&program)?);
+        let ready = format!(
+            "for i in $(seq 300); do test -e /home/demo/{how}.ready && exit 0; sleep 0.1; done; exit 1"
+        );
+        guest.agent.shell(&ready, COMMAND_DEADLINE)?;
+    }
+    // The top level of the file comes first.
+    arm(&mut guest, &format!("failed_procedure = \"continue\"\n{}", select_demo("")))?;
+    panic(&mut guest, &pids)?;
+    let report = report_of(&mut guest)?;
+    let mut seen = Vec::new();
+    for pid in pids {
+        let (word, reasons) = fate(&report, pid)?;
+        ensure!(
+            word == "resurrected-with-losses" && reasons.contains("its crash procedure ran for"),
+            "the report says of {pid}: {word} {reasons}"
+        );
+        // It sleeps for an hour, as before: in the system call that it was in, issued again.
+        let state = guest.agent.shell(&format!("grep ^State: /proc/{pid}/status"), COMMAND_DEADLINE)?;
+        ensure!(state.contains("sleeping"), "{pid} does not sleep: {state}");
+        seen.push(reasons);
+    }
+    Ok(seen.join("; "))
 }
 
 /// Has `script` run in the crash kernel's root file system while the worker waits for its mounts, then panics. `$worker` is the

@@ -25,8 +25,8 @@ const PLUGIN: &str = include_str!("../../../apps/mariadb/otherworld_memory.cc");
 const INIT: &str = include_str!("../../../apps/mariadb/init.sql");
 const PLUGINS: &str = "/usr/local/lib/mariadb-otherworld";
 const INIT_FILE: &str = "/etc/mysql/otherworld_memory.sql";
-/// Rows that are there before the clients come, in each of the ten tables.
-const ROWS: u64 = 50_000;
+/// Rows that are there before the clients come, in each of the ten tables: this file says how many.
+const ROWS_FILE: &str = "/home/demo/apps/rows";
 const TABLES: u64 = 10;
 
 pub const APPS: &[App] = &[
@@ -68,9 +68,10 @@ pub const APPS: &[App] = &[
 ];
 
 /// Builds the plugin, and one for another version.
-pub fn files(library: &Library) -> Result<Vec<File>> {
+pub fn files(library: &Library, rows: u64) -> Result<Vec<File>> {
     let dir = headers()?;
     let mut files: Vec<File> = vec![
+        (ROWS_FILE.into(), 0o644, (rows / TABLES).to_string().into()),
         (INIT_FILE.into(), 0o644, INIT.into()),
         (format!("{DIR}/ledger.py"), 0o644, include_bytes!("../../programs/ledger.py").to_vec()),
     ];
@@ -92,13 +93,7 @@ fn headers() -> Result<PathBuf> {
         return Ok(dir);
     }
     let source = dir.join("source");
-    let only = [
-        "*/include/*",
-        "*/sql/*.h",
-        "*/storage/heap/*.h",
-        "*/wsrep-lib/include/*",
-        "*/wsrep-lib/wsrep-API/*",
-    ];
+    let only = ["*/include/*", "*/sql/*.h", "*/storage/heap/*.h", "*/wsrep-lib/wsrep-API/*"];
     SOURCE.unpack(&source, &only)?;
     ui::note("fetching MariaDB's development package");
     lab::host::apt_update()?;
@@ -251,8 +246,8 @@ fn refuses_what_it_must(agent: &mut Channel) -> Result<()> {
     sql(
         agent,
         NAME,
-        "CREATE DATABASE trial; CREATE TABLE trial.t (a INT, b CHAR(100)) ENGINE=MEMORY;\
-         INSERT INTO trial.t SELECT seq, 'text' FROM seq_1_to_20000; SET GLOBAL otherworld_memory_rehearse = ON;",
+        "CREATE DATABASE trial; USE trial; CREATE TABLE t (a INT, b CHAR(100)) ENGINE=MEMORY;\
+         INSERT INTO t SELECT seq, 'text' FROM seq_1_to_20000; SET GLOBAL otherworld_memory_rehearse = ON;",
     )?;
     let rehearsal = format!("{data}/otherworld-memory.rehearsal");
     shell(agent, &format!("until [ -s {rehearsal} ]; do sleep 0.1; done; cp {rehearsal} {DIR}/rehearsal"))?;
@@ -295,6 +290,7 @@ fn start(agent: &mut Channel, name: &str) -> Result<Vec<i32>> {
         name,
         "CREATE DATABASE apps; CREATE USER app@localhost IDENTIFIED BY 'app'; GRANT ALL ON apps.* TO app@localhost;",
     )?;
+    let each = rows_each(agent)?;
     for table in 0..TABLES {
         // Keys of both kinds, NULLs, all of Unicode.
         sql(
@@ -304,7 +300,7 @@ fn start(agent: &mut Channel, name: &str) -> Result<Vec<i32>> {
                 "USE apps; CREATE TABLE t{table} (id INT AUTO_INCREMENT PRIMARY KEY, worker INT NOT NULL, n INT NOT NULL, \
                  txt VARCHAR(40) CHARACTER SET utf8mb4, maybe INT NULL, KEY by_n USING BTREE (n), KEY by_text USING HASH (txt)) ENGINE=MEMORY;\
                  INSERT INTO t{table} (worker, n, txt, maybe) SELECT 0, seq, CONCAT('Zeile ', seq, ' ä€😀'), \
-                 IF(seq % 7 = 0, NULL, seq % 1000) FROM seq_1_to_{ROWS};"
+                 IF(seq % 7 = 0, NULL, seq % 1000) FROM seq_1_to_{each};"
             ),
         )?;
     }
@@ -339,8 +335,13 @@ fn rows(agent: &mut Channel, name: &str) -> Result<String> {
     Ok(text + &sql(agent, name, "CHECKSUM TABLE apps.flushed; SHOW TABLES FROM apps;")?)
 }
 
+fn rows_each(agent: &mut Channel) -> Result<u64> {
+    file(agent, ROWS_FILE)?.trim().parse().context("how many rows")
+}
+
 fn answers(agent: &mut Channel, name: &str) -> Result<bool> {
-    Ok(sql(agent, name, &format!("SELECT n FROM apps.t0 WHERE n = {ROWS};"))?.trim() == ROWS.to_string())
+    let each = rows_each(agent)?;
+    Ok(sql(agent, name, &format!("SELECT n FROM apps.t0 WHERE n = {each};"))?.trim() == each.to_string())
 }
 
 /// What the clients say at their end.
@@ -393,10 +394,6 @@ fn lost(agent: &mut Channel, name: &str) -> Result<String> {
     for table in 0..TABLES {
         left += sql(agent, name, &format!("SELECT COUNT(*) FROM apps.t{table};"))?.trim().parse::<u64>()?;
     }
-    Ok(format!(
-        "{} of {} rows; serves {:.1} s later",
-        TABLES * ROWS - left.min(TABLES * ROWS),
-        TABLES * ROWS,
-        took.as_secs_f64()
-    ))
+    let all = TABLES * rows_each(agent)?;
+    Ok(format!("{} of {all} rows; serves {:.1} s later", all - left.min(all), took.as_secs_f64()))
 }
