@@ -56,7 +56,7 @@ def work(worker):
             except (pymysql.err.Error, OSError):
                 errors[worker] += 1
                 connection = again(worker)
-        time.sleep(0.2)
+        time.sleep(0.5)
 
 
 threads = [threading.Thread(target=work, args=(worker,)) for worker in range(WORKERS)]

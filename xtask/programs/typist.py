@@ -31,7 +31,7 @@ try:
     while not os.path.exists(session + ".stop"):
         os.write(terminal, b"word%d " % (count + 1))
         count += 1
-        show(0.1)
+        show(0.3)
     print("typed", count, flush=True)
     while True:
         show(1)

@@ -14,7 +14,7 @@ use crate::whole_machine::WholeMachine;
 use crate::{Global, build, fuzz, ui};
 
 /// Inputs for each fuzz target.
-const FUZZ_RUNS: u64 = 200_000;
+const FUZZ_RUNS: u64 = 1_000_000;
 
 /// Runs the unit tests (cargo nextest if it is there, else cargo test), then the tests in virtual machines. The last line counts
 /// the latter.

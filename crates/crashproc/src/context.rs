@@ -182,6 +182,12 @@ impl Context {
         unsafe { list(self.locks, self.lock_count) }
     }
 
+    /// The list has to live as long as the context is used.
+    pub(crate) fn set_damaged_regions(&mut self, list: &[u64]) {
+        self.damaged_regions = list.as_ptr();
+        self.damaged_region_count = list.len() as u64;
+    }
+
     /// One that no crash has made.
     pub(crate) fn rehearsed(panic: &CStr, threads: &[Thread]) -> Self {
         Self {

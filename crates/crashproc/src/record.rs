@@ -94,7 +94,7 @@ impl fmt::Debug for Copy {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Record {
     /// Where the library is entered: `entry(context, procedure, data)`, on a stack that is aligned to 16 bytes, with nothing to return to. It ends with
-    /// a breakpoint and the [`Outcome`](crate::Outcome) in `rax`.
+    /// a breakpoint, the [`Outcome`](crate::Outcome) in `rax` and the number of damaged regions in `rdx`.
     pub entry: u64,
     /// The application's function.
     pub procedure: u64,

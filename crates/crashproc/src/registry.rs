@@ -80,6 +80,12 @@ impl Copy {
         regions: [Region { address: 0, len: 0, checksum: 0 }; MAX_REGIONS],
     };
 
+    /// Whether its checksum is right.
+    fn is_whole(&self) -> bool {
+        let unsigned = Self { checksum: 0, ..*self };
+        checksum(unsigned.bytes()) == self.checksum
+    }
+
     fn bytes(&self) -> &[u8] {
         // SAFETY: plain numbers without padding: every byte has a value.
         unsafe { std::slice::from_raw_parts(std::ptr::from_ref(self).cast(), size_of::<Self>()) }
@@ -195,6 +201,19 @@ pub fn unwatch_lock(lock: *const c_void) -> Result<(), Error> {
     })
 }
 
+/// The regions of the record, as it lies in memory. Takes no lock and allocates nothing: for the crash procedure's thread, while nobody changes
+/// the record.
+pub(crate) fn regions_in_place() -> impl Iterator<Item = Region> {
+    let base = RECORD.load(Ordering::Acquire);
+    let copies = [0, COPY].into_iter().filter_map(move |at| {
+        // SAFETY: the mapping has two copies and stays; any bytes make a `Copy`.
+        let copy = (!base.is_null()).then(|| unsafe { base.add(at).cast::<Copy>().read() })?;
+        (copy.magic == MAGIC && copy.version == VERSION && copy.is_whole()).then_some(copy)
+    });
+    let copy = copies.max_by_key(|copy| copy.generation);
+    copy.into_iter().flat_map(|copy| copy.regions.into_iter().take(copy.region_count as usize))
+}
+
 /// What is registered: procedure, data, bytes of stack.
 pub(crate) fn registered() -> Option<(u64, u64, usize)> {
     let copy = CHANGING.lock().unwrap_or_else(PoisonError::into_inner);
@@ -290,7 +309,9 @@ mod tests {
         let region = Region { address: data.as_ptr() as u64, len: 100, checksum: checksum(&data) };
         assert_eq!(record().unwrap().regions, [region]);
         watch_lock(0x1000 as *const c_void, crate::record::LOCK_WORD, 5).unwrap();
+        assert_eq!(regions_in_place().collect::<Vec<_>>(), [region]);
         unprotect(data.as_ptr()).unwrap();
+        assert_eq!(regions_in_place().count(), 0);
         assert_eq!(unprotect(data.as_ptr()), Err(Error::Unknown));
         assert_eq!((record().unwrap().regions.len(), record().unwrap().locks.len()), (0, 1));
         assert_eq!(watch_lock(0x1000 as *const c_void, 77, 5), Err(Error::Invalid));

@@ -7,7 +7,10 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use otherworld::LockState;
-use snapshot::{CrashProcedure, PAGE_SIZE, Pid, Reason, Registers, Resume, Snapshot, Thread, WatchedLock};
+use otherworld::record::MAX_REGIONS;
+use snapshot::{
+    CrashProcedure, PAGE_SIZE, Pid, Prot, Reason, Registers, Resume, Snapshot, Thread, WatchedLock,
+};
 
 use crate::deadline::{Alarm, Deadline};
 use crate::inject::{self, InjectError, Tracee};
@@ -70,8 +73,7 @@ struct Call {
     xstate: Vec<u8>,
     /// Stack and context.
     area: (u64, u64),
-    /// How many of its regions were damaged, and of its locks held.
-    damaged: usize,
+    /// How many of its locks were held.
     held: usize,
 }
 
@@ -79,7 +81,7 @@ struct Call {
 struct Told<'a> {
     panic: &'a str,
     generation: u32,
-    damaged_regions: Vec<u64>,
+    unmapped_regions: Vec<u64>,
     locks: Vec<(WatchedLock, Option<LockState>)>,
 }
 
@@ -149,8 +151,8 @@ fn context(base: u64, snapshot: &Snapshot, build: &Build<'_>, told: &Told<'_>) -
         losses.extend(layout.text(&loss.text).to_ne_bytes());
     }
     let losses_at = layout.list(&losses);
-    let damaged: Vec<u8> = told.damaged_regions.iter().flat_map(|at| at.to_ne_bytes()).collect();
-    let damaged_at = layout.list(&damaged);
+    let unmapped: Vec<u8> = told.unmapped_regions.iter().flat_map(|at| at.to_ne_bytes()).collect();
+    let unmapped_at = layout.list(&unmapped);
     let mut locks = Vec::new();
     for (lock, state) in &told.locks {
         locks.extend(lock.address.to_ne_bytes());
@@ -169,8 +171,8 @@ fn context(base: u64, snapshot: &Snapshot, build: &Build<'_>, told: &Told<'_>) -
         process.descriptors.len() as u64,
         losses_at,
         build.losses.len() as u64,
-        damaged_at,
-        told.damaged_regions.len() as u64,
+        unmapped_at,
+        told.unmapped_regions.len() as u64,
         locks_at,
         told.locks.len() as u64,
     ];
@@ -220,7 +222,7 @@ impl Call {
         let told = Told {
             panic: if panic.is_empty() { "no message in its log" } else { panic },
             generation,
-            damaged_regions: damaged_regions(main, procedure),
+            unmapped_regions: unmapped_regions(build, procedure),
             locks: procedure.locks.iter().map(|lock| (*lock, lock_state(main, lock))).collect(),
         };
         let stack = procedure.stack_size.next_multiple_of(PAGE_SIZE);
@@ -255,15 +257,7 @@ impl Call {
         main.resume()?;
         let held =
             told.locks.iter().filter(|(_, state)| state.is_some_and(|state| state.owner() != 0)).count();
-        Ok(Self {
-            tid: main.tid,
-            registers,
-            mask,
-            xstate,
-            area: (start, len),
-            damaged: told.damaged_regions.len(),
-            held,
-        })
+        Ok(Self { tid: main.tid, registers, mask, xstate, area: (start, len), held })
     }
 
     /// The thread is where it was before.
@@ -282,10 +276,11 @@ impl Call {
     }
 
     /// Whether a stop for SIGTRAP is the end of the entry: there the stack is as it was at its beginning.
-    fn answer(&self, registers: &Registers) -> Option<Answer> {
+    fn answer(&self, registers: &Registers) -> Option<(Answer, u64)> {
         let (start, len) = self.area;
         let is_end = (start + PAGE_SIZE..start + len).contains(&registers.rsp) && registers.rbp == 0;
-        is_end.then(|| Answer::from_register(registers.rax)).flatten()
+        let answer = is_end.then(|| Answer::from_register(registers.rax)).flatten()?;
+        Some((answer, registers.rdx))
     }
 }
 
@@ -321,25 +316,19 @@ fn lock_state(process: &Tracee, lock: &WatchedLock) -> Option<LockState> {
     })
 }
 
-/// The protected regions whose contents are not what they were.
-fn damaged_regions(process: &Tracee, procedure: &CrashProcedure) -> Vec<u64> {
-    const PART: usize = 1 << 20;
-    let is_whole = |&&(start, len, sum): &&(u64, u64, u64)| {
-        let mut state = otherworld::record::Checksum::default();
-        let mut buffer = vec![0; PART.min(len as usize)];
-        let mut at = 0;
-        while at < len {
-            let part = ((len - at) as usize).min(PART);
-            let Some(bytes) = buffer.get_mut(..part) else { return false };
-            if process.read(start.wrapping_add(at), bytes).is_err() {
-                return false;
+/// The protected regions that are not mapped any more, as far as they can be read. The others are checked by the library, in the process's own time.
+fn unmapped_regions(build: &Build<'_>, procedure: &CrashProcedure) -> Vec<u64> {
+    let is_mapped = |&&(start, len, _): &&(u64, u64, u64)| {
+        let Some(end) = start.checked_add(len) else { return false };
+        let mut at = start;
+        for vma in &build.mm.vmas {
+            if at < end && vma.start <= at && at < vma.end && vma.prot.contains(Prot::READ) {
+                at = vma.end;
             }
-            state.add(bytes);
-            at += part as u64;
         }
-        state.finish() == sum
+        at >= end
     };
-    procedure.regions.iter().filter(|region| !is_whole(region)).map(|(start, ..)| *start).collect()
+    procedure.regions.iter().filter(|region| !is_mapped(region)).map(|(start, ..)| *start).collect()
 }
 
 // ---- all at the same time
@@ -350,7 +339,7 @@ pub(crate) struct Ended<'a> {
     pub(crate) end: End,
     pub(crate) took: Duration,
     /// How many of its regions were damaged, and of its locks held.
-    pub(crate) damaged: usize,
+    pub(crate) damaged: u64,
     pub(crate) held: usize,
     /// Of one that has failed and stands still: what leads back.
     call: Option<Call>,
@@ -440,7 +429,7 @@ impl<'a> Procedures<'a> {
             (0, libc::SIGTRAP) => {
                 let answer = main.registers().ok().and_then(|registers| running.call.answer(&registers));
                 match answer {
-                    Some(answer) => self.answered(i, answer),
+                    Some((answer, damaged)) => self.answered(i, answer, damaged),
                     None => self.end(
                         i,
                         End::Failed("it ran into a breakpoint, or gave no answer that there is".into()),
@@ -468,20 +457,25 @@ impl<'a> Procedures<'a> {
         }
     }
 
-    fn answered(&mut self, i: usize, answer: Answer) {
+    fn answered(&mut self, i: usize, answer: Answer, damaged: u64) {
         let running = &self.running[i];
         let deadline = self.whole.or_after(Duration::from_secs(10));
         match running.call.undo(&running.build, deadline) {
-            Ok(()) => self.end(i, End::Answered(answer)),
+            Ok(()) => {
+                self.end(i, End::Answered(answer));
+                if let Some(ended) = self.ended.last_mut() {
+                    ended.damaged = damaged;
+                }
+            }
             Err(error) => self.end(i, End::Failed(format!("it could not be left: {error}"))),
         }
     }
 
     fn end(&mut self, i: usize, end: End) {
         let Running { build, began, call, .. } = self.running.swap_remove(i);
-        let (damaged, held) = (call.damaged, call.held);
+        let held = call.held;
         let call = matches!(end, End::Failed(_)).then_some(call);
-        self.ended.push(Ended { build, end, took: began.elapsed(), damaged, held, call });
+        self.ended.push(Ended { build, end, took: began.elapsed(), damaged: 0, held, call });
     }
 }
 
@@ -501,7 +495,11 @@ pub(crate) fn reason(ended: &Ended<'_>) -> Reason {
         1 => text.push_str(&format!("; {one}")),
         count => text.push_str(&format!("; {count} {many}")),
     };
-    note(ended.damaged, "a protected region was damaged", "protected regions were damaged");
+    note(
+        ended.damaged.min(MAX_REGIONS as u64) as usize,
+        "a protected region was damaged",
+        "protected regions were damaged",
+    );
     note(ended.held, "a lock that it watches was held", "locks that it watches were held");
     Reason::new(code, text)
 }

@@ -233,7 +233,7 @@ fn check_gone_on(agent: &mut Channel, name: &str, before: &str) -> Result<()> {
         agent,
         name,
         |agent| Ok(typed(agent, name)?.to_string()),
-        |now| now.parse::<u64>().is_ok_and(|now| now > count + 5),
+        |now| now.parse::<u64>().is_ok_and(|now| now > count + 3),
     )?;
     HERE.demo(agent, &format!("touch {name}.stop"))?;
     let ledger = format!("{DIR}/{name}.typist");
