@@ -21,7 +21,7 @@ use crate::guest::{self, AGENT_COMMAND, Installation};
 use crate::in_guest::Place;
 use crate::libotherworld::Library;
 use crate::survive::{self, Claim};
-use crate::{Global, crash, ui};
+use crate::{Global, build, crash, ui};
 
 /// Where the applications' files are in the guest.
 const DIR: &str = "/home/demo/apps";
@@ -226,10 +226,12 @@ fn await_answers(agent: &mut Channel, panicked: Instant) -> BTreeMap<&'static st
 /// A guest in which all of them run, and by which processes the report names them.
 fn running(lab: &Lab, config: &MachineConfig, rows: u64) -> Result<(Snapshot, BTreeMap<String, Vec<i32>>)> {
     lab::host::ensure_tools(TOOLS)?;
+    let building = build::lock("apps")?;
     let library = Library::in_place()?;
     let mut files = joe::files(&library)?;
     files.extend(mariadb::files(&library, rows)?);
     files.extend(examples::files(&library)?);
+    drop(building);
     let booted = lab.booted(config)?;
     // Whatever these files do is done again when they change.
     let mut inputs = Key::new("apps").with(include_str!("apps.rs"));

@@ -30,6 +30,14 @@ pub fn target_dir() -> PathBuf {
     workspace().join("target")
 }
 
+/// Keeps other builds of the same thing away until it is dropped: of other threads, and of other runs.
+pub fn lock(what: &str) -> Result<fs::File> {
+    let path = target_dir().join(format!("{what}.lock"));
+    let file = fs::File::create(&path).with_context(|| path.display().to_string())?;
+    file.lock().with_context(|| path.display().to_string())?;
+    Ok(file)
+}
+
 /// cargo, for the workspace.
 pub fn cargo() -> Command {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));

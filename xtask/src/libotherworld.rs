@@ -51,6 +51,7 @@ impl Library {
     }
 
     fn build(prefix: &Path) -> Result<Self> {
+        let _lock = build::lock("libotherworld")?;
         ui::note("building libotherworld");
         let dir = directory();
         let lib = dir.join("lib");
