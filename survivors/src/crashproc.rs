@@ -192,20 +192,12 @@ fn with_child(
 
 /// The program begins anew, in the same process.
 pub fn restarts(stage: &mut Stage) -> Result<()> {
-    with_child(stage, "restart", |status, begun| {
-        same("how often it has begun", &2, &begun)?;
-        ensure!(matches!(status, WaitStatus::Exited(_, 0)), "it ended with {status:?}");
-        Ok(())
-    })
+    ends(stage, "restart", 2)
 }
 
 /// It executes a program, which ends all its threads.
 pub fn executes(stage: &mut Stage) -> Result<()> {
-    with_child(stage, "execute", |status, begun| {
-        same("how often it has begun", &2, &begun)?;
-        ensure!(matches!(status, WaitStatus::Exited(_, 0)), "it ended with {status:?}");
-        Ok(())
-    })
+    ends(stage, "execute", 2)
 }
 
 /// Its other thread goes on meanwhile: the procedure waits for it.
@@ -243,8 +235,13 @@ pub fn others_run(stage: &mut Stage) -> Result<()> {
 
 /// The process ends.
 pub fn exits(stage: &mut Stage) -> Result<()> {
-    with_child(stage, "exit", |status, begun| {
-        same("how often it has begun", &1, &begun)?;
+    ends(stage, "exit", 1)
+}
+
+/// It ends with 0, having begun so often.
+fn ends(stage: &mut Stage, how: &str, times: usize) -> Result<()> {
+    with_child(stage, how, |status, begun| {
+        same("how often it has begun", &times, &begun)?;
         ensure!(matches!(status, WaitStatus::Exited(_, 0)), "it ended with {status:?}");
         Ok(())
     })
@@ -252,16 +249,16 @@ pub fn exits(stage: &mut Stage) -> Result<()> {
 
 /// A procedure that crashes costs its process, and nobody else.
 pub fn crashes(stage: &mut Stage) -> Result<()> {
-    with_child(stage, "crash", |status, begun| {
-        same("how often it has begun", &1, &begun)?;
-        ensure!(matches!(status, WaitStatus::Signaled(..)), "it ended with {status:?}");
-        Ok(())
-    })
+    is_given_up(stage, "crash")
 }
 
 /// One that does not return is given up in its time.
 pub fn never_returns(stage: &mut Stage) -> Result<()> {
-    with_child(stage, "forever", |status, begun| {
+    is_given_up(stage, "forever")
+}
+
+fn is_given_up(stage: &mut Stage, how: &str) -> Result<()> {
+    with_child(stage, how, |status, begun| {
         same("how often it has begun", &1, &begun)?;
         ensure!(matches!(status, WaitStatus::Signaled(..)), "it ended with {status:?}");
         Ok(())

@@ -17,8 +17,8 @@ use lab::image::Flavour;
 use lab::{Channel, Key, Lab, MachineConfig, Panic, Series, Snapshot};
 
 use crate::crash_runs::Tally;
-use crate::guest::{self, AGENT_COMMAND, Installation};
-use crate::in_guest::Place;
+use crate::guest::{self, AGENT_COMMAND, Installation, Processes};
+use crate::in_guest::{Place, shell};
 use crate::libotherworld::Library;
 use crate::survive::{self, Claim};
 use crate::{Global, build, crash, ui};
@@ -107,10 +107,7 @@ impl Apps {
 
     /// Runs it; whether nothing was lost.
     pub fn run(self, global: &Global) -> Result<bool> {
-        let tally = self.count(global)?;
-        ui::finish();
-        println!("{} passed, {} failed", tally.passed, tally.failed);
-        Ok(tally.failed == 0 && tally.passed > 0)
+        Ok(self.count(global)?.close())
     }
 
     /// Runs it and counts.
@@ -165,7 +162,7 @@ impl Apps {
         lab: &Lab,
         armed: &Snapshot,
         name: &str,
-        processes: &BTreeMap<String, Vec<i32>>,
+        processes: &Processes,
         draw: &mut fastrand::Rng,
     ) -> Result<Vec<Row>> {
         let mut guest = lab.start(armed, name)?;
@@ -224,7 +221,7 @@ fn await_answers(agent: &mut Channel, panicked: Instant) -> BTreeMap<&'static st
 }
 
 /// A guest in which all of them run, and by which processes the report names them.
-fn running(lab: &Lab, config: &MachineConfig, rows: u64) -> Result<(Snapshot, BTreeMap<String, Vec<i32>>)> {
+fn running(lab: &Lab, config: &MachineConfig, rows: u64) -> Result<(Snapshot, Processes)> {
     lab::host::ensure_tools(TOOLS)?;
     let building = build::lock("apps")?;
     let library = Library::in_place()?;
@@ -243,24 +240,16 @@ fn running(lab: &Lab, config: &MachineConfig, rows: u64) -> Result<(Snapshot, BT
     for (path, mode, data) in &files {
         inputs = inputs.with(path).with(&mode.to_string()).with_bytes(data);
     }
-    let snapshot = lab.derive(&booted, "apps", &inputs, |agent, machine| {
-        let failed = |error: anyhow::Error| lab::Error::Guest(format!("{error:#}"));
-        lab.note("starting the applications (once)");
-        agent
-            .shell(&format!("mkdir -p {DIR} && chmod 755 /home/demo && chown demo: {DIR}"), BOOT_DEADLINE)?;
+    guest::running(lab, &booted, "apps", &inputs, |agent| {
+        shell(agent, &format!("mkdir -p {DIR} && chmod 755 /home/demo && chown demo: {DIR}"))?;
         for (path, mode, data) in &files {
             agent.write_file(path, *mode, data)?;
         }
-        let processes = start_all(agent).map_err(failed)?;
-        let text = serde_json::to_string(&processes).map_err(|e| failed(e.into()))?;
-        fs::write(machine.dir.join("processes.json"), text).map_err(|e| failed(e.into()))
-    })?;
-    let path = snapshot.dir.join("processes.json");
-    let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-    Ok((snapshot, serde_json::from_str(&text)?))
+        start_all(agent)
+    })
 }
 
-fn start_all(agent: &mut Channel) -> Result<BTreeMap<String, Vec<i32>>> {
+fn start_all(agent: &mut Channel) -> Result<Processes> {
     let start = |app: &'static App| {
         ui::note(&format!("starting {}", app.name));
         let pids = (app.start)(agent).with_context(|| format!("start {}", app.name))?;

@@ -83,6 +83,13 @@ impl Tally {
         self.passed += other.passed;
         self.failed += other.failed;
     }
+
+    /// Ends a command: says the numbers in its last line; whether something was counted and nothing has failed.
+    pub fn close(self) -> bool {
+        ui::finish();
+        println!("{} passed, {} failed", self.passed, self.failed);
+        self.failed == 0 && self.passed > 0
+    }
 }
 
 impl CrashRuns {
@@ -93,10 +100,7 @@ impl CrashRuns {
 
     /// Runs it; whether nothing failed.
     pub fn run(self, global: &Global) -> Result<bool> {
-        let tally = self.campaign(global)?;
-        ui::finish();
-        println!("{} passed, {} failed", tally.passed, tally.failed);
-        Ok(tally.failed == 0 && tally.passed > 0)
+        Ok(self.campaign(global)?.close())
     }
 
     /// Runs it and counts.

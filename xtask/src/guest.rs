@@ -1,5 +1,6 @@
 //! Guests in which Otherworld is installed and armed.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -66,6 +67,30 @@ pub fn armed(lab: &Lab, parent: &Snapshot, installation: &Installation) -> Resul
         Ok(())
     });
     snapshot.context("arming failed")
+}
+
+/// By which processes the report names a program.
+pub type Processes = BTreeMap<String, Vec<i32>>;
+
+/// A layer in which programs run that `start` has started, and by which processes the report names them. `inputs` must name everything that
+/// `start` depends on.
+pub fn running(
+    lab: &Lab,
+    booted: &Snapshot,
+    label: &str,
+    inputs: &Key,
+    start: impl FnOnce(&mut Channel) -> Result<Processes>,
+) -> Result<(Snapshot, Processes)> {
+    let snapshot = lab.derive(booted, label, inputs, |agent, machine| {
+        let failed = |error: anyhow::Error| lab::Error::Guest(format!("{error:#}"));
+        lab.note(&format!("starting programs for {label} (once)"));
+        let processes = start(agent).map_err(failed)?;
+        let text = serde_json::to_string(&processes).map_err(|error| failed(error.into()))?;
+        fs::write(machine.dir.join("processes.json"), text).map_err(|error| failed(error.into()))
+    })?;
+    let path = snapshot.dir.join("processes.json");
+    let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    Ok((snapshot, serde_json::from_str(&text)?))
 }
 
 /// Copies the current binaries and the configuration into a guest, and arms nothing.

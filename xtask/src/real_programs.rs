@@ -10,7 +10,7 @@ use lab::image::{DEMO_UID, Flavour};
 use lab::{Channel, Key, Lab, MachineConfig, Panic, Program, Series, Snapshot};
 
 use crate::crash_runs::Tally;
-use crate::guest::{self, AGENT_COMMAND, Installation};
+use crate::guest::{self, AGENT_COMMAND, Installation, Processes};
 use crate::in_guest::{Place, file, log, of_user, pids, same, shell, until};
 use crate::survive::{Claim, claims_after};
 use crate::{Global, ui};
@@ -135,10 +135,7 @@ const PROGRAMS: &[Real] = &[
 impl RealPrograms {
     /// Runs it; whether all went on as if nothing had happened.
     pub fn run(self, global: &Global) -> Result<bool> {
-        let tally = self.count(global)?;
-        ui::finish();
-        println!("{} passed, {} failed", tally.passed, tally.failed);
-        Ok(tally.failed == 0 && tally.passed > 0)
+        Ok(self.count(global)?.close())
     }
 
     fn count(&self, global: &Global) -> Result<Tally> {
@@ -201,26 +198,17 @@ impl RealPrograms {
 }
 
 /// A guest in which all of them run, and by which processes the report names them.
-fn running(lab: &Lab, config: &MachineConfig) -> Result<(Snapshot, BTreeMap<String, Vec<i32>>)> {
+fn running(lab: &Lab, config: &MachineConfig) -> Result<(Snapshot, Processes)> {
     let booted = lab.booted(config)?;
     // Whatever this file does is done again when it changes.
     let mut inputs = Key::new("real-programs").with(include_str!("real_programs.rs"));
     for (_, text) in FILES {
         inputs = inputs.with(text);
     }
-    let snapshot = lab.derive(&booted, "real-programs", &inputs, |agent, machine| {
-        let failed = |error: anyhow::Error| lab::Error::Guest(format!("{error:#}"));
-        lab.note("starting the real programs (once)");
-        let processes = start_all(agent).map_err(failed)?;
-        let text = serde_json::to_string(&processes).map_err(|e| failed(e.into()))?;
-        fs::write(machine.dir.join("processes.json"), text).map_err(|e| failed(e.into()))
-    })?;
-    let path = snapshot.dir.join("processes.json");
-    let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-    Ok((snapshot, serde_json::from_str(&text)?))
+    guest::running(lab, &booted, "real-programs", &inputs, start_all)
 }
 
-fn start_all(agent: &mut Channel) -> Result<BTreeMap<String, Vec<i32>>> {
+fn start_all(agent: &mut Channel) -> Result<Processes> {
     shell(agent, &format!("mkdir -p {DIR} && chmod 755 /home/demo"))?;
     for (name, text) in FILES {
         agent.write_file(format!("{DIR}/{name}"), 0o644, text.as_bytes())?;
@@ -256,7 +244,7 @@ fn once(
     lab: &Lab,
     armed: &Snapshot,
     name: &str,
-    processes: &BTreeMap<String, Vec<i32>>,
+    processes: &Processes,
     draw: &mut fastrand::Rng,
 ) -> Result<Vec<Row>> {
     let mut guest = lab.start(armed, name)?;
