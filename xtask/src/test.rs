@@ -2,9 +2,10 @@
 
 use anyhow::{Result, bail};
 use clap::Args;
-use lab::{MachineConfig, Series};
+use lab::Series;
+use lab::image::Flavour;
 
-use crate::apps::Apps;
+use crate::apps::{self, Apps};
 use crate::crash_runs::{CrashRuns, Tally};
 use crate::ground_truth::GroundTruth;
 use crate::libotherworld::Library;
@@ -37,13 +38,16 @@ impl Test {
         let lab = global.lab()?;
         let all = crate::series_or_all(self.kernel);
         if !self.vm_only {
-            // Making the image takes one CPU and the network, and the unit tests mostly wait.
+            // Making images and applications takes one CPU and the network, and the unit tests mostly wait. What goes wrong there will go wrong
+            // again, where it is somebody's failure.
             std::thread::scope(|scope| {
-                let image =
-                    scope.spawn(|| lab.image(MachineConfig::new(Series::ALL[0], global.accel()).flavour));
+                let ready = scope.spawn(|| {
+                    _ = lab.image(Flavour::Small);
+                    _ = lab.image(Flavour::Programs);
+                    _ = apps::prepare();
+                });
                 let tests = unit_tests();
-                // What went wrong will go wrong again, where it is somebody's failure.
-                _ = image.join();
+                _ = ready.join();
                 tests
             })?;
             Library::in_place()?.check()?;
