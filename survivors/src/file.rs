@@ -83,6 +83,30 @@ pub fn append(stage: &mut Stage) -> Result<()> {
     Ok(())
 }
 
+/// Data that has been written to blocks of which the disk does not know yet whose they are: size and times on the disk are right, and the pages
+/// clean.
+pub fn uncommitted(stage: &mut Stage) -> Result<()> {
+    let (path, content) = (stage.path("file"), prng::bytes(6, 8 * PAGE));
+    let file = read_write().open(&path)?;
+    file.set_len(content.len() as u64)?;
+    file.write_all_at(&content, 0)?;
+    // Commits what is known of the file, which has no blocks as yet.
+    let other = File::create(stage.path("other"))?;
+    other.sync_all()?;
+    let all =
+        libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WRITE | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+    // SAFETY: no pointers.
+    nix::errno::Errno::result(unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, all) })?;
+
+    let crash = stage.crash()?;
+    if crash.damage {
+        file.write_all_at(b"x", 5000)?;
+    }
+    let mut now = vec![0; content.len()];
+    file.read_exact_at(&mut now, 0)?;
+    prng::verify(6, &now)
+}
+
 /// The position belongs to the open file, not to the descriptor, and not to the file.
 pub fn shared_offset(stage: &mut Stage) -> Result<()> {
     let path = stage.path("file");

@@ -196,6 +196,7 @@ table! {
     "fs-shared" fs::shared Survives, Nothing, "working directory and umask of a process and its child (CLONE_FS)";
     "fs-root" fs::root Survives, Root, "root directory after chroot";
     "file-offset" file::offset Survives, Nothing, "position and mode of open files; O_PATH";
+    "file-uncommitted" file::uncommitted Survives, Nothing, "data in blocks that the file system's journal does not tell of yet";
     "file-append" file::append Survives, Nothing, "O_APPEND";
     "file-shared-offset" file::shared_offset Survives, Nothing, "dup and fork share one position, open does not";
     "file-cloexec" file::cloexec Survives, Nothing, "descriptor numbers and FD_CLOEXEC";

@@ -1,6 +1,6 @@
 //! Inodes and their page cache (include/linux/fs.h, pagemap.h, xarray.h; 6.1 and 6.12).
 
-use ktypes::KernelType;
+use ktypes::{KernelType, MARK_DIRTY, MARK_WRITEBACK};
 use snapshot::{Bytes, Inode, InodeId, PageCacheRun, Severity, Timestamp};
 
 use vmcore::PAGE_SIZE;
@@ -184,7 +184,9 @@ impl Autopsy<'_> {
                 }
             };
             if frame.uptodate || frame.dirty {
-                let dirty = frame.dirty || entry.marks & 1 != 0;
+                // What was being written may not have arrived.
+                let unwritten = 1 << MARK_DIRTY | 1 << MARK_WRITEBACK;
+                let dirty = frame.dirty || entry.marks & unwritten != 0;
                 push_run(runs, first, pfn, count, dirty);
             }
             Ok(())

@@ -114,7 +114,10 @@ impl Autopsy<'_> {
     fn has_dirty_pages(&self, mapping: u64) -> bool {
         let pages =
             self.kernel.offset_of("address_space", "i_pages").map(|offset| mapping.wrapping_add(offset));
-        mapping != 0 && pages.is_ok_and(|pages| self.kernel.xarray_dirty(pages).unwrap_or(true))
+        let is_dirty = |pages| -> ktypes::Result<bool> {
+            Ok(self.kernel.xarray_dirty(pages)? || self.kernel.xarray_under_writeback(pages)?)
+        };
+        mapping != 0 && pages.is_ok_and(|pages| is_dirty(pages).unwrap_or(true))
     }
 
     /// Whether it has a name, and then is in the table.

@@ -54,6 +54,6 @@ pub use layout::{Decoder, FieldKind, FieldSpec, KernelType, KernelValue};
 pub use list::{HlistIter, ListIter};
 pub use page::SlabObject;
 pub use rbtree::RbIter;
-pub use xarray::XaEntry;
+pub use xarray::{MARK_DIRTY, MARK_WRITEBACK, XaEntry};
 
 pub use vmcore;

@@ -32,6 +32,8 @@ impl XaEntry {
 
 /// The page cache's mark for dirty pages (PAGECACHE_TAG_DIRTY, XA_MARK_0).
 pub const MARK_DIRTY: u32 = 0;
+/// Its mark for pages that are being written (PAGECACHE_TAG_WRITEBACK, XA_MARK_1).
+pub const MARK_WRITEBACK: u32 = 1;
 
 impl Kernel {
     /// Calls `f(first index, entry)` for each entry of a `struct xarray` that is not NULL, in
@@ -82,6 +84,11 @@ impl Kernel {
     /// Whether any page of a page cache (`address_space.i_pages`) is dirty.
     pub fn xarray_dirty(&self, xa_addr: u64) -> Result<bool> {
         self.xarray_marked(xa_addr, MARK_DIRTY)
+    }
+
+    /// Whether any page of a page cache was being written.
+    pub fn xarray_under_writeback(&self, xa_addr: u64) -> Result<bool> {
+        self.xarray_marked(xa_addr, MARK_WRITEBACK)
     }
 
     fn xarray(&self, xa_addr: u64, max: usize) -> Result<Walk<'_>> {

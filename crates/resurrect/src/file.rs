@@ -646,7 +646,15 @@ fn restore(
     if let Some(mount) = mount.filter(|m| !is_mount_point(m)) {
         return Err(format!("the file system at {} is not mounted", mount.display()));
     }
-    page_cache::restore(path, inode, mem).map_err(|e| e.to_string())
+    page_cache::restore(path, inode, is_doubtful(snapshot, inode), mem).map_err(|e| e.to_string())
+}
+
+/// Whether a file was changed so lately that the disk may not know its contents although they were written.
+fn is_doubtful(snapshot: &Snapshot, inode: &Inode) -> bool {
+    // Write-back begins after 30 s (vm.dirty_expire_centisecs), and what says where it went is committed some seconds later.
+    const RECENT_SECONDS: i64 = 120;
+    let now = snapshot.clocks.realtime_ns / 1_000_000_000;
+    !inode.lives_in_memory() && inode.mtime.sec.max(inode.ctime.sec) >= now.saturating_sub(RECENT_SECONDS)
 }
 
 /// Whether another file system begins at `path` than that of the directory above, or it is the root.

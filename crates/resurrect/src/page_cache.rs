@@ -12,6 +12,9 @@ use std::path::Path;
 use memmap2::MmapOptions;
 use snapshot::{Inode, PAGE_SIZE, PageCacheRun, PhysMem, PhysMemError};
 
+/// Bytes that are compared at a time.
+const COMPARED: usize = 256 << 10;
+
 /// What [`restore`] did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Restored {
@@ -95,7 +98,15 @@ fn has_lasting_inodes(inode: &Inode) -> bool {
 /// may be clean because their data had been written, while the transaction that says where to find it was never committed); then the size
 /// and the times are set. A file that the disk never saw is created with its owner, mode and parent directories, if all of its contents
 /// are known. A file that is up to date is not touched. Of a directory only this counts: that it is there.
-pub fn restore(path: &Path, inode: &Inode, mem: &dyn PhysMem) -> Result<Restored, PageCacheError> {
+///
+/// `doubt`: the file was changed lately. Pages may then be clean because they had been written (or were being written) to blocks of which the disk does not know
+/// yet whose they are, with nothing else to tell by: the page cache is compared with the disk.
+pub fn restore(
+    path: &Path,
+    inode: &Inode,
+    doubt: bool,
+    mem: &dyn PhysMem,
+) -> Result<Restored, PageCacheError> {
     let name = || path.display().to_string();
     let io = |what| move |source| PageCacheError::Io { what, path: path.display().to_string(), source };
     let mut done = Restored::default();
@@ -126,7 +137,10 @@ pub fn restore(path: &Path, inode: &Inode, mem: &dyn PhysMem) -> Result<Restored
         Err(e) => return Err(io("look for")(e)),
     };
     done.resized = on_disk.as_ref().is_some_and(|meta| meta.size() != inode.size);
-    let all = done.created || done.resized || on_disk.is_some_and(|meta| is_older(&meta, inode));
+    let all = done.created
+        || done.resized
+        || on_disk.is_some_and(|meta| is_older(&meta, inode))
+        || doubt && differs(path, inode, mem)?;
     if !all && !inode.pages.iter().any(|r| r.dirty) {
         return Ok(done);
     }
@@ -137,6 +151,37 @@ pub fn restore(path: &Path, inode: &Inode, mem: &dyn PhysMem) -> Result<Restored
     };
     done.written = fill(&file, path, inode, all, mem)?;
     Ok(done)
+}
+
+/// Whether the disk has other contents than the page cache, where that is clean.
+fn differs(path: &Path, inode: &Inode, mem: &dyn PhysMem) -> Result<bool, PageCacheError> {
+    let io = |what| move |source| PageCacheError::Io { what, path: path.display().to_string(), source };
+    if inode.huge_page.is_some() {
+        return Ok(false);
+    }
+    let file = File::open(path).map_err(io("open for reading"))?;
+    let mut on_disk = vec![0; COMPARED];
+    let mut in_memory = vec![0; COMPARED];
+    for run in inode.pages.iter().filter(|run| !run.dirty) {
+        let start = run.index.saturating_mul(PAGE_SIZE);
+        let end = start.saturating_add(u64::from(run.count) * PAGE_SIZE).min(inode.size);
+        let mut at = start;
+        while at < end {
+            let len = (end - at).min(COMPARED as u64) as usize;
+            let (on_disk, in_memory) = (&mut on_disk[..len], &mut in_memory[..len]);
+            let from = run.pfn.saturating_mul(PAGE_SIZE).saturating_add(at - start);
+            let memory = |source| PageCacheError::Memory { path: path.display().to_string(), source };
+            mem.read(from, in_memory).map_err(memory)?;
+            match file.read_exact_at(on_disk, at) {
+                Ok(()) if on_disk == in_memory => {}
+                Ok(()) => return Ok(true),
+                Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(true),
+                Err(e) => return Err(io("read")(e)),
+            }
+            at += len as u64;
+        }
+    }
+    Ok(false)
 }
 
 /// Makes a regular file that has lost its name again, with all it held: under the old name, which then goes as well, or, if somebody
@@ -156,7 +201,7 @@ pub fn restore_unnamed(path: &Path, inode: &Inode, mem: &dyn PhysMem) -> Result<
         }
         // The disk had not heard yet that the name was to go.
         Ok(meta) if has_lasting_inodes(inode) && meta.is_file() && meta.ino() == inode.ino => {
-            restore(path, inode, mem)?;
+            restore(path, inode, true, mem)?;
             let file = options.open(path).map_err(io("open"))?;
             std::fs::remove_file(path).map_err(io("remove"))?;
             Ok(file)
@@ -391,15 +436,19 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("new");
         let inode = Inode { mode: 0o041_731, ..inode(4096, &[]) };
-        assert!(restore(&path, &inode, &mem()).unwrap().created);
+        assert!(restore(&path, &inode, false, &mem()).unwrap().created);
         let meta = std::fs::metadata(&path).unwrap();
         assert!(meta.is_dir());
         assert_eq!((meta.mode() & 0o7777, meta.uid(), meta.gid()), (0o1731, 1, 2));
         std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
-        assert_eq!(restore(&path, &inode, &mem()).unwrap(), Restored::default(), "one that is there stays");
+        assert_eq!(
+            restore(&path, &inode, false, &mem()).unwrap(),
+            Restored::default(),
+            "one that is there stays"
+        );
         let file = dir.path().join("file");
         std::fs::write(&file, "").unwrap();
-        assert!(matches!(restore(&file, &inode, &mem()), Err(PageCacheError::NotADirectory { .. })));
+        assert!(matches!(restore(&file, &inode, false, &mem()), Err(PageCacheError::NotADirectory { .. })));
     }
 
     #[test]
@@ -407,7 +456,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (path, inode) =
             on_disk(dir.path(), &[b'.'; 8292], inode(8292, &[(0, 1, 1, false), (1, 4, 2, true)]));
-        let done = restore(&path, &inode, &mem()).unwrap();
+        let done = restore(&path, &inode, false, &mem()).unwrap();
         assert_eq!(done, Restored { created: false, written: 4196, resized: false });
         let now = std::fs::read(&path).unwrap();
         assert!(now[..4096].iter().all(|&b| b == b'.'), "a clean page was written");
@@ -422,7 +471,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (path, mut inode) = on_disk(dir.path(), &[b'.'; 4096], inode(4096, &[(0, 1, 1, false)]));
         inode.mtime = snapshot::Timestamp { sec: 1_000_000_000, nsec: 7 };
-        assert_eq!(restore(&path, &inode, &mem()).unwrap().written, 4096);
+        assert_eq!(restore(&path, &inode, false, &mem()).unwrap().written, 4096);
         assert_eq!(std::fs::read(&path).unwrap(), [b'b'; 4096]);
         let meta = std::fs::metadata(&path).unwrap();
         assert_eq!((meta.mtime(), meta.mtime_nsec()), (1_000_000_000, 7));
@@ -432,12 +481,12 @@ mod tests {
     fn all_pages_are_written_and_the_size_is_set_when_it_differs() {
         let dir = tempfile::tempdir().unwrap();
         let (path, inode) = on_disk(dir.path(), b"", inode(5000, &[(0, 1, 2, false)]));
-        assert!(restore(&path, &inode, &mem()).unwrap().resized);
+        assert!(restore(&path, &inode, false, &mem()).unwrap().resized);
         let now = std::fs::read(&path).unwrap();
         assert_eq!((now.len(), now[0], now[4999]), (5000, b'b', b'c'));
 
         let (path, inode) = on_disk(dir.path(), &[b'x'; 9000], Inode { pages: vec![], size: 10, ..inode });
-        assert!(restore(&path, &inode, &mem()).unwrap().resized);
+        assert!(restore(&path, &inode, false, &mem()).unwrap().resized);
         assert_eq!(std::fs::read(&path).unwrap(), [b'x'; 10]);
     }
 
@@ -446,8 +495,22 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (path, inode) = on_disk(dir.path(), &[b'x'; 100], inode(100, &[(0, 1, 1, false)]));
         let before = std::fs::metadata(&path).unwrap();
-        assert_eq!(restore(&path, &inode, &mem()).unwrap(), Restored::default());
+        assert_eq!(restore(&path, &inode, false, &mem()).unwrap(), Restored::default());
         assert_eq!(std::fs::metadata(&path).unwrap().mtime_nsec(), before.mtime_nsec());
+    }
+
+    #[test]
+    fn clean_pages_that_the_disk_does_not_have_are_written_where_there_is_doubt() {
+        let dir = tempfile::tempdir().unwrap();
+        // Size and times are right: only the transaction that says where the data is was lost.
+        let (path, inode) =
+            on_disk(dir.path(), &[0; 8192], inode(8192, &[(0, 1, 1, true), (1, 2, 1, false)]));
+        let clean = Inode { pages: inode.pages[1..].to_vec(), ..inode.clone() };
+        assert_eq!(restore(&path, &clean, false, &mem()).unwrap(), Restored::default());
+        assert_eq!(restore(&path, &clean, true, &mem()).unwrap().written, 4096);
+        assert_eq!(std::fs::read(&path).unwrap()[4096..], [b'c'; 4096]);
+        assert_eq!(restore(&path, &clean, true, &mem()).unwrap().written, 0, "now it has them");
+        assert_eq!(restore(&path, &inode, true, &mem()).unwrap().written, 4096, "the dirty page only");
     }
 
     #[test]
@@ -455,7 +518,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a/b/new");
         let inode = inode(4097, &[(0, 2, 2, true)]);
-        assert!(restore(&path, &inode, &mem()).unwrap().created);
+        assert!(restore(&path, &inode, false, &mem()).unwrap().created);
         let meta = std::fs::metadata(&path).unwrap();
         assert_eq!((meta.len(), meta.permissions().mode() & 0o7777), (4097, 0o640));
         assert_eq!((meta.uid(), meta.gid()), (1, 2));
@@ -465,12 +528,12 @@ mod tests {
     fn a_missing_file_with_missing_pages_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("new");
-        let error = restore(&path, &inode(8192, &[(1, 2, 1, true)]), &mem()).unwrap_err();
+        let error = restore(&path, &inode(8192, &[(1, 2, 1, true)]), false, &mem()).unwrap_err();
         assert!(matches!(error, PageCacheError::Incomplete { have: 1, want: 2, .. }), "{error}");
         assert!(!path.exists());
         // On tmpfs they are holes.
         let tmpfs = Inode { fs_type: "tmpfs".into(), ..inode(8192, &[(1, 2, 1, true)]) };
-        restore(&path, &tmpfs, &mem()).unwrap();
+        restore(&path, &tmpfs, false, &mem()).unwrap();
         let now = std::fs::read(&path).unwrap();
         assert_eq!((now[0], now[4096], now.len()), (0, b'c', 8192));
     }
@@ -480,7 +543,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (path, mut inode) = on_disk(dir.path(), b"other", inode(4096, &[(0, 1, 1, true)]));
         inode.ino += 1;
-        assert!(matches!(restore(&path, &inode, &mem()), Err(PageCacheError::Replaced { .. })));
+        assert!(matches!(restore(&path, &inode, false, &mem()), Err(PageCacheError::Replaced { .. })));
         assert_eq!(std::fs::read(&path).unwrap(), b"other");
     }
 
@@ -488,6 +551,6 @@ mod tests {
     fn pages_that_the_dump_does_not_have_are_an_error() {
         let dir = tempfile::tempdir().unwrap();
         let (path, inode) = on_disk(dir.path(), &[0; 4096], inode(4096, &[(0, 100, 1, true)]));
-        assert!(matches!(restore(&path, &inode, &mem()), Err(PageCacheError::Memory { .. })));
+        assert!(matches!(restore(&path, &inode, false, &mem()), Err(PageCacheError::Memory { .. })));
     }
 }
