@@ -8,12 +8,10 @@ mod mariadb;
 mod source;
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use clap::Args;
-use lab::image::Flavour;
 use lab::{Channel, Key, Lab, MachineConfig, Panic, Series, Snapshot};
 
 use crate::crash_runs::Tally;
@@ -26,8 +24,6 @@ use crate::{Global, build, crash, ui};
 /// Where the applications' files are in the guest.
 const DIR: &str = "/home/demo/apps";
 const HERE: Place = Place(DIR);
-/// RAM of the guest, and of its crash kernel, in MiB: what comes back has to fit into the latter.
-const MEMORY: (u32, u32) = (4096, 1536);
 /// What building them needs: a command or a file, and the Debian package that has it.
 const TOOLS: &[(&str, &str)] = &[
     ("gcc", "gcc"),
@@ -42,7 +38,7 @@ const MOMENTS_US: std::ops::Range<u64> = 200_000..4_000_000;
 const ANSWER_DEADLINE: Duration = Duration::from_secs(120);
 const BOOT_DEADLINE: Duration = Duration::from_secs(120);
 
-/// Applications with crash procedures through panics: JOE, and the examples of libotherworld; beside them unmodified ones. A row per
+/// Applications with crash procedures through panics: JOE, MariaDB, and the examples of libotherworld; beside them unmodified ones. A row per
 /// program and mode, a last line that counts.
 #[derive(Debug, Args)]
 pub struct Apps {
@@ -120,13 +116,7 @@ impl Apps {
         let mut draw = fastrand::Rng::with_seed(seed);
         let mut tally = Tally::default();
         for series in crate::series_or_all(self.kernel) {
-            let (memory_mib, crashkernel_mib) = MEMORY;
-            let config = MachineConfig {
-                flavour: Flavour::Programs,
-                memory_mib,
-                crashkernel_mib,
-                ..MachineConfig::new(series, global.accel())
-            };
+            let config = guest::for_programs(series, global.accel());
             let (running, processes) = running(&lab, &config, self.rows)?;
             let without = match self.no_baseline {
                 true => None,
@@ -200,14 +190,7 @@ impl Apps {
                 Row { app, lives, trouble, interruption: interruptions.get(app.name).copied() }
             })
             .collect();
-        fs::write(
-            guest.dir.join("table.txt"),
-            rows.iter().map(|row| format!("{row}\n")).collect::<String>(),
-        )?;
-        if rows.iter().any(|row| row.trouble.is_some()) {
-            guest.keep_artifacts()?;
-            ui::line(format!("artifacts: {}", guest.dir.display()));
-        }
+        guest::keep_table(&guest, &rows, rows.iter().any(|row| row.trouble.is_some()))?;
         Ok(rows)
     }
 }

@@ -6,9 +6,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use lab::{Channel, Guest, Key, Lab, Series, Snapshot};
+use lab::image::Flavour;
+use lab::{Accel, Channel, Guest, Key, Lab, MachineConfig, Series, Snapshot};
 
-use crate::build;
+use crate::{build, ui};
 
 const ARM_DEADLINE: Duration = Duration::from_secs(120);
 /// The command that starts the lab's agent, for `[after] start` of the configuration.
@@ -67,6 +68,26 @@ pub fn armed(lab: &Lab, parent: &Snapshot, installation: &Installation) -> Resul
         Ok(())
     });
     snapshot.context("arming failed")
+}
+
+/// Writes what became of each program beside the other artifacts of a run, and keeps them if something failed.
+pub fn keep_table(guest: &Guest, rows: &[impl std::fmt::Display], failed: bool) -> Result<()> {
+    fs::write(guest.dir.join("table.txt"), rows.iter().map(|row| format!("{row}\n")).collect::<String>())?;
+    if failed {
+        guest.keep_artifacts()?;
+        ui::line(format!("artifacts: {}", guest.dir.display()));
+    }
+    Ok(())
+}
+
+/// A machine for real programs: what comes back of them has to fit into the crash kernel's memory.
+pub fn for_programs(series: Series, accel: Accel) -> MachineConfig {
+    MachineConfig {
+        flavour: Flavour::Programs,
+        memory_mib: 4096,
+        crashkernel_mib: 1536,
+        ..MachineConfig::new(series, accel)
+    }
 }
 
 /// By which processes the report names a program.

@@ -1,12 +1,11 @@
 //! `cargo xtask real-programs`: programs as Debian ships them, all in one guest at once, through panics at random moments.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use clap::Args;
-use lab::image::{DEMO_UID, Flavour};
+use lab::image::DEMO_UID;
 use lab::{Channel, Key, Lab, MachineConfig, Panic, Program, Series, Snapshot};
 
 use crate::crash_runs::Tally;
@@ -20,8 +19,6 @@ const DIR: &str = "/home/demo/real";
 const HERE: Place = Place(DIR);
 /// Its appearance tells the endless ones that it is enough.
 const STOP: &str = "/home/demo/real/stop";
-/// RAM of the guest, and of its crash kernel, in MiB: what comes back has to fit into the latter.
-const MEMORY: (u32, u32) = (4096, 1536);
 /// When the panic comes after the guest has gone on, in microseconds.
 const MOMENTS_US: std::ops::Range<u64> = 200_000..6_000_000;
 const SET_UP_DEADLINE: Duration = Duration::from_secs(240);
@@ -144,13 +141,7 @@ impl RealPrograms {
         let mut draw = fastrand::Rng::with_seed(seed);
         let mut sum = Tally::default();
         for series in crate::series_or_all(self.kernel) {
-            let (memory_mib, crashkernel_mib) = MEMORY;
-            let config = MachineConfig {
-                flavour: Flavour::Programs,
-                memory_mib,
-                crashkernel_mib,
-                ..MachineConfig::new(series, global.accel())
-            };
+            let config = guest::for_programs(series, global.accel());
             let (running, processes) = running(&lab, &config)?;
             let armed = guest::armed(&lab, &running, &self.installation())?;
             let mut of_program: BTreeMap<&str, Tally> = BTreeMap::new();
@@ -275,11 +266,7 @@ fn once(
             Row { name: real.name, trouble, claim }
         })
         .collect();
-    fs::write(guest.dir.join("table.txt"), rows.iter().map(|row| format!("{row}\n")).collect::<String>())?;
-    if rows.iter().any(|row| row.trouble.is_some()) {
-        guest.keep_artifacts()?;
-        ui::line(format!("artifacts: {}", guest.dir.display()));
-    }
+    guest::keep_table(&guest, &rows, rows.iter().any(|row| row.trouble.is_some()))?;
     Ok(rows)
 }
 

@@ -142,14 +142,7 @@ impl Survivors {
         if !swaps.is_empty() && swapped_bytes(&guest)? == 0 {
             bail!("nothing was read from the swap areas: the survivors of swap have shown nothing");
         }
-        fs::write(
-            guest.dir.join("table.txt"),
-            rows.iter().map(|row| format!("{row}\n")).collect::<String>(),
-        )?;
-        if rows.iter().any(|row| !row.good) {
-            guest.keep_artifacts()?;
-            ui::line(format!("artifacts: {}", guest.dir.display()));
-        }
+        guest::keep_table(&guest, &rows, rows.iter().any(|row| !row.good))?;
         Ok(rows)
     }
 }

@@ -5,7 +5,7 @@
 //! a name; renames, removals and links are not.
 
 use ktypes::KernelType;
-use snapshot::{Bytes, InodeId, Mount, Severity};
+use snapshot::{Bytes, InodeId, Mount, RECENT_SECONDS, Severity};
 
 use crate::Autopsy;
 use crate::error::Result;
@@ -15,10 +15,6 @@ use crate::inode::{S_IFDIR, S_IFREG};
 /// Inodes in memory of one file system.
 const MAX_INODES: usize = 1 << 24;
 const SB_RDONLY: u64 = 1;
-
-/// A file that was changed this long before the panic may be clean in memory and still unknown to the disk: its journal commits every 5 s by
-/// default, but what it commits can wait for write-back before (vm.dirty_expire_centisecs: 30 s).
-const RECENT_SECONDS: i64 = 120;
 
 #[derive(KernelType)]
 #[kernel("super_block")]

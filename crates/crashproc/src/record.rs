@@ -168,11 +168,7 @@ fn parse_copy(bytes: &[u8]) -> Result<(u64, Record), RecordError> {
         return Err(RecordError::Version(version));
     }
     let at = std::mem::offset_of!(Copy, checksum);
-    let mut summed = bytes.to_vec();
-    if let Some(field) = summed.get_mut(at..at + 8) {
-        field.fill(0);
-    }
-    if checksum(summed.get(..size_of::<Copy>()).unwrap_or_default()) != word(bytes, at) {
+    if sum_of_copy(bytes) != word(bytes, at) {
         return Err(RecordError::Damaged("its checksum is wrong"));
     }
     let number = |offset| word(bytes, offset);
@@ -210,18 +206,24 @@ fn parse_copy(bytes: &[u8]) -> Result<(u64, Record), RecordError> {
 /// Gives a copy the version and the checksum that it has to have: for those who test what reads records.
 #[doc(hidden)]
 pub fn sign(copy: &mut [u8]) {
-    let (version, at) = (std::mem::offset_of!(Copy, version), std::mem::offset_of!(Copy, checksum));
     let mut put = |at: usize, value: &[u8]| {
         if let Some(field) = copy.get_mut(at..at + value.len()) {
             field.copy_from_slice(value);
         }
+        sum_of_copy(copy)
     };
-    put(version, &VERSION.to_le_bytes());
-    put(at, &[0; 8]);
-    let sum = checksum(copy.get(..size_of::<Copy>()).unwrap_or_default());
-    if let Some(field) = copy.get_mut(at..at + 8) {
-        field.copy_from_slice(&sum.to_le_bytes());
-    }
+    let sum = put(std::mem::offset_of!(Copy, version), &VERSION.to_le_bytes());
+    put(std::mem::offset_of!(Copy, checksum), &sum.to_le_bytes());
+}
+
+/// The checksum that a copy is to have: of its bytes, with those of the checksum itself as zeroes.
+pub(crate) fn sum_of_copy(bytes: &[u8]) -> u64 {
+    const AT: usize = std::mem::offset_of!(Copy, checksum);
+    let mut sum = Checksum::default();
+    sum.add(bytes.get(..AT).unwrap_or_default());
+    sum.add(&[0; 8]);
+    sum.add(bytes.get(AT + 8..size_of::<Copy>()).unwrap_or_default());
+    sum.0
 }
 
 fn word(bytes: &[u8], at: usize) -> u64 {
@@ -236,12 +238,11 @@ fn word32(bytes: &[u8], at: usize) -> u32 {
 pub fn checksum(bytes: &[u8]) -> u64 {
     let mut sum = Checksum::default();
     sum.add(bytes);
-    sum.finish()
+    sum.0
 }
 
 /// [`checksum`] of what comes in parts.
-#[derive(Clone, Copy, Debug)]
-pub struct Checksum(u64);
+struct Checksum(u64);
 
 impl Default for Checksum {
     fn default() -> Self {
@@ -253,7 +254,7 @@ impl Checksum {
     const PRIME: u64 = 0x100_0000_01b3;
 
     /// All parts but the last have to be of a multiple of eight bytes.
-    pub fn add(&mut self, bytes: &[u8]) {
+    fn add(&mut self, bytes: &[u8]) {
         let (words, rest) = bytes.as_chunks::<8>();
         for word in words {
             let mixed = (self.0 ^ u64::from_le_bytes(*word)).wrapping_mul(Self::PRIME);
@@ -262,11 +263,6 @@ impl Checksum {
         for byte in rest {
             self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(Self::PRIME);
         }
-    }
-
-    /// The sum.
-    pub fn finish(self) -> u64 {
-        self.0
     }
 }
 

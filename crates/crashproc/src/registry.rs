@@ -2,7 +2,7 @@
 
 use std::ffi::c_void;
 use std::fmt;
-use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicPtr, Ordering, fence};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use crate::context::Procedure;
 use crate::entry;
 use crate::record::{
     COPY, Copy, FLAG_THREADS_RUN, LOCK_MUTEX, LOCK_RWLOCK, LOCK_WORD, Lock, MAGIC, MAX_LOCKS, MAX_REGIONS,
-    MAX_STACK, MAX_TIME_LIMIT_MS, Region, SIZE, VERSION, checksum,
+    MAX_STACK, MAX_TIME_LIMIT_MS, Region, SIZE, VERSION, checksum, sum_of_copy,
 };
 
 /// How the procedure is called.
@@ -59,7 +59,6 @@ impl std::error::Error for Error {}
 
 /// The mapping; NULL before the first registration.
 static RECORD: AtomicPtr<u8> = AtomicPtr::new(std::ptr::null_mut());
-static GENERATION: AtomicU64 = AtomicU64::new(0);
 static CHANGING: Mutex<Copy> = Mutex::new(Copy::EMPTY);
 
 impl Copy {
@@ -79,12 +78,6 @@ impl Copy {
         locks: [Lock { address: 0, kind: 0, tag: 0 }; MAX_LOCKS],
         regions: [Region { address: 0, len: 0, checksum: 0 }; MAX_REGIONS],
     };
-
-    /// Whether its checksum is right.
-    fn is_whole(&self) -> bool {
-        let unsigned = Self { checksum: 0, ..*self };
-        checksum(unsigned.bytes()) == self.checksum
-    }
 
     fn bytes(&self) -> &[u8] {
         // SAFETY: plain numbers without padding: every byte has a value.
@@ -201,17 +194,18 @@ pub fn unwatch_lock(lock: *const c_void) -> Result<(), Error> {
     })
 }
 
-/// The regions of the record, as it lies in memory. Takes no lock and allocates nothing: for the crash procedure's thread, while nobody changes
-/// the record.
+/// The regions of the record, as it lies in memory. Takes no lock, allocates nothing and copies no record to the stack, which may be small: for the
+/// crash procedure's thread, while nobody changes the record.
 pub(crate) fn regions_in_place() -> impl Iterator<Item = Region> {
     let base = RECORD.load(Ordering::Acquire);
     let copies = [0, COPY].into_iter().filter_map(move |at| {
-        // SAFETY: the mapping has two copies and stays; any bytes make a `Copy`.
-        let copy = (!base.is_null()).then(|| unsafe { base.add(at).cast::<Copy>().read() })?;
-        (copy.magic == MAGIC && copy.version == VERSION && copy.is_whole()).then_some(copy)
+        // SAFETY: the mapping has two copies, each on a page of its own, and stays; any bytes make a `Copy`, and nobody changes them now.
+        let copy = (!base.is_null()).then(|| unsafe { &*base.add(at).cast::<Copy>() })?;
+        let is_whole = sum_of_copy(copy.bytes()) == copy.checksum;
+        (copy.magic == MAGIC && copy.version == VERSION && is_whole).then_some(copy)
     });
     let copy = copies.max_by_key(|copy| copy.generation);
-    copy.into_iter().flat_map(|copy| copy.regions.into_iter().take(copy.region_count as usize))
+    copy.into_iter().flat_map(|copy| copy.regions.iter().take(copy.region_count as usize)).copied()
 }
 
 /// What is registered: procedure, data, bytes of stack.
@@ -226,9 +220,8 @@ fn change(f: impl FnOnce(&mut Copy) -> Result<(), Error>) -> Result<(), Error> {
     let base = mapping()?;
     let mut next = *current;
     f(&mut next)?;
-    next.generation = GENERATION.fetch_add(1, Ordering::Relaxed) + 1;
-    next.checksum = 0;
-    next.checksum = checksum(next.bytes());
+    next.generation += 1;
+    next.checksum = sum_of_copy(next.bytes());
     let at = if next.generation.is_multiple_of(2) { 0 } else { COPY };
     // SAFETY: the mapping has two copies and is ours; who reads it does so when nobody runs.
     unsafe {

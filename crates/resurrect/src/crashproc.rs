@@ -232,9 +232,9 @@ impl Call {
         let len = PAGE_SIZE + stack + told_len.next_multiple_of(PAGE_SIZE);
         let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
         let map = [0, len, prot as u64, (flags | libc::MAP_NORESERVE) as u64, u64::MAX, 0];
-        let start = call(main, build.instruction(), "mmap", libc::SYS_mmap, map, deadline)?;
+        let start = call(build, "mmap", libc::SYS_mmap, map, deadline)?;
         let guard = [start, PAGE_SIZE, libc::PROT_NONE as u64, 0, 0, 0];
-        call(main, build.instruction(), "mprotect", libc::SYS_mprotect, guard, deadline)?;
+        call(build, "mprotect", libc::SYS_mprotect, guard, deadline)?;
         let top = start + PAGE_SIZE + stack;
         main.write(top, &context(top, snapshot, build, &told))?;
         if procedure.threads_run {
@@ -267,12 +267,7 @@ impl Call {
         let (start, len) = self.area;
         main.set_registers(&self.registers)?;
         main.set_signal_mask(self.mask)?;
-        main.call_aside(
-            build.instruction(),
-            &[("munmap", libc::SYS_munmap, [start, len, 0, 0, 0, 0])],
-            deadline,
-        )?;
-        Ok(())
+        build.call_aside(&[("munmap", libc::SYS_munmap, [start, len, 0, 0, 0, 0])], deadline).map(drop)
     }
 
     /// Whether a stop for SIGTRAP is the end of the entry: there the stack is as it was at its beginning.
@@ -285,14 +280,13 @@ impl Call {
 }
 
 fn call(
-    tracee: &Tracee,
-    instruction: u64,
+    build: &Build<'_>,
     what: &str,
     nr: i64,
     args: [u64; 6],
     deadline: Deadline,
 ) -> Result<u64, InjectError> {
-    let results = tracee.call_aside(instruction, &[(what, nr, args)], deadline)?;
+    let results = build.call_aside(&[(what, nr, args)], deadline)?;
     match results.first() {
         Some(&result) if !(-4095..0).contains(&result) => Ok(result as u64),
         result => {
@@ -524,7 +518,7 @@ pub(crate) fn restart(build: &Build<'_>, program: &[u8], deadline: Deadline) -> 
     let len = (size as u64).next_multiple_of(PAGE_SIZE);
     let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
     let map = [0, len, prot as u64, flags as u64, u64::MAX, 0];
-    let start = call(main, build.instruction(), "mmap", libc::SYS_mmap, map, deadline)?;
+    let start = call(build, "mmap", libc::SYS_mmap, map, deadline)?;
     let mut area = Layout::new(start, 0);
     let path = area.list(&[program, b"\0"].concat());
     let mut list = |texts: &[Vec<u8>]| {

@@ -10,7 +10,7 @@ use std::path::Path;
 use nix::errno::Errno;
 use snapshot::{
     Descriptor, FileId, FileKind, Inode, InodeId, MAX_DESCRIPTOR, OpenFile, PhysMem, Pid, PipeId, ProcFile,
-    Process, Reason, Snapshot, TtyId, VmaKind,
+    Process, RECENT_SECONDS, Reason, Snapshot, TtyId, VmaKind,
 };
 
 use crate::inject::{Call, call};
@@ -651,8 +651,6 @@ fn restore(
 
 /// Whether a file was changed so lately that the disk may not know its contents although they were written.
 fn is_doubtful(snapshot: &Snapshot, inode: &Inode) -> bool {
-    // Write-back begins after 30 s (vm.dirty_expire_centisecs), and what says where it went is committed some seconds later.
-    const RECENT_SECONDS: i64 = 120;
     let now = snapshot.clocks.realtime_ns / 1_000_000_000;
     !inode.lives_in_memory() && inode.mtime.sec.max(inode.ctime.sec) >= now.saturating_sub(RECENT_SECONDS)
 }

@@ -388,8 +388,7 @@ impl Tracee {
 
     /// Filters for system calls count when it has been let go, not before.
     pub(crate) fn suspend_seccomp(&self) -> Result<(), InjectError> {
-        let options = SEIZE_OPTIONS | libc::PTRACE_O_SUSPEND_SECCOMP;
-        ptrace("SETOPTIONS", libc::PTRACE_SETOPTIONS, self.tid, 0, options as u64).map(drop)
+        self.set_options(SEIZE_OPTIONS | libc::PTRACE_O_SUSPEND_SECCOMP)
     }
 
     /// Sets what is told of it (PTRACE_O_*).
@@ -400,7 +399,7 @@ impl Tracee {
     /// Lets it run under observation ([`Tracee::go_on`]), no longer to die with us.
     pub(crate) fn observe(&self) -> Result<(), InjectError> {
         let options = libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_TRACEEXEC | libc::PTRACE_O_TRACEEXIT;
-        ptrace("SETOPTIONS", libc::PTRACE_SETOPTIONS, self.tid, 0, options as u64)?;
+        self.set_options(options)?;
         self.go_on(0)
     }
 
@@ -557,7 +556,7 @@ impl Tracee {
     /// Lets the thread exit while others of its process live on.
     pub(crate) fn exit(&self, instruction: u64, deadline: Deadline) -> Result<(), InjectError> {
         let options = SEIZE_OPTIONS | libc::PTRACE_O_TRACEEXIT;
-        ptrace("SETOPTIONS", libc::PTRACE_SETOPTIONS, self.tid, 0, options as u64)?;
+        self.set_options(options)?;
         let nr = libc::SYS_exit as u64;
         let regs = Registers { rip: instruction, rax: nr, orig_rax: u64::MAX, rdi: 0, ..self.base };
         self.set_registers(&regs)?;
@@ -592,7 +591,7 @@ impl Tracee {
         let [rdi, rsi, rdx] = args;
         let nr = libc::SYS_execve as u64;
         let options = SEIZE_OPTIONS | libc::PTRACE_O_TRACEEXEC;
-        ptrace("SETOPTIONS", libc::PTRACE_SETOPTIONS, self.tid, 0, options as u64)?;
+        self.set_options(options)?;
         self.set_registers(&Registers {
             rip: instruction,
             rax: nr,

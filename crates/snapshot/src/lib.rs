@@ -60,6 +60,10 @@ pub use autofs::Autofs;
 pub use bytes::Bytes;
 pub use cgroup::Cgroup;
 pub use clock::Clocks;
+/// A file that was changed so many seconds before the panic may be clean in memory and still unknown to the disk: its journal commits every 5 s by
+/// default, but what it commits can wait for write-back before (vm.dirty_expire_centisecs: 30 s).
+pub const RECENT_SECONDS: i64 = 120;
+
 pub use crashproc::{CrashProcedure, FailedProcedure, WatchedLock};
 pub use credentials::{Capabilities, Credentials};
 pub use decision::{Decision, LiveFpu, Mode, Policy, Reason, Selector, decide, swapped_out_of_reach};
