@@ -262,15 +262,28 @@ fn judge(
     Ok(fates)
 }
 
-/// Adds to each failure what the report says of the program's process.
+/// Adds to each failure what the report says of the program's process, and of all that have not come back: a program may be several.
 fn explain(guest: &Guest, pids: &[i32], fates: &mut [Fate]) {
     let Ok(text) = fs::read_to_string(guest.dir.join("report.json")) else { return };
     let Ok(report) = serde_json::from_str::<serde_json::Value>(&text) else { return };
+    let lost: String = lost_processes(&report).iter().map(|lost| format!("; {lost}")).collect();
     for (fate, &pid) in fates.iter_mut().zip(pids) {
         if let (Some(failure), Some(word)) = (&mut fate.failure, reported_fate(&report, pid)) {
-            *failure = format!("{failure}; the report says: {word}");
+            *failure = format!("{failure}; the report says: {word}{lost}");
         }
     }
+}
+
+/// Those that were to come back and have not.
+fn lost_processes(report: &serde_json::Value) -> Vec<String> {
+    let processes = report["processes"].as_array().into_iter().flatten();
+    let lost = processes.filter(|process| process["fate"] == "given-up" || process["fate"] == "failed");
+    let tell = |process: &serde_json::Value| {
+        let pid = i32::try_from(process["pid"].as_i64()?).ok()?;
+        let comm = process["comm"].as_str().unwrap_or_default();
+        Some(format!("PID {pid} ({comm}) {}", reported_fate(report, pid)?))
+    };
+    lost.filter_map(tell).collect()
 }
 
 /// What a report says of a process: its fate and the reasons, as one text.
@@ -304,6 +317,16 @@ fn difference(expected: &[u8], found: Option<&[u8]>, alive: bool, complaints: &s
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_failure_names_every_process_that_was_lost() {
+        let report = serde_json::json!({ "processes": [
+            { "pid": 1, "comm": "sh", "fate": "resurrected", "reasons": [] },
+            { "pid": 2, "comm": "awk", "fate": "given-up", "reasons": [{ "code": "fpu", "text": "no registers" }] },
+            { "pid": 3, "comm": "cron", "fate": "not-selected", "reasons": [] },
+        ] });
+        assert_eq!(lost_processes(&report), ["PID 2 (awk) given-up: no registers"]);
+    }
 
     #[test]
     fn only_the_same_bytes_without_complaint_pass() {

@@ -1021,11 +1021,13 @@ impl<'a> Run<'a> {
         builds.sort_by_key(|build| !matches!(build.process.state, ProcessState::Stopped { .. }));
         let has_procedure = |build: &Build<'_>| build.process.crash_procedure.is_some();
         let (with_procedure, builds): (Vec<_>, Vec<_>) = builds.into_iter().partition(has_procedure);
+        let hurry = Hurry::begin();
         for build in builds {
             let released = build.release();
             back.extend(self.note_release(build, released));
         }
         families.begin();
+        drop(hurry);
         self.step(Step::Released);
         for p in back.drain(..) {
             self.progress.step(Step::Back { pid: p.pid, comm: &p.comm });
@@ -1124,6 +1126,29 @@ impl<'a> Run<'a> {
             .map(|p| Outcome { pid: p.pid, comm: p.comm.clone(), fate: fate(p.pid) })
             .collect();
         report
+    }
+}
+
+/// Whoever is released runs, and there is one CPU: those who are released last would come late, and their timeouts with them.
+struct Hurry {
+    nice: Option<i32>,
+}
+
+impl Hurry {
+    const NICE: i32 = -20;
+
+    fn begin() -> Self {
+        let nice = rustix::process::getpriority_process(None).ok();
+        // Without it, it takes longer.
+        Self { nice: nice.filter(|_| rustix::process::setpriority_process(None, Self::NICE).is_ok()) }
+    }
+}
+
+impl Drop for Hurry {
+    fn drop(&mut self) {
+        if let Some(nice) = self.nice {
+            _ = rustix::process::setpriority_process(None, nice);
+        }
     }
 }
 

@@ -328,7 +328,9 @@ fn judge_memory(
         let text = format!("it shares its memory with PID {} (CLONE_VM)", sharers.join(", "));
         reasons.push(Reason::new("shared-memory", text));
     }
-    if mm.write_locked {
+    // Who is executed anew leaves it all behind.
+    let is_executing = process.threads.iter().any(|t| matches!(t.resume, Resume::Exec(_)));
+    if mm.write_locked && !is_executing {
         let text = "its memory map was being changed when the kernel died (mmap_lock held for writing)";
         reasons.push(Reason::new("memory-locked", text));
     }
@@ -801,6 +803,16 @@ mod tests {
             reasons(|s| s.address_spaces.get_mut(&AddressSpaceId(500)).unwrap().write_locked = true),
             ["memory-locked"]
         );
+        let executing = |s: &mut Snapshot| {
+            s.address_spaces.get_mut(&AddressSpaceId(500)).unwrap().write_locked = true;
+            s.processes[0].threads[0].resume = Resume::Exec(Exec {
+                filename: "/bin/true".into(),
+                file: FileId(1),
+                argv: vec![],
+                envp: vec![],
+            });
+        };
+        assert!(reasons(executing).is_empty(), "what it had is not needed");
         assert_eq!(
             reasons(|s| with_vma(s, VmaKind::Unsupported { what: "hugetlb".into() }, vec![], 0)),
             ["mapping"]

@@ -19,6 +19,7 @@ const MAX_COUNT: i32 = 1 << 20;
 #[derive(KernelType)]
 #[kernel("linux_binprm")]
 pub(super) struct Binprm {
+    vma: u64,
     mm: u64,
     p: u64,
     pub(super) point_of_no_return: bool,
@@ -28,7 +29,15 @@ pub(super) struct Binprm {
     filename: u64,
     interp: u64,
     fdpath: u64,
+    exec: u64,
     interp_flags: u32,
+}
+
+/// The new program's stack.
+#[derive(KernelType)]
+#[kernel("vm_area_struct")]
+struct Vma {
+    vm_end: u64,
 }
 
 #[derive(KernelType)]
@@ -79,14 +88,16 @@ pub(super) fn program(kernel: &Kernel, bprm: &Binprm, mm: u64) -> Result<Exec, &
     }
     // From setup_arg_pages() on, `p` goes further down.
     let start = if space.arg_start != 0 { space.arg_start } else { bprm.p };
+    let filename = path(kernel, bprm.filename).ok_or(unreadable)?;
+    let stack: Vma = kernel.read(bprm.vma).map_err(|_| unreadable)?;
+    let still = still_to_move(stack.vm_end, bprm.exec, filename.len(), start).ok_or(unreadable)?;
     let tables = kernel.page_tables(space.pgd).map_err(|_| unreadable)?;
-    let read = |addr, buf: &mut [u8]| {
-        let phys = tables.translate(addr).ok()?;
+    let read = |addr: u64, buf: &mut [u8]| {
+        let phys = tables.translate(addr).or_else(|_| tables.translate(addr.wrapping_add(still))).ok()?;
         kernel.vmcore().read_phys(phys, buf).ok()
     };
     let count = (bprm.argc + bprm.envc) as usize + 1;
     let mut strings = strings(start, count, read).ok_or(unreadable)?;
-    let filename = path(kernel, bprm.filename).ok_or(unreadable)?;
     let interp = path(kernel, bprm.interp).ok_or(unreadable)?;
     if strings.pop().as_deref() != Some(filename.as_slice()) {
         return Err("its arguments are not where they should be");
@@ -107,6 +118,18 @@ pub(super) fn program(kernel: &Kernel, bprm: &Binprm, mm: u64) -> Result<Exec, &
         argv: bytes(arguments),
         envp: bytes(environment),
     })
+}
+
+/// How far down the stack's pages, or some of them, have still to be moved: shift_arg_pages() (6.1), relocate_vma_down() (6.12), whose callers
+/// have changed all addresses before. The path lies at the stack's very end, below one word (__bprm_mm_init()); its address, `exec`, says
+/// where that end is to be, and `end` is where it is. `None` if the places overlap: which page is which could not be told.
+fn still_to_move(end: u64, exec: u64, path_len: usize, start: u64) -> Option<u64> {
+    let new_end = exec.checked_add(path_len as u64 + 1 + size_of::<u64>() as u64)?;
+    let distance = end.checked_sub(new_end)?;
+    let is_whole = distance.is_multiple_of(vmcore::PAGE_SIZE);
+    let overlap =
+        distance != 0 && distance < new_end.saturating_sub(start).next_multiple_of(vmcore::PAGE_SIZE);
+    (is_whole && !overlap).then_some(distance)
 }
 
 /// `count` strings one behind the other from `start` on; `read` does not cross pages.
@@ -155,5 +178,18 @@ mod tests {
         }
         assert_eq!(strings(0x7000, 6, memory(0x7000, text)), None, "it ends");
         assert_eq!(strings(0x7000, 1, |_, _| None), None);
+    }
+
+    #[test]
+    fn a_stack_that_is_being_moved_is_found_where_it_was() {
+        let (end, path) = (0x7fff_f000_u64, b"/bin/sh");
+        let exec = |end: u64| end - 8 - 8;
+        assert_eq!(still_to_move(end, exec(end), path.len(), end - 0x1800), Some(0), "in its place");
+        let new = end - 0x10_0000;
+        assert_eq!(still_to_move(end, exec(new), path.len(), new - 0x1800), Some(0x10_0000));
+        let near = end - 0x1000;
+        assert_eq!(still_to_move(end, exec(near), path.len(), near - 0x1800), None, "they overlap");
+        assert_eq!(still_to_move(end, exec(new) + 1, path.len(), new - 0x1800), None, "no whole pages");
+        assert_eq!(still_to_move(new, exec(end), path.len(), end - 0x1800), None, "upwards");
     }
 }
