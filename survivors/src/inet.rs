@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
 use nix::libc;
+use rustix::event::{PollFd, PollFlags, Timespec};
 
 use crate::Stage;
 use crate::child::Child;
@@ -122,6 +123,10 @@ pub fn reuse_port(stage: &mut Stage) -> Result<()> {
     let mut heard = [0; 3];
     for _ in 0..200 {
         UdpSocket::bind("127.0.0.1:0")?.send_to(b"x", address)?;
+        // On a busy machine it takes its time, even from here to here.
+        let mut any = [&first, &second, &third].map(|socket| PollFd::new(socket, PollFlags::IN));
+        let patience = Timespec { tv_sec: 60, tv_nsec: 0 };
+        ensure!(rustix::event::poll(&mut any, Some(&patience))? > 0, "nobody got a datagram");
         for (socket, heard) in [&first, &second, &third].iter().zip(&mut heard) {
             *heard += u32::from(socket.recv(&mut [0; 8]).is_ok());
         }
