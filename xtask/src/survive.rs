@@ -28,6 +28,11 @@ const EMPTY_SWAP_CACHE: &str = "for i in $(seq 100); do
     [ $(awk '/^SwapCached:/ { print $2 }' /proc/meminfo) -lt 512 ] && exit 0
     echo 4M > /sys/fs/cgroup/memory.reclaim || true
 done; grep Swap /proc/meminfo; exit 1";
+/// The survivor with the names and contents that the disk has not heard of.
+const FILES: &str = "files";
+/// Nothing reaches the disk but what is synced.
+const HOLD_WRITE_BACK: &str = "sysctl -q vm.dirty_writeback_centisecs=0 vm.dirty_expire_centisecs=360000 &&
+    mount -o remount,commit=600 /";
 /// Codes of losses that all survivors have alike and none looks at.
 const OF_ALL: &[&str] = &["cgroup", "crash-procedure"];
 /// The panic comes within so many microseconds after all are ready.
@@ -79,6 +84,7 @@ impl Survivors {
     /// Runs it and counts.
     pub fn count(self, global: &Global) -> Result<Tally> {
         let chosen = choose(&self.names)?;
+        let only_files = matches!(chosen[..], [only] if only.name == FILES);
         let lab = global.lab()?;
         let seed = self.seed.unwrap_or_else(|| fastrand::u64(..1_000_000));
         let mut draw = fastrand::Rng::with_seed(seed);
@@ -92,11 +98,33 @@ impl Survivors {
                 ui::line(format!("kernel {series}, panic {n} of {}, seed {seed}", self.crashes));
                 let crashed = self.once(&lab, &armed, &format!("survivors-{series}-{n}"), &chosen, &mut draw);
                 let rows = crashed.with_context(|| format!("survivors on kernel {series}"))?;
+                if only_files {
+                    tally.add(self.cases(&rows)?);
+                    continue;
+                }
                 tally.passed += rows.iter().filter(|row| row.good).count();
                 tally.failed += rows.iter().filter(|row| !row.good).count();
             }
         }
         Ok(tally)
+    }
+
+    /// The cases of the survivor of files, each for itself.
+    fn cases(&self, rows: &[Row]) -> Result<Tally> {
+        let expected = if self.damage { "fail " } else { "pass " };
+        let mut tally = Tally::default();
+        for line in rows.iter().flat_map(|row| row.cases.lines()) {
+            match line.starts_with(expected) {
+                true => tally.passed += 1,
+                false => {
+                    tally.failed += 1;
+                    ui::failure(format!("! {line}"));
+                }
+            }
+        }
+        // None at all: it did not come back.
+        let bad = rows.iter().filter(|row| !row.good && row.cases.is_empty()).count();
+        Ok(Tally { failed: tally.failed + bad, ..tally })
     }
 
     fn once(
@@ -109,6 +137,9 @@ impl Survivors {
     ) -> Result<Vec<Row>> {
         let mut guest = lab.start(armed, name)?;
         guest::seed(&mut guest, draw.u64(..))?;
+        if matches!(chosen, [only] if only.name == FILES) {
+            guest.agent.shell(HOLD_WRITE_BACK, READY_DEADLINE).context("holding write-back off")?;
+        }
         ui::note(&format!("starting {} survivors", chosen.len()));
         let mut pids = BTreeMap::new();
         // Before there is anything else that could go with it.
@@ -135,7 +166,13 @@ impl Survivors {
                 let line = verdict(&mut guest, survivor);
                 let claim =
                     pids.get(survivor.name).and_then(|pid| fates.get(pid)).cloned().unwrap_or_default();
-                Row::judge(survivor, &line, &claim, self.damage)
+                let mut row = Row::judge(survivor, &line, &claim, self.damage);
+                if survivor.name == FILES {
+                    let path = format!("{}/{FILES}.d/cases", directory(true));
+                    row.cases = String::from_utf8_lossy(&guest.agent.read_file(path).unwrap_or_default())
+                        .into_owned();
+                }
+                row
             })
             .collect::<Vec<_>>();
         tell(&rows);
@@ -313,6 +350,8 @@ struct Row {
     got: String,
     reason: String,
     good: bool,
+    /// What it says of each of its cases, a line each.
+    cases: String,
 }
 
 impl Row {
@@ -349,7 +388,8 @@ impl Row {
         let notable = claim.reasons.iter().filter(|(code, _)| !OF_ALL.contains(&code.as_str()));
         let losses = || notable.map(|(_, text)| text.as_str()).collect::<Vec<_>>().join("; ");
         let reason = if good { losses() } else { words.join("; ") };
-        Self { name: survivor.name, kind: survivor.kind, expected, got: got.to_owned(), reason, good }
+        let cases = String::new();
+        Self { name: survivor.name, kind: survivor.kind, expected, got: got.to_owned(), reason, good, cases }
     }
 }
 

@@ -37,6 +37,7 @@ struct InodeStruct {
     i_sb: u64,
     i_mapping: u64,
     i_ino: u64,
+    i_generation: u32,
     i_nlink: u32,
     i_rdev: u32,
     i_size: u64,
@@ -104,6 +105,7 @@ impl Autopsy<'_> {
         };
         let mut inode = Inode {
             ino: raw.i_ino,
+            generation: raw.i_generation,
             dev_major,
             dev_minor,
             fs_type: facts.fs_type.clone(),

@@ -35,6 +35,7 @@ mod ipc;
 mod lock;
 mod memfd;
 mod memory;
+mod names;
 mod namespace;
 mod netlink;
 mod panic;
@@ -180,7 +181,7 @@ impl<'k> Autopsy<'k> {
         let everywhere: Vec<&Mount> =
             mounts.iter().chain(mount_namespaces.values().flat_map(|ns| &ns.mounts)).collect();
         let tmpfs = self.tmpfs(&everywhere);
-        let unwritten = self.unwritten_files(&mounts, clocks.realtime_ns / 1_000_000_000);
+        let (unwritten, names) = self.unwritten_files(&mounts, clocks.realtime_ns / 1_000_000_000);
         Ok(Snapshot {
             format: snapshot::FORMAT,
             kernel,
@@ -200,6 +201,7 @@ impl<'k> Autopsy<'k> {
             dead_files: BTreeSet::new(),
             inodes: self.inodes.take(),
             unwritten,
+            names,
             pipes: self.pipes.take(),
             locks: self.locks.take().into_values().flatten().collect(),
             ttys: self.ttys.take(),

@@ -134,7 +134,7 @@ impl Autopsy<'_> {
     }
 
     /// The names in a directory, as dentries.
-    fn children(&self, directory: u64) -> Result<Vec<u64>> {
+    pub(crate) fn children(&self, directory: u64) -> Result<Vec<u64>> {
         // A list until 6.7.
         if self.kernel.has_member("dentry", "d_subdirs") {
             let head = directory.wrapping_add(self.kernel.offset_of("dentry", "d_subdirs")?);
@@ -173,8 +173,8 @@ impl Autopsy<'_> {
         Ok(Some(TmpfsEntry { path: Bytes(path), inode: InodeId(dentry.d_inode), kind }))
     }
 
-    /// Where a symbolic link of a file system in memory leads: beside the inode if it is short, else on a page.
-    fn symlink_target(&self, inode: u64) -> Result<Bytes> {
+    /// Where a symbolic link leads whose inode is in the table: beside the inode if it is short, else on a page.
+    pub(crate) fn symlink_target(&self, inode: u64) -> Result<Bytes> {
         let link: Links = self.kernel.read(inode)?;
         if link.i_link != 0 {
             return Ok(Bytes(self.kernel.read_cstr(link.i_link, MAX_TARGET as usize)?));

@@ -1,16 +1,16 @@
 //! Files of which the disk may not have the last state, open or not: every super block's list of inodes, s_inodes (fs/inode.c,
 //! include/linux/fs.h; 6.1 and 6.12).
 //!
-//! A program that goes on may open again what it had written and closed before. Found here are regular files and directories that have
-//! a name; renames, removals and links are not.
+//! A program that goes on may open again what it had written and closed before. Found here are contents; `names` finds the names.
 
 use ktypes::KernelType;
-use snapshot::{Bytes, InodeId, Mount, RECENT_SECONDS, Severity};
+use snapshot::{Bytes, DiskNames, InodeId, Mount, RECENT_SECONDS, Severity};
 
 use crate::Autopsy;
 use crate::error::Result;
 use crate::fs::device;
 use crate::inode::{S_IFDIR, S_IFREG};
+use crate::names::Gathered;
 
 /// Inodes in memory of one file system.
 const MAX_INODES: usize = 1 << 24;
@@ -43,19 +43,26 @@ struct Candidate {
 }
 
 impl Autopsy<'_> {
-    /// Puts the files of all writable disk file systems whose state may not be on the disk into the table of inodes, and names them.
+    /// Puts the files of all writable disk file systems whose state may not be on the disk into the table of inodes, and tells which they
+    /// are: regular files and directories that have a name, and all names that were changed.
     ///
     /// `now_s`: the dead machine's wall clock, seconds. What cannot be read becomes a finding.
-    pub(crate) fn unwritten_files(&self, mounts: &[Mount], now_s: i64) -> Vec<InodeId> {
-        let mut found = Vec::new();
-        if let Err(error) = self.all_super_blocks(mounts, now_s, &mut found) {
+    pub(crate) fn unwritten_files(&self, mounts: &[Mount], now_s: i64) -> (Vec<InodeId>, Vec<DiskNames>) {
+        let (mut found, mut names) = (Vec::new(), Vec::new());
+        if let Err(error) = self.all_super_blocks(mounts, now_s, &mut found, &mut names) {
             let text = format!("not all files that the disk does not have yet could be found: {error}");
             self.find(Severity::Loss, "writeback", text);
         }
-        found
+        (found, names)
     }
 
-    fn all_super_blocks(&self, mounts: &[Mount], now_s: i64, found: &mut Vec<InodeId>) -> Result<()> {
+    fn all_super_blocks(
+        &self,
+        mounts: &[Mount],
+        now_s: i64,
+        found: &mut Vec<InodeId>,
+        names: &mut Vec<DiskNames>,
+    ) -> Result<()> {
         for addr in self.super_blocks()? {
             let sb: SuperBlockInodes = self.kernel.read(addr)?;
             let is_root_of =
@@ -64,7 +71,10 @@ impl Autopsy<'_> {
                 continue;
             }
             if let Some(mount) = mounts.iter().find(is_root_of) {
-                self.inodes_of(&sb, mount, now_s, found)?;
+                let mut gathered = Gathered::new(self, mount);
+                let whole = self.inodes_of(&sb, mount, now_s, found, &mut gathered);
+                names.push(gathered.finish());
+                whole?;
             }
         }
         Ok(())
@@ -76,12 +86,20 @@ impl Autopsy<'_> {
         mount: &Mount,
         now_s: i64,
         found: &mut Vec<InodeId>,
+        names: &mut Gathered<'_, '_>,
     ) -> Result<()> {
         let to_list = self.kernel.offset_of("inode", "i_sb_list")?;
         for node in self.kernel.list_head(sb.s_inodes, MAX_INODES) {
             let addr = node?.wrapping_sub(to_list);
             let inode: Candidate = self.kernel.read(addr)?;
             let recent = inode.mtime.max(inode.ctime) >= now_s.saturating_sub(RECENT_SECONDS);
+            if recent && let Err(error) = names.add(addr) {
+                let text = format!(
+                    "the names of inode {} of {} may be other ones on the disk: {error}",
+                    inode.i_ino, mount.source
+                );
+                self.find(Severity::Loss, "names", text);
+            }
             let concerned = match u32::from(inode.i_mode) & 0o170_000 {
                 _ if inode.i_nlink == 0 => false,
                 S_IFREG => recent || self.has_dirty_pages(inode.i_mapping),
@@ -132,7 +150,8 @@ impl Autopsy<'_> {
     }
 }
 
-fn join(mountpoint: &Bytes, path: &Bytes) -> Bytes {
+/// A path in a file system, from the root of the machine.
+pub(crate) fn join(mountpoint: &Bytes, path: &Bytes) -> Bytes {
     let at = mountpoint.as_bytes().strip_suffix(b"/").unwrap_or(mountpoint.as_bytes());
     Bytes([at, path.as_bytes()].concat())
 }

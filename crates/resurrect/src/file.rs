@@ -14,6 +14,7 @@ use snapshot::{
 };
 
 use crate::inject::{Call, call};
+use crate::names::{self, Reconciled};
 use crate::namespace::Namespaces;
 use crate::{
     FileStale, FileWritten, autofs, clock, dead, epoll, eventfd, inet, inotify, memfd, netlink, page_cache,
@@ -31,11 +32,16 @@ const CREATION_FLAGS: i32 = libc::O_CREAT
 const STATUS_FLAGS: i32 =
     libc::O_APPEND | libc::O_NONBLOCK | libc::O_DIRECT | libc::O_NOATIME | libc::O_ASYNC;
 
+/// What has become of files and directories that had changed.
+pub(crate) type WrittenBack = BTreeMap<InodeId, Result<page_cache::Restored, String>>;
+/// Files that have lost their names lately, open.
+pub(crate) type Held = BTreeMap<InodeId, File>;
+
 /// What is made before files are opened.
 #[derive(Default)]
 pub(crate) struct Prepared {
-    /// Files and directories that have been brought up to date.
-    pub(crate) inodes: BTreeMap<InodeId, Result<page_cache::Restored, String>>,
+    pub(crate) inodes: WrittenBack,
+    pub(crate) held: Held,
     /// Where files of other mount namespaces are.
     pub(crate) namespaces: Namespaces,
     /// Pipes that have been made already.
@@ -63,7 +69,7 @@ pub(crate) struct Files {
     pipes: BTreeMap<PipeId, Result<pipe::Opened, String>>,
     ttys: BTreeMap<TtyId, Result<tty::Restored, String>>,
     ptys: pty::Pairs,
-    inodes: BTreeMap<InodeId, Result<page_cache::Restored, String>>,
+    inodes: WrittenBack,
     /// Files without a name, each made once.
     unnamed: BTreeMap<InodeId, Result<File, Reason>>,
     /// What is different for whoever has a file.
@@ -128,8 +134,9 @@ impl Files {
         prepared: Prepared,
     ) -> Self {
         let ids = with_held(snapshot, processes.iter().flat_map(|p| needed(snapshot, p)).map(|(id, _)| id));
-        let Prepared { inodes, namespaces, pipes, with_dead } = prepared;
-        let mut files = Self { base, inodes, namespaces, pipes, with_dead, ..Self::default() };
+        let Prepared { inodes, held, namespaces, pipes, with_dead } = prepared;
+        let unnamed = held.into_iter().map(|(id, file)| (id, Ok(file))).collect();
+        let mut files = Self { base, inodes, unnamed, namespaces, pipes, with_dead, ..Self::default() };
         files.ptys = pty::Pairs::make(snapshot, &terminals(snapshot, &ids, processes), files.base);
         for id in ids {
             let opened = match snapshot.files.get(&id) {
@@ -622,16 +629,26 @@ fn is_late(file: &OpenFile) -> bool {
     }
 }
 
-/// Brings all files up to date that the dead kernel had not written, whoever may open them.
-pub(crate) fn write_back(
-    snapshot: &Snapshot,
-    mem: &dyn PhysMem,
-) -> BTreeMap<InodeId, Result<page_cache::Restored, String>> {
-    let inodes = snapshot.unwritten.iter().filter_map(|id| Some((*id, snapshot.inodes.get(id)?)));
-    let mut inodes: Vec<_> = inodes.collect();
+/// Brings all files and names up to date that the dead kernel had not written, whoever may open them. Descriptors are `base` or higher.
+pub(crate) fn write_back(snapshot: &Snapshot, mem: &dyn PhysMem, base: RawFd) -> Reconciled {
+    let mut all = Reconciled::default();
+    for names in snapshot.names.iter().filter(|names| is_mount_point(names.mountpoint.as_path())) {
+        let Some(done) = names::reconcile(snapshot, names, mem, base) else { continue };
+        all.inodes.extend(done.inodes);
+        all.held.extend(done.held);
+        all.stale.extend(done.stale);
+        all.put += done.put;
+        all.removed += done.removed;
+    }
+    // Those of file systems whose inodes do not last.
+    let inodes = snapshot.unwritten.iter().filter(|id| !all.inodes.contains_key(id));
+    let mut inodes: Vec<_> = inodes.filter_map(|id| Some((*id, snapshot.inodes.get(id)?))).collect();
     // Directories before what is in them.
     inodes.sort_by(|(_, a), (_, b)| a.path.cmp(&b.path));
-    inodes.into_iter().map(|(id, inode)| (id, restore(snapshot, inode.path.as_path(), inode, mem))).collect()
+    for (id, inode) in inodes {
+        all.inodes.insert(id, restore(snapshot, inode.path.as_path(), inode, mem));
+    }
+    all
 }
 
 /// Brings one file up to date, unless its file system is not there: then the name would lead to another one.
@@ -650,7 +667,7 @@ fn restore(
 }
 
 /// Whether a file was changed so lately that the disk may not know its contents although they were written.
-fn is_doubtful(snapshot: &Snapshot, inode: &Inode) -> bool {
+pub(crate) fn is_doubtful(snapshot: &Snapshot, inode: &Inode) -> bool {
     let now = snapshot.clocks.realtime_ns / 1_000_000_000;
     !inode.lives_in_memory() && inode.mtime.sec.max(inode.ctime.sec) >= now.saturating_sub(RECENT_SECONDS)
 }

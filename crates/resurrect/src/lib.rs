@@ -44,6 +44,7 @@ mod eventfd;
 mod exec;
 mod file;
 mod first;
+mod handle;
 mod hugetlb;
 mod inet;
 mod inject;
@@ -53,6 +54,7 @@ mod lock;
 mod memfd;
 mod memory;
 mod mount;
+mod names;
 mod namespace;
 mod netlink;
 pub mod page_cache;
@@ -222,6 +224,12 @@ pub struct Report {
     /// Files of which the disk has an older state than the dead kernel had, or none.
     #[serde(default)]
     pub files_stale: Vec<FileStale>,
+    /// Names on disk file systems that the disk did not have, or had for something else.
+    #[serde(default)]
+    pub names_put: u64,
+    /// Names that the disk had and that were no more.
+    #[serde(default)]
+    pub names_removed: u64,
     /// Files of file systems in memory, and mount points of automounters, that are not there again.
     #[serde(default)]
     pub places_lost: Vec<FileStale>,
@@ -424,7 +432,7 @@ impl<'a> Run<'a> {
         let mut files = Files::open(self.snapshot, &processes, &mem, base, prepared);
         self.refuse_files(&mut wanted, &files);
         self.report.files_written = files.written(self.snapshot);
-        self.report.files_stale = files.stale(self.snapshot);
+        self.report.files_stale.extend(files.stale(self.snapshot));
         let mut reverse = ReverseMap::default();
         let shared =
             shared_memory::Objects::make(self.snapshot, &self.processes(&wanted), files.base, &mut reverse);
@@ -540,7 +548,8 @@ impl<'a> Run<'a> {
     fn prepare_places(&mut self, wanted: &mut BTreeSet<Pid>, mem: &dyn PhysMem, base: i32) -> Prepared {
         let processes = self.processes(wanted);
         if processes.is_empty() {
-            return Prepared { inodes: file::write_back(self.snapshot, mem), ..Prepared::default() };
+            let (inodes, _) = self.write_back(mem, base);
+            return Prepared { inodes, ..Prepared::default() };
         }
         for (group, why) in cgroup::make_all(self.snapshot, &processes) {
             for p in processes.iter().filter(|p| p.cgroup.as_path().starts_with(group.as_path())) {
@@ -554,7 +563,7 @@ impl<'a> Run<'a> {
         let (pipes, failed) = autofs::mount_all(self.snapshot, &processes, mem, base);
         self.report.places_lost.extend(failed);
         // Before the namespaces: what is mounted there may be mounted on directories that the disk does not have yet.
-        let inodes = file::write_back(self.snapshot, mem);
+        let (inodes, held) = self.write_back(mem, base);
         let namespaces = Namespaces::make(self.snapshot, &processes, mem, base);
         for p in processes {
             match namespaces.failure(p) {
@@ -562,7 +571,16 @@ impl<'a> Run<'a> {
                 None => self.losses.entry(p.pid).or_default().extend(namespaces.losses(p)),
             }
         }
-        Prepared { inodes, namespaces, pipes, with_dead: self.options.whole_machine }
+        Prepared { inodes, held, namespaces, pipes, with_dead: self.options.whole_machine }
+    }
+
+    /// What the disk does not have yet; what it has of files that have lost their names.
+    fn write_back(&mut self, mem: &dyn PhysMem, base: i32) -> (file::WrittenBack, file::Held) {
+        let names::Reconciled { inodes, held, stale, put, removed } =
+            file::write_back(self.snapshot, mem, base);
+        self.report.files_stale.extend(stale);
+        (self.report.names_put, self.report.names_removed) = (put, removed);
+        (inodes, held)
     }
 
     /// Locks of open files that their processes have not taken themselves.

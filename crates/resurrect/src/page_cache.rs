@@ -5,11 +5,12 @@
 
 use std::fs::{DirBuilder, File, Metadata, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, fchown};
 use std::path::Path;
 
 use memmap2::MmapOptions;
+use rustix::fs::{AtFlags, Gid, Uid};
 use snapshot::{Inode, PAGE_SIZE, PageCacheRun, PhysMem, PhysMemError};
 
 /// Bytes that are compared at a time.
@@ -151,6 +152,23 @@ pub fn restore(
     };
     done.written = fill(&file, path, inode, all, mem)?;
     Ok(done)
+}
+
+/// Makes a regular file that the disk never saw under a name of the caller's, with all it held.
+///
+/// # Errors
+/// As [`restore`]; nothing is left of it then.
+pub(crate) fn make(path: &Path, inode: &Inode, mem: &dyn PhysMem) -> Result<Restored, PageCacheError> {
+    require_all_pages(inode.path.as_path(), inode)?;
+    let io = |what| move |source| PageCacheError::Io { what, path: inode.path.to_string(), source };
+    let file = create(path, inode).map_err(io("create"))?;
+    match fill(&file, inode.path.as_path(), inode, true, mem) {
+        Ok(written) => Ok(Restored { created: true, written, resized: false }),
+        Err(error) => {
+            _ = std::fs::remove_file(path);
+            Err(error)
+        }
+    }
 }
 
 /// Whether the disk has other contents than the page cache, where that is clean.
@@ -346,6 +364,35 @@ fn refuse_links(path: &Path) -> Result<(), PageCacheError> {
         return Err(PageCacheError::Redirected { path: path.display().to_string() });
     }
     Ok(())
+}
+
+/// Gives an inode of any type, open as by O_PATH, the owner, permission bits and times that it had; whether something was different.
+pub(crate) fn set_attributes(fd: BorrowedFd<'_>, inode: &Inode) -> io::Result<bool> {
+    let empty = AtFlags::EMPTY_PATH;
+    let now = rustix::fs::statat(fd, "", empty)?;
+    let is_owned = now.st_uid == inode.uid && now.st_gid == inode.gid;
+    let is_link = now.st_mode & libc::S_IFMT == libc::S_IFLNK;
+    if !is_owned {
+        let owner = (Uid::from_raw(inode.uid), Gid::from_raw(inode.gid));
+        rustix::fs::chownat(fd, "", Some(owner.0), Some(owner.1), empty)?;
+    }
+    // After the owner: chown clears set-id bits.
+    let has_mode = now.st_mode & 0o7777 == inode.mode & 0o7777;
+    if !(is_link || has_mode && is_owned) {
+        let permissions = std::os::unix::fs::PermissionsExt::from_mode(inode.mode & 0o7777);
+        std::fs::set_permissions(crate::handle::path_of(&fd), permissions)?;
+    }
+    let stamp = |t: snapshot::Timestamp| rustix::fs::Timespec { tv_sec: t.sec, tv_nsec: t.nsec.into() };
+    let same =
+        |t: snapshot::Timestamp, sec, nsec: u64| t.sec == sec && (nsec == 0 || u64::from(t.nsec) == nsec);
+    let has_times = same(inode.mtime, now.st_mtime, now.st_mtime_nsec)
+        && same(inode.atime, now.st_atime, now.st_atime_nsec);
+    if !has_times {
+        let times =
+            rustix::fs::Timestamps { last_access: stamp(inode.atime), last_modification: stamp(inode.mtime) };
+        rustix::fs::utimensat(fd, "", &times, empty)?;
+    }
+    Ok(!is_owned || !has_mode && !is_link || !has_times)
 }
 
 fn create_directory(path: &Path, inode: &Inode) -> io::Result<()> {

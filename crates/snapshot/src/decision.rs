@@ -402,11 +402,21 @@ fn obstacle_without_name(snapshot: &Snapshot, file: &OpenFile) -> Option<String>
     }
     match &file.kind {
         FileKind::Regular | FileKind::Memfd { .. } => match snapshot.inodes.get(&file.inode) {
+            // The disk may not have heard of it, and still have all.
+            Some(inode) if lost_its_name_lately(snapshot, inode) => None,
             Some(inode) => inode.obstacle_without_name(),
             None => Some("its inode could not be read".into()),
         },
         _ => Some("it had been deleted: not brought back by this version".into()),
     }
+}
+
+/// Whether the last name of an inode was removed so lately that the disk may have it still.
+fn lost_its_name_lately(snapshot: &Snapshot, inode: &crate::Inode) -> bool {
+    let now = snapshot.clocks.realtime_ns / 1_000_000_000;
+    inode.nlink == 0
+        && !inode.lives_in_memory()
+        && inode.ctime.sec >= now.saturating_sub(crate::RECENT_SECONDS)
 }
 
 /// Whether all but one of those who share an address space do so as the vfork children of another of them.

@@ -137,6 +137,9 @@ pub enum FileKind {
 pub struct Inode {
     /// Inode number.
     pub ino: u64,
+    /// Which of the inodes that have had this number one after the other (`i_generation`).
+    #[serde(default)]
+    pub generation: u32,
     /// Device of the file system (`st_dev`).
     pub dev_major: u32,
     #[allow(missing_docs)]

@@ -32,6 +32,7 @@ mod inotify;
 mod ipc;
 mod lock;
 mod memory;
+mod names;
 mod namespace;
 mod netlink;
 mod panic;
@@ -79,6 +80,7 @@ pub use inotify::{Inotify, MAX_WATCH_DESCRIPTOR, Watch};
 pub use ipc::{Ipc, IpcPerm, Message, MsgQueue, SemArray, SemUndo, ShmSegment};
 pub use lock::{Lock, LockKind, LockOwner};
 pub use memory::{AddressSpace, AddressSpaceId, MmLayout, PageRun, Prot, Vma, VmaFlags, VmaKind};
+pub use names::{DirectoryNames, DiskNames, Link, Name, NamedInode};
 pub use namespace::{MountNamespace, NamespaceId, UtsNamespace};
 pub use netlink::NetlinkSocket;
 pub use panic::{Frame, Kernel, LogRecord, Panic, vdso_fingerprint};
@@ -162,6 +164,9 @@ pub struct Snapshot {
     /// Regular files with a name, open or not, of which the disk may not have the last state.
     #[serde(default)]
     pub unwritten: Vec<InodeId>,
+    /// Names that the disks may not know.
+    #[serde(default)]
+    pub names: Vec<DiskNames>,
     /// Filters for system calls.
     #[serde(default)]
     pub seccomp_filters: BTreeMap<SeccompFilterId, SeccompFilter>,

@@ -1,0 +1,159 @@
+//! Names on disk file systems that were changed lately: the dentries of directories (d_subdirs or d_children, d_alias of
+//! include/linux/dcache.h; __d_move(), d_delete(), fs/dcache.c; 6.1 and 6.12).
+//!
+//! Who makes, links or renames a file changes its ctime and that of the directory. Its dentry then is in memory and says what is; a
+//! negative one says that there is nothing. Of a name that something was renamed *from* no dentry remains: that one is recognised by the
+//! inode, all of whose names are known and are other ones.
+
+use ktypes::KernelType;
+use snapshot::{Bytes, DirectoryNames, DiskNames, InodeId, Link, Mount, Name, NamedInode, TmpfsKind};
+
+use crate::Autopsy;
+use crate::error::{Result, corrupt};
+use crate::fs::{Dentry, device};
+use crate::inode::{S_IFDIR, S_IFLNK, S_IFREG};
+use crate::writeback::join;
+
+/// Names of one inode: more than any file system lets it have.
+const MAX_LINKS: usize = 1 << 17;
+/// Names in one directory, and inodes of one file system, that were changed lately.
+const MAX_NAMES: usize = 1 << 20;
+
+#[derive(KernelType)]
+#[kernel("inode")]
+struct Aliases {
+    i_ino: u64,
+    #[kernel(address)]
+    i_dentry: u64,
+}
+
+/// A directory that was changed lately.
+struct Directory {
+    inode: InodeId,
+    dentry: u64,
+    path: Bytes,
+}
+
+/// What is found on one file system.
+pub(crate) struct Gathered<'a, 'k> {
+    autopsy: &'a Autopsy<'k>,
+    mount: &'a Mount,
+    names: DiskNames,
+    directories: Vec<Directory>,
+}
+
+impl<'a, 'k> Gathered<'a, 'k> {
+    pub(crate) fn new(autopsy: &'a Autopsy<'k>, mount: &'a Mount) -> Self {
+        let names = DiskNames {
+            mountpoint: mount.mountpoint.clone(),
+            dev_major: mount.dev_major,
+            dev_minor: mount.dev_minor,
+            ..DiskNames::default()
+        };
+        Self { autopsy, mount, names, directories: Vec::new() }
+    }
+
+    /// Takes in an inode that was changed lately; it goes into the table of inodes.
+    pub(crate) fn add(&mut self, addr: u64) -> Result<()> {
+        if self.names.inodes.len() >= MAX_NAMES {
+            return Err(corrupt("inode", addr, "is one of too many that were changed"));
+        }
+        let (links, first) = self.links(addr)?;
+        let facts = self.autopsy.inode_facts(addr)?;
+        let path = match &first {
+            Some(dentry) => join(&self.mount.mountpoint, &self.autopsy.path_in_fs(*dentry)?),
+            None => Bytes::default(),
+        };
+        // The file system's own (a journal) has no name, and those without one are of use for their number only.
+        self.autopsy.inode(addr, &facts, &path)?;
+        let kind = match facts.mode & 0o170_000 {
+            S_IFREG => TmpfsKind::Regular,
+            S_IFDIR => TmpfsKind::Directory,
+            S_IFLNK if first.is_none() => TmpfsKind::Symlink { target: Bytes::default() },
+            S_IFLNK => TmpfsKind::Symlink { target: self.autopsy.symlink_target(addr)? },
+            _ => {
+                let (major, minor) = device(facts.rdev);
+                TmpfsKind::Special { major, minor }
+            }
+        };
+        if let (TmpfsKind::Directory, Some(dentry)) = (&kind, first) {
+            self.directories.push(Directory { inode: InodeId(addr), dentry, path });
+        }
+        self.names.inodes.insert(InodeId(addr), NamedInode { kind, names: links });
+        Ok(())
+    }
+
+    /// The names of an inode, and the dentry of the first; the root directory has a dentry and no name.
+    fn links(&self, addr: u64) -> Result<(Vec<Link>, Option<u64>)> {
+        let kernel = self.autopsy.kernel;
+        let aliases: Aliases = kernel.read(addr)?;
+        let to_alias = kernel.offset_of("dentry", "d_u.d_alias")?;
+        let (mut links, mut first) = (Vec::new(), None);
+        for node in kernel.hlist(aliases.i_dentry, MAX_LINKS) {
+            let at = node?.wrapping_sub(to_alias);
+            let dentry = self.autopsy.dentry(at)?;
+            if dentry.d_inode != addr {
+                return Err(corrupt("dentry", at, "is of another inode than its alias list"));
+            }
+            let is_root = dentry.d_parent == at;
+            if dentry.hashed == 0 && !is_root {
+                continue;
+            }
+            first = first.or(Some(at));
+            if !is_root {
+                let parent = self.autopsy.dentry(dentry.d_parent)?;
+                let parent: Aliases = kernel.read(parent.d_inode)?;
+                links.push(Link { directory: parent.i_ino, name: Bytes(self.autopsy.name(&dentry, at)?) });
+            }
+        }
+        Ok((links, first))
+    }
+
+    /// All of it, when there are no more inodes.
+    pub(crate) fn finish(mut self) -> DiskNames {
+        // Parents before children.
+        self.directories.sort_by(|a, b| a.path.cmp(&b.path));
+        for directory in std::mem::take(&mut self.directories) {
+            match self.names_in(directory.dentry) {
+                Ok(names) => self.names.directories.push(DirectoryNames { inode: directory.inode, names }),
+                Err(error) => {
+                    let text =
+                        format!("the names in {} may be other ones on the disk: {error}", directory.path);
+                    self.autopsy.find(snapshot::Severity::Loss, "names", text);
+                }
+            }
+        }
+        self.names
+    }
+
+    fn names_in(&self, directory: u64) -> Result<Vec<Name>> {
+        let mut names = Vec::new();
+        for at in self.autopsy.children(directory)? {
+            let dentry = self.autopsy.dentry(at)?;
+            if dentry.d_parent != directory {
+                return Err(corrupt("dentry", at, "is in another directory than its list"));
+            }
+            if let Some(inode) = self.whose(&dentry)
+                && dentry.hashed != 0
+            {
+                if names.len() >= MAX_NAMES {
+                    return Err(corrupt("dentry", directory, "has too many names"));
+                }
+                names.push(Name { name: Bytes(self.autopsy.name(&dentry, at)?), inode });
+            }
+        }
+        Ok(names)
+    }
+
+    /// Whose name a dentry is; `None` if nothing has happened to it lately.
+    fn whose(&self, dentry: &Dentry) -> Option<Option<InodeId>> {
+        if dentry.d_inode == 0 {
+            return Some(None);
+        }
+        let id = InodeId(dentry.d_inode);
+        self.names.inodes.get(&id)?;
+        // unlink(2) that was not quite over: the file system has removed the name.
+        let is_removed = self.autopsy.inodes.borrow().get(&id).is_some_and(|inode| inode.nlink == 0);
+        Some((!is_removed).then_some(id))
+    }
+}
