@@ -371,10 +371,10 @@ struct Seen {
     is_sparse: bool,
 }
 
-fn look(path: &Path) -> Result<Seen> {
+fn look(path: &Path, forget: bool) -> Result<Seen> {
     let meta = fs::symlink_metadata(path)?;
     let kind = meta.file_type();
-    let contents = if kind.is_file() { Some(sum(&fs::read(path)?)) } else { None };
+    let contents = if kind.is_file() { Some(sum(&read(path, forget)?)) } else { None };
     Ok(Seen {
         mode: meta.mode(),
         owner: (meta.uid(), meta.gid()),
@@ -387,6 +387,20 @@ fn look(path: &Path) -> Result<Seen> {
     })
 }
 
+/// The contents of a file. `forget`: the page cache is to write what of it is dirty, and to drop what is clean by then; without committing
+/// what the disk has to know to find it.
+fn read(path: &Path, forget: bool) -> Result<Vec<u8>> {
+    let contents = fs::read(path)?;
+    if forget {
+        let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+        // The first time it is written.
+        (0..2).try_for_each(|_| {
+            nix::fcntl::posix_fadvise(&File::open(path)?, 0, 0, advice).map_err(anyhow::Error::from)
+        })?;
+    }
+    Ok(contents)
+}
+
 /// FNV-1a, over words.
 fn sum(bytes: &[u8]) -> u64 {
     bytes.chunks(8).fold(0xcbf2_9ce4_8422_2325, |sum, chunk| {
@@ -397,13 +411,13 @@ fn sum(bytes: &[u8]) -> u64 {
 }
 
 /// All that is below a directory.
-fn walk(top: &Path) -> Result<BTreeMap<PathBuf, Seen>> {
-    let mut all = BTreeMap::from([(PathBuf::new(), look(top)?)]);
+fn walk(top: &Path, forget: bool) -> Result<BTreeMap<PathBuf, Seen>> {
+    let mut all = BTreeMap::from([(PathBuf::new(), look(top, forget)?)]);
     let mut todo = vec![top.to_owned()];
     while let Some(directory) = todo.pop() {
         for entry in fs::read_dir(&directory)? {
             let path = entry?.path();
-            let seen = look(&path).with_context(|| path.display().to_string())?;
+            let seen = look(&path, forget).with_context(|| path.display().to_string())?;
             if seen.mode & libc::S_IFMT == libc::S_IFDIR {
                 todo.push(path.clone());
             }
@@ -423,41 +437,46 @@ fn compare(before: &BTreeMap<PathBuf, Seen>, after: &BTreeMap<PathBuf, Seen>) ->
     Ok(())
 }
 
-/// All cases; the verdict on each is a line of the file `cases`.
+/// All cases, with their files in the page cache and with these dropped from it; the verdict on each is a line of the file `cases`.
 pub fn cases(stage: &mut Stage) -> Result<()> {
     let top = stage.path("tree");
-    let cases: Vec<(&Case, Dir)> =
-        CASES.iter().chain(OPEN).map(|case| (case, Dir(top.join(case.name)))).collect();
-    for (case, dir) in &cases {
+    let all = || CASES.iter().chain(OPEN);
+    let cases = all().map(|case| (case, false)).chain(all().map(|case| (case, true)));
+    let place =
+        |case: &Case, forget| Dir(top.join(if forget { "dropped" } else { "cached" }).join(case.name));
+    let cases: Vec<(&Case, bool, Dir)> =
+        cases.map(|(case, forget)| (case, forget, place(case, forget))).collect();
+    for (case, _, dir) in &cases {
         fs::create_dir_all(&dir.0)?;
         (case.base)(dir).with_context(|| format!("{}: before", case.name))?;
     }
     nix::unistd::syncfs(File::open(&top)?)?;
     let mut expected = Vec::new();
-    for (case, dir) in &cases {
+    for (case, forget, dir) in &cases {
         let after = (case.change)(dir).with_context(|| case.name)?;
-        expected.push((after, walk(&dir.0)?));
+        expected.push((after, walk(&dir.0, *forget)?));
     }
 
     let crash = stage.crash()?;
     let (mut lines, mut failed) = (String::new(), Vec::new());
-    for ((case, dir), (after, before)) in cases.iter().zip(expected) {
+    for ((case, forget, dir), (after, before)) in cases.iter().zip(expected) {
         if crash.damage {
             fs::write(dir.at("damage"), "")?;
         }
-        let mut verdict = walk(&dir.0).and_then(|now| compare(&before, &now));
+        let mut verdict = walk(&dir.0, false).and_then(|now| compare(&before, &now));
         if let (Ok(()), Some(after)) = (&verdict, after) {
             verdict = after(dir);
         }
+        let name = format!("{}{}", case.name, if *forget { ", dropped" } else { "" });
         match verdict {
-            Ok(()) => writeln!(lines, "pass {}", case.name)?,
+            Ok(()) => writeln!(lines, "pass {name}")?,
             Err(error) => {
-                writeln!(lines, "fail {}: {error:#}", case.name)?;
-                failed.push(case.name);
+                writeln!(lines, "fail {name}: {error:#}")?;
+                failed.push(name);
             }
         }
     }
     fs::write(stage.path("cases"), lines)?;
-    ensure!(failed.is_empty(), "{} of {} cases failed: {}", failed.len(), cases.len(), failed.join(", "));
+    ensure!(failed.is_empty(), "{} of {} cases failed: {}", failed.len(), cases.len(), failed.join("; "));
     Ok(())
 }

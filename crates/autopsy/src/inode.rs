@@ -1,7 +1,7 @@
 //! Inodes and their page cache (include/linux/fs.h, pagemap.h, xarray.h; 6.1 and 6.12).
 
 use ktypes::{KernelType, MARK_DIRTY, MARK_WRITEBACK};
-use snapshot::{Bytes, Inode, InodeId, PageCacheRun, Severity, Timestamp};
+use snapshot::{Bytes, Inode, InodeId, PageCacheRun, RECENT_SECONDS, Severity, Timestamp};
 
 use vmcore::PAGE_SIZE;
 
@@ -125,10 +125,19 @@ impl Autopsy<'_> {
                 b"hugetlbfs" => Some(self.huge_page_size(raw.i_sb)?),
                 _ => None,
             },
+            extents: None,
             lost_pages: 0,
         };
         if facts.mode & 0o170_000 == S_IFREG && raw.i_mapping != 0 {
             self.page_cache(raw.i_mapping, &mut inode)?;
+            // Only then the disk may have other ones, or none any more.
+            let lately = self.now().realtime_ns / 1_000_000_000 - RECENT_SECONDS;
+            if inode.fs_type.as_bytes() == b"ext4" && (raw.ctime >= lately || raw.i_nlink == 0) {
+                match self.extents(addr, raw.i_sb) {
+                    Ok(extents) => inode.extents = extents,
+                    Err(error) => self.find(Severity::Note, "file", format!("{path}: {error}")),
+                }
+            }
         }
         inode.dirty |= inode.pages.iter().any(|run| run.dirty);
         self.inodes.borrow_mut().insert(id, inode);

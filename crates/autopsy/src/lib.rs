@@ -23,6 +23,7 @@ mod credentials;
 mod epoll;
 mod error;
 mod eventfd;
+mod extent;
 mod file;
 mod fpu;
 mod fs;
@@ -116,6 +117,8 @@ pub struct Autopsy<'k> {
     pub(crate) xstate: OnceCell<Option<fpu::XstateLayout>>,
     pub(crate) saver: OnceCell<Option<saver::Saver>>,
     pub(crate) timers: OnceCell<syscall::Timers>,
+    /// Page caches of block devices, by the address of these.
+    block_pages: RefCell<BTreeMap<u64, extent::BlockPages>>,
     pub(crate) known_tasks: OnceCell<Vec<syscall::KnownTask>>,
     pub(crate) now: OnceCell<Clocks>,
 }
@@ -150,6 +153,7 @@ impl<'k> Autopsy<'k> {
             xstate: OnceCell::new(),
             saver: OnceCell::new(),
             timers: OnceCell::new(),
+            block_pages: RefCell::default(),
             known_tasks: OnceCell::new(),
             now: OnceCell::new(),
         }

@@ -34,6 +34,7 @@ struct Links {
     i_mode: u16,
     i_uid: u32,
     i_gid: u32,
+    i_sb: u64,
     i_link: u64,
 }
 
@@ -181,6 +182,11 @@ impl Autopsy<'_> {
         }
         let known = self.inodes.borrow();
         let known = known.get(&InodeId(inode)).ok_or_else(|| corrupt("inode", inode, "is not known"))?;
+        if known.fs_type.as_bytes() == b"ext4"
+            && let Some(target) = self.target_in_block(inode, link.i_sb, known.size)?
+        {
+            return Ok(Bytes(target));
+        }
         let mapping =
             self.kernel.read_u64(inode.wrapping_add(self.kernel.offset_of("inode", "i_mapping")?))?;
         let pages = mapping.wrapping_add(self.kernel.offset_of("address_space", "i_pages")?);

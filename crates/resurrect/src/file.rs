@@ -673,7 +673,7 @@ pub(crate) fn is_doubtful(snapshot: &Snapshot, inode: &Inode) -> bool {
 }
 
 /// Whether another file system begins at `path` than that of the directory above, or it is the root.
-fn is_mount_point(path: &Path) -> bool {
+pub(crate) fn is_mount_point(path: &Path) -> bool {
     let device = |p: &Path| std::fs::metadata(p).map(|meta| meta.dev()).ok();
     match path.parent() {
         None => true,

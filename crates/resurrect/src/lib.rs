@@ -30,6 +30,7 @@
 
 mod aio;
 mod autofs;
+mod block;
 mod cgroup;
 mod check;
 mod clock;
@@ -42,6 +43,7 @@ mod deadline;
 mod epoll;
 mod eventfd;
 mod exec;
+mod extent;
 mod file;
 mod first;
 mod handle;
@@ -356,6 +358,7 @@ pub fn resurrect(
     let specials = Specials::of(&maps);
     exec::insert_stand_ins(snapshot, &specials);
     let mem = swap::Memory::open(mem, snapshot, &options.block_devices);
+    let mem = block::Memory::open(mem, snapshot);
     let snapshot = &*snapshot;
     let mut run = Run {
         snapshot,
@@ -406,7 +409,7 @@ struct Run<'a> {
 impl<'a> Run<'a> {
     fn all(
         &mut self,
-        mem: swap::Memory<'_>,
+        mem: block::Memory<swap::Memory<'_>>,
         maps: &[memory::MapsLine],
         specials: &Specials,
     ) -> Result<Report, Error> {
@@ -488,8 +491,8 @@ impl<'a> Run<'a> {
         self.report.poured_bytes = copy_on_write.bytes();
         let mut builds = self.map_memory(&wanted, &plan, &common);
         self.pour(&mem, reverse, &shared, &ipc, &mut builds);
-        self.report.swapped_bytes = mem.bytes();
-        self.report.swap_off = mem.switch_on(self.snapshot);
+        self.report.swapped_bytes = mem.inner.bytes();
+        self.report.swap_off = mem.inner.switch_on(self.snapshot);
 
         // The rest.
         leave_files_to_the_last(&mut builds);

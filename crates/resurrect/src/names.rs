@@ -462,12 +462,7 @@ fn knows_all(inode: &Inode, names: usize) -> bool {
 
 impl Staging {
     fn make(handles: &Handles, names: &DiskNames) -> Result<Self, Errno> {
-        let above = rustix::fs::fstat(handles.root())?;
-        let stamp = |sec, nsec| rustix::fs::Timespec { tv_sec: sec, tv_nsec: nsec };
-        let times = Timestamps {
-            last_access: stamp(above.st_atime, above.st_atime_nsec as i64),
-            last_modification: stamp(above.st_mtime, above.st_mtime_nsec as i64),
-        };
+        let times = page_cache::times_of(&rustix::fs::fstat(handles.root())?);
         // One that is there is of a resurrection that was cut short.
         let mut number = 0u32;
         let path = loop {

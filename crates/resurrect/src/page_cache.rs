@@ -10,8 +10,10 @@ use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, fch
 use std::path::Path;
 
 use memmap2::MmapOptions;
-use rustix::fs::{AtFlags, Gid, Uid};
-use snapshot::{Inode, PAGE_SIZE, PageCacheRun, PhysMem, PhysMemError};
+use rustix::fs::{AtFlags, FallocateFlags, Gid, Uid};
+use snapshot::{Extent, Inode, PAGE_SIZE, PageCacheRun, PhysMem, PhysMemError};
+
+use crate::extent;
 
 /// Bytes that are compared at a time.
 const COMPARED: usize = 256 << 10;
@@ -67,6 +69,14 @@ pub enum PageCacheError {
         have: u64,
         #[allow(missing_docs)]
         want: u64,
+    },
+    /// Some pages are on the disk only, where the disk does not look for them.
+    #[error("{path}: {count} of its pages are on the disk only, and not where the disk has the file")]
+    Elsewhere {
+        #[allow(missing_docs)]
+        path: String,
+        #[allow(missing_docs)]
+        count: u64,
     },
     /// A page cannot be read.
     #[error("{path}: {source}")]
@@ -148,10 +158,51 @@ pub fn restore(
     let file = if done.created {
         create(path, inode).map_err(io("create"))?
     } else {
-        OpenOptions::new().write(true).open(path).map_err(io("open for writing"))?
+        let file = OpenOptions::new().read(true).write(true).open(path).map_err(io("open for writing"))?;
+        if doubt {
+            require_disk_only(&file, path, inode)?;
+        }
+        file
     };
     done.written = fill(&file, path, inode, all, mem)?;
     Ok(done)
+}
+
+/// That the disk has, where the dead kernel had it, what the page cache has not.
+fn require_disk_only(file: &File, path: &Path, inode: &Inode) -> Result<(), PageCacheError> {
+    let wanted = inode.on_disk_only();
+    if wanted.is_empty() {
+        return Ok(());
+    }
+    let io = |source| PageCacheError::Io { what: "map", path: path.display().to_string(), source };
+    let mapped = extent::of(file).map_err(io)?;
+    let is_there = |part: &&Extent| extent::covers(&mapped, part);
+    let elsewhere: u64 = wanted.iter().filter(|part| !is_there(part)).map(|part| part.count).sum();
+    match elsewhere {
+        0 => Ok(()),
+        count => Err(PageCacheError::Elsewhere { path: path.display().to_string(), count }),
+    }
+}
+
+/// Makes holes again where the disk has something.
+fn punch_holes(file: &File, inode: &Inode) -> io::Result<()> {
+    for hole in inode.holes() {
+        let (start, end) = (hole.start.saturating_mul(PAGE_SIZE), hole.end.saturating_mul(PAGE_SIZE));
+        if has_data(file, start, end)? {
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            rustix::fs::fallocate(file, flags, start, end - start)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a file has anything but a hole there.
+fn has_data(file: &File, start: u64, end: u64) -> io::Result<bool> {
+    match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(start)) {
+        Ok(at) => Ok(at < end),
+        Err(rustix::io::Errno::NXIO) => Ok(false),
+        Err(e) => Err(e.into()),
+    }
 }
 
 /// Makes a regular file that the disk never saw under a name of the caller's, with all it held.
@@ -178,6 +229,12 @@ fn differs(path: &Path, inode: &Inode, mem: &dyn PhysMem) -> Result<bool, PageCa
         return Ok(false);
     }
     let file = File::open(path).map_err(io("open for reading"))?;
+    for hole in inode.holes() {
+        let (start, end) = (hole.start.saturating_mul(PAGE_SIZE), hole.end.saturating_mul(PAGE_SIZE));
+        if has_data(&file, start, end).map_err(io("look for holes in"))? {
+            return Ok(true);
+        }
+    }
     let mut on_disk = vec![0; COMPARED];
     let mut in_memory = vec![0; COMPARED];
     for run in inode.pages.iter().filter(|run| !run.dirty) {
@@ -205,6 +262,26 @@ fn differs(path: &Path, inode: &Inode, mem: &dyn PhysMem) -> Result<bool, PageCa
 /// Makes a regular file that has lost its name again, with all it held: under the old name, which then goes as well, or, if somebody
 /// else has that name, without any. Open for reading and writing.
 pub fn restore_unnamed(path: &Path, inode: &Inode, mem: &dyn PhysMem) -> Result<File, PageCacheError> {
+    let directory = path.parent().and_then(|parent| File::open(parent).ok());
+    let before = directory.as_ref().and_then(|directory| rustix::fs::fstat(directory).ok());
+    let made = make_unnamed(path, inode, mem);
+    // For programs nothing has happened in it.
+    if let (Some(directory), Some(before)) = (directory, before) {
+        _ = rustix::fs::futimens(directory, &times_of(&before));
+    }
+    made
+}
+
+/// Times of access and modification, to be set again.
+pub(crate) fn times_of(stat: &rustix::fs::Stat) -> rustix::fs::Timestamps {
+    let stamp = |tv_sec, nsec: u64| rustix::fs::Timespec { tv_sec, tv_nsec: nsec as i64 };
+    rustix::fs::Timestamps {
+        last_access: stamp(stat.st_atime, stat.st_atime_nsec),
+        last_modification: stamp(stat.st_mtime, stat.st_mtime_nsec),
+    }
+}
+
+fn make_unnamed(path: &Path, inode: &Inode, mem: &dyn PhysMem) -> Result<File, PageCacheError> {
     let io = |what| move |source| PageCacheError::Io { what, path: path.display().to_string(), source };
     require_all_pages(path, inode)?;
     let mut options = OpenOptions::new();
@@ -297,19 +374,39 @@ fn fill(
         if len <= buffer.len() as u64 {
             let buffer = &mut buffer[..len as usize];
             mem.read(at, buffer).map_err(memory)?;
-            file.write_all_at(buffer, start).map_err(io("write"))?;
+            written += write_but_holes(file, buffer, start).map_err(io("write"))?;
         } else {
             let bytes = mem.map(at, len as usize).map_err(memory)?;
-            file.write_all_at(&bytes, start).map_err(io("write"))?;
+            written += write_but_holes(file, &bytes, start).map_err(io("write"))?;
         }
-        written += len;
     }
+    punch_holes(file, inode).map_err(io("make holes in"))?;
     file.set_len(inode.size).map_err(io("set the size of"))?;
     let times =
         [inode.atime, inode.mtime].map(|t| libc::timespec { tv_sec: t.sec, tv_nsec: i64::from(t.nsec) });
     // SAFETY: two timespecs, as futimens reads them.
     nix::errno::Errno::result(unsafe { libc::futimens(file.as_raw_fd(), times.as_ptr()) })
         .map_err(|e| io("set the times of")(e.into()))?;
+    Ok(written)
+}
+
+/// Writes, but zeroes where there is a hole: who had read a hole, had its pages in the page cache. Returns the bytes written.
+fn write_but_holes(file: &File, bytes: &[u8], start: u64) -> io::Result<u64> {
+    let mut written = 0;
+    let mut rest = bytes;
+    let mut at = start;
+    while !rest.is_empty() {
+        let is_zero = |chunk: &[u8]| chunk.iter().all(|byte| *byte == 0);
+        let pages = |zero| rest.chunks(PAGE_SIZE as usize).take_while(move |page| is_zero(page) == zero);
+        let zeroes: usize = pages(true).map(<[u8]>::len).sum();
+        let len = if zeroes > 0 { zeroes } else { pages(false).map(<[u8]>::len).sum() };
+        let (part, behind) = rest.split_at(len);
+        if zeroes == 0 || has_data(file, at, at + len as u64)? {
+            file.write_all_at(part, at)?;
+            written += len as u64;
+        }
+        (rest, at) = (behind, at + len as u64);
+    }
     Ok(written)
 }
 

@@ -402,13 +402,18 @@ fn obstacle_without_name(snapshot: &Snapshot, file: &OpenFile) -> Option<String>
     }
     match &file.kind {
         FileKind::Regular | FileKind::Memfd { .. } => match snapshot.inodes.get(&file.inode) {
-            // The disk may not have heard of it, and still have all.
-            Some(inode) if lost_its_name_lately(snapshot, inode) => None,
+            // The disk may not have heard of it, and still have all; or its blocks are known.
+            Some(inode) if lost_its_name_lately(snapshot, inode) || is_mapped_without_name(inode) => None,
             Some(inode) => inode.obstacle_without_name(),
             None => Some("its inode could not be read".into()),
         },
         _ => Some("it had been deleted: not brought back by this version".into()),
     }
+}
+
+/// Whether it is known where on the disk the contents of a file without a name are.
+fn is_mapped_without_name(inode: &crate::Inode) -> bool {
+    inode.nlink == 0 && inode.extents.is_some()
 }
 
 /// Whether the last name of an inode was removed so lately that the disk may have it still.
@@ -671,6 +676,8 @@ mod tests {
     fn inode_with_lost_pages(lost_pages: u64) -> Inode {
         Inode {
             ino: 1,
+            generation: 0,
+            extents: None,
             dev_major: 0,
             dev_minor: 1,
             fs_type: "tmpfs".into(),

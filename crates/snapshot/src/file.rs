@@ -1,5 +1,7 @@
 //! Open files: descriptors, open file descriptions and the inodes behind them.
 
+use std::ops::Range;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -168,6 +170,9 @@ pub struct Inode {
     pub dirty: bool,
     /// What the page cache held, by ascending index. Regular files (also on tmpfs) and shared anonymous memory.
     pub pages: Vec<PageCacheRun>,
+    /// Where its contents are on the disk, in ascending order; what is in none of these, and not in the page cache, is a hole. `None`: not known.
+    #[serde(default)]
+    pub extents: Option<Vec<Extent>>,
     /// Bytes of its pages, if it is on a hugetlbfs; the numbers of pages below count small ones nevertheless.
     #[serde(default)]
     pub huge_page: Option<u64>,
@@ -184,9 +189,35 @@ impl Inode {
     /// How many pages of its contents the page cache lacks, and of how many.
     pub fn missing_pages(&self) -> (u64, u64) {
         let want = self.size.div_ceil(PAGE_SIZE);
-        let below_end = |run: &PageCacheRun| want.saturating_sub(run.index).min(run.count.into());
-        let have: u64 = self.pages.iter().map(below_end).sum();
-        (if self.lives_in_memory() { 0 } else { want.saturating_sub(have) }, want)
+        let missing: u64 = self.gaps().iter().map(|gap| gap.end - gap.start).sum();
+        let holes: u64 = self.holes().iter().map(|hole| hole.end - hole.start).sum();
+        (if self.lives_in_memory() { 0 } else { missing.saturating_sub(holes) }, want)
+    }
+
+    /// Pages of its contents that the page cache lacks.
+    fn gaps(&self) -> Vec<Range<u64>> {
+        without(0..self.size.div_ceil(PAGE_SIZE), self.pages.iter().map(|run| (run.index, run.count.into())))
+    }
+
+    /// Pages of its contents that are zero, and neither in the page cache nor on the disk; none if that is not known.
+    pub fn holes(&self) -> Vec<Range<u64>> {
+        let Some(extents) = &self.extents else { return Vec::new() };
+        let written =
+            extents.iter().filter(|extent| extent.written).map(|extent| (extent.index, extent.count));
+        self.gaps().into_iter().flat_map(|gap| without(gap, written.clone())).collect()
+    }
+
+    /// What of its contents is on the disk only, as far as that is known.
+    pub fn on_disk_only(&self) -> Vec<Extent> {
+        let extents = self.extents.iter().flatten().filter(|extent| extent.written);
+        let gaps = self.gaps();
+        let part = |extent: &Extent, gap: &Range<u64>| {
+            let start = extent.index.max(gap.start);
+            let end = extent.index.saturating_add(extent.count).min(gap.end);
+            let block = extent.block.saturating_add(start.saturating_sub(extent.index));
+            (start < end).then(|| Extent { index: start, count: end - start, block, written: true })
+        };
+        extents.flat_map(|extent| gaps.iter().filter_map(move |gap| part(extent, gap))).collect()
     }
 
     /// Why the contents of a file without a name cannot be given to a new one, if so.
@@ -203,6 +234,35 @@ impl Inode {
     }
 }
 
+/// A range without others, which are in ascending order and given by start and length.
+fn without(range: Range<u64>, others: impl Iterator<Item = (u64, u64)>) -> Vec<Range<u64>> {
+    let (mut left, mut at) = (Vec::new(), range.start);
+    for (start, count) in others {
+        let (start, end) = (start.min(range.end), start.saturating_add(count).min(range.end));
+        if start > at {
+            left.push(at..start);
+        }
+        at = at.max(end);
+    }
+    if at < range.end {
+        left.push(at..range.end);
+    }
+    left
+}
+
+/// Consecutive blocks of a file in consecutive blocks of the disk, all of the size of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Extent {
+    /// First page index in the file.
+    pub index: u64,
+    /// How many blocks.
+    pub count: u64,
+    /// First block on the disk (of the file system's device).
+    pub block: u64,
+    /// Unwritten ones are there, and read as zeroes.
+    pub written: bool,
+}
+
 /// Consecutive page cache pages in consecutive page frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PageCacheRun {
@@ -214,4 +274,28 @@ pub struct PageCacheRun {
     pub count: u32,
     /// Newer than the disk.
     pub dirty: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_neither_cached_nor_written_is_a_hole() {
+        let json = serde_json::json!({
+            "ino": 0, "dev_major": 8, "dev_minor": 1, "fs_type": "ext4", "mode": 0, "uid": 1, "gid": 2, "nlink": 1,
+            "size": 10 * PAGE_SIZE - 5, "atime": {"sec": 0, "nsec": 0}, "mtime": {"sec": 0, "nsec": 0},
+            "ctime": {"sec": 0, "nsec": 0}, "path": "", "dirty": true, "lost_pages": 0,
+            "pages": [{"index": 1, "pfn": 7, "count": 2, "dirty": true}, {"index": 12, "pfn": 7, "count": 2, "dirty": true}],
+        });
+        let mut inode: Inode = serde_json::from_value(json).unwrap();
+        assert_eq!((inode.missing_pages(), inode.holes()), ((8, 10), vec![]), "nothing is known");
+        let extent = |index, count, written| Extent { index, count, block: 100 + index, written };
+        inode.extents = Some(vec![extent(0, 2, true), extent(4, 1, false), extent(8, 9, true)]);
+        assert_eq!(inode.holes(), vec![Range { start: 3, end: 8 }]);
+        assert_eq!(inode.missing_pages(), (3, 10));
+        assert_eq!(inode.on_disk_only(), [extent(0, 1, true), extent(8, 2, true)]);
+        inode.extents = Some(vec![]);
+        assert_eq!((inode.missing_pages(), inode.holes()), ((0, 10), vec![0..1, 3..10]));
+    }
 }

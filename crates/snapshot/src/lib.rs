@@ -71,7 +71,9 @@ pub use decision::{Decision, LiveFpu, Mode, Policy, Reason, Selector, decide, sw
 pub use device::{Device, DeviceKind};
 pub use epoll::{Epoll, EpollItem};
 pub use eventfd::EventFd;
-pub use file::{Descriptor, FileId, FileKind, Inode, InodeId, MAX_DESCRIPTOR, OpenFile, PageCacheRun};
+pub use file::{
+    Descriptor, Extent, FileId, FileKind, Inode, InodeId, MAX_DESCRIPTOR, OpenFile, PageCacheRun,
+};
 pub use finding::{Finding, Severity};
 pub use fs::{FsContext, Mount, MountFlags, Timestamp};
 pub use hugetlb::HugePages;
@@ -94,7 +96,7 @@ pub use seccomp::{Seccomp, SeccompFilter, SeccompFilterId};
 pub use signal::{AltStack, PendingSignal, SigAction, SignalState};
 pub use signalfd::SignalFd;
 pub use socket::{ProtocolOption, SocketOptions};
-pub use swap::{FIRST_SWAP_FRAME, SwapArea, SwapExtent};
+pub use swap::{FIRST_BLOCK_FRAME, FIRST_SWAP_FRAME, SwapArea, SwapExtent};
 pub use syscall::{Exec, Resume, SyscallInFlight};
 pub use thread::{Fpu, FpuSource, Registers, Rseq, Scheduling, Thread, ThreadState};
 pub use timer::{IntervalTimer, MAX_TIMER_ID, PosixExpiry, PosixTimer, Timers, timer_of};

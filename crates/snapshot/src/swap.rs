@@ -11,6 +11,8 @@ use crate::{Bytes, Inode, PAGE_SIZE, PhysRange, Reason, Snapshot, Vma};
 
 /// The first frame number that is a swap slot: physical addresses of x86-64 have 52 bits.
 pub const FIRST_SWAP_FRAME: u64 = 1 << (52 - PAGE_SIZE.trailing_zeros());
+/// The first frame number that is neither memory nor a swap slot, but a block of a file system that was read beforehand.
+pub const FIRST_BLOCK_FRAME: u64 = FIRST_SWAP_FRAME << 1;
 /// Slots are numbered with 32 bits (`swap_info_struct.max`).
 const SLOT_BITS: u32 = 32;
 
@@ -57,8 +59,8 @@ impl SwapArea {
     /// The area's index and the slot that a frame number stands for; `None` for a frame of memory.
     pub const fn slot_of(pfn: u64) -> Option<(u32, u32)> {
         match pfn.checked_sub(FIRST_SWAP_FRAME) {
-            Some(slot) => Some(((slot >> SLOT_BITS) as u32, slot as u32)),
-            None => None,
+            Some(slot) if pfn < FIRST_BLOCK_FRAME => Some(((slot >> SLOT_BITS) as u32, slot as u32)),
+            Some(_) | None => None,
         }
     }
 
@@ -127,6 +129,7 @@ mod tests {
     #[test]
     fn slots_are_frames_that_no_memory_has() {
         assert_eq!(SwapArea::slot_of(FIRST_SWAP_FRAME - 1), None);
+        assert_eq!(SwapArea::slot_of(FIRST_BLOCK_FRAME), None);
         for (index, slot) in [(0, 0), (0, u32::MAX), (1, 0), (31, u32::MAX)] {
             assert_eq!(SwapArea::slot_of(SwapArea::frame(index, slot)), Some((index, slot)));
         }

@@ -630,6 +630,8 @@ fn inode_of(meta: &fs::Metadata, path: &[u8]) -> Inode {
     let time = |sec, nsec: i64| Timestamp { sec, nsec: nsec as u32 };
     Inode {
         ino: meta.ino(),
+        generation: 0,
+        extents: None,
         dev_major: libc::major(meta.dev()),
         dev_minor: libc::minor(meta.dev()),
         fs_type: "ext4".into(),

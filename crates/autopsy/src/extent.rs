@@ -1,0 +1,162 @@
+//! Where on the disk the contents of a file are: the extent trees of ext4 (struct ext4_extent_header, fs/ext4/ext4_extents.h; i_data,
+//! fs/ext4/ext4.h), which are in memory before they are on the disk. Nodes below the root are in the page cache of the block device (bd_inode,
+//! 6.1; bd_mapping, 6.12; include/linux/blk_types.h).
+
+use std::collections::BTreeMap;
+
+use ktypes::KernelType;
+use snapshot::Extent;
+use vmcore::PAGE_SIZE;
+
+use crate::Autopsy;
+use crate::error::{Result, corrupt};
+
+/// EXT4_EXT_MAGIC.
+const MAGIC: u64 = 0xf30a;
+/// EXT_INIT_MAX_LEN: extents that are longer by that are not written yet.
+const WRITTEN_MAX: u64 = 1 << 15;
+/// EXT4_MAX_EXTENT_DEPTH.
+const MAX_DEPTH: u64 = 5;
+/// Of one file.
+const MAX_EXTENTS: usize = 1 << 20;
+/// Pages in the page cache of a block device.
+const MAX_BLOCKS: usize = 1 << 24;
+
+#[derive(KernelType)]
+#[kernel("super_block")]
+struct SuperBlockDevice {
+    s_blocksize: u64,
+    s_bdev: u64,
+}
+
+/// Page frames of a block device's page cache, by index.
+pub(crate) type BlockPages = BTreeMap<u64, u64>;
+
+impl Autopsy<'_> {
+    /// Where an ext4 inode's contents are, in ascending order; `None` if it does not use extents, or has other blocks than pages.
+    pub(crate) fn extents(&self, inode: u64, sb: u64) -> Result<Option<Vec<Extent>>> {
+        let kernel = self.kernel;
+        let outer = inode.wrapping_sub(kernel.offset_of("ext4_inode_info", "vfs_inode")?);
+        let flags = kernel.read_u64(outer.wrapping_add(kernel.offset_of("ext4_inode_info", "i_flags")?))?;
+        let sb: SuperBlockDevice = kernel.read(sb)?;
+        let has_extents = flags >> kernel.enum_value("EXT4_INODE_EXTENTS")? & 1 != 0;
+        if !has_extents || sb.s_blocksize != PAGE_SIZE {
+            return Ok(None);
+        }
+        let data = kernel.member("ext4_inode_info", "i_data")?;
+        let root = kernel.read_bytes(outer.wrapping_add(data.offset), data.size as usize)?;
+        let mut all = Vec::new();
+        self.extent_node(inode, &root, None, sb.s_bdev, &mut all)?;
+        let sorted = all.windows(2).all(|pair| pair[0].index + pair[0].count <= pair[1].index);
+        if !sorted {
+            return Err(corrupt("inode", inode, "has extents that overlap"));
+        }
+        Ok(Some(all))
+    }
+
+    /// The extents below one node, which has to be so many levels above the leaves (any number, if it is the root).
+    fn extent_node(
+        &self,
+        inode: u64,
+        node: &[u8],
+        depth: Option<u64>,
+        bdev: u64,
+        all: &mut Vec<Extent>,
+    ) -> Result<()> {
+        let damaged = || corrupt("inode", inode, "has a damaged extent tree");
+        let header = |member| self.disk_part(node, 0, "ext4_extent_header", member).ok_or_else(damaged);
+        let (magic, entries, own) = (header("eh_magic")?, header("eh_entries")?, header("eh_depth")?);
+        if magic != MAGIC || own > MAX_DEPTH || depth.is_some_and(|depth| depth != own) {
+            return Err(damaged());
+        }
+        let kind = if own == 0 { "ext4_extent" } else { "ext4_extent_idx" };
+        let (first, size) = (self.kernel.size_of("ext4_extent_header")?, self.kernel.size_of(kind)?);
+        for n in 0..entries {
+            let field = |member| self.disk_part(node, first + n * size, kind, member).ok_or_else(damaged);
+            if own == 0 {
+                if all.len() >= MAX_EXTENTS {
+                    return Err(damaged());
+                }
+                let len = field("ee_len")?;
+                let written = len <= WRITTEN_MAX;
+                all.push(Extent {
+                    index: field("ee_block")?,
+                    count: if written { len } else { len - WRITTEN_MAX },
+                    block: field("ee_start_hi")? << 32 | field("ee_start_lo")?,
+                    written,
+                });
+            } else {
+                let block = field("ei_leaf_hi")? << 32 | field("ei_leaf_lo")?;
+                let page = self.block(bdev, block)?;
+                let page =
+                    page.ok_or_else(|| corrupt("inode", inode, "has extents that are on the disk only"))?;
+                self.extent_node(inode, &page, Some(own - 1), bdev, all)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A member of an on-disk structure, at most four bytes.
+    fn disk_part(&self, node: &[u8], at: u64, kind: &str, member: &str) -> Option<u64> {
+        let member = self.kernel.member(kind, member).ok()?;
+        let start = usize::try_from(at.checked_add(member.offset)?).ok()?;
+        let bytes = node.get(start..start.checked_add(member.size as usize)?)?;
+        let mut word = [0; 8];
+        word.get_mut(..bytes.len())?.copy_from_slice(bytes);
+        Some(u64::from_le_bytes(word))
+    }
+
+    /// A block of a block device, if its page cache has it.
+    pub(crate) fn block(&self, bdev: u64, block: u64) -> Result<Option<Vec<u8>>> {
+        if !self.block_pages.borrow().contains_key(&bdev) {
+            let pages = self.pages_of_device(bdev)?;
+            self.block_pages.borrow_mut().insert(bdev, pages);
+        }
+        let known = self.block_pages.borrow();
+        let Some(pfn) = known.get(&bdev).and_then(|pages| pages.get(&block)) else { return Ok(None) };
+        let mut page = vec![0; PAGE_SIZE as usize];
+        let at = pfn.saturating_mul(PAGE_SIZE);
+        self.kernel.vmcore().read_phys(at, &mut page).map_err(ktypes::Error::from)?;
+        Ok(Some(page))
+    }
+
+    fn pages_of_device(&self, bdev: u64) -> Result<BlockPages> {
+        let kernel = self.kernel;
+        let pointer = |addr: u64, kind, member| -> Result<u64> {
+            Ok(kernel.read_u64(addr.wrapping_add(kernel.offset_of(kind, member)?))?)
+        };
+        let mapping = match kernel.has_member("block_device", "bd_mapping") {
+            true => pointer(bdev, "block_device", "bd_mapping")?,
+            false => pointer(pointer(bdev, "block_device", "bd_inode")?, "inode", "i_mapping")?,
+        };
+        let pages = mapping.wrapping_add(kernel.offset_of("address_space", "i_pages")?);
+        let mut all = BlockPages::new();
+        let frames = self.frames()?;
+        let is_uptodate = |page: u64| -> Result<bool> {
+            let buffer = pointer(page, "page", "private")?;
+            let state = pointer(buffer, "buffer_head", "b_state")?;
+            Ok(state >> kernel.enum_value("BH_Uptodate")? & 1 != 0)
+        };
+        kernel.xarray_for_each(pages, MAX_BLOCKS, |first, entry| {
+            let Some(page) = entry.pointer() else { return Ok(()) };
+            let Ok(pfn) = kernel.page_to_pfn(page) else { return Ok(()) };
+            let count = entry.last.saturating_sub(first).saturating_add(1).min(MAX_BLOCKS as u64);
+            // A buffer that was made, and not read, says so of itself only.
+            let is_valid = frames.get(pfn).is_ok_and(|frame| frame.uptodate || frame.dirty);
+            if is_valid || is_uptodate(page).unwrap_or(false) {
+                all.extend((0..count).map(|n| (first + n, pfn + n)));
+            }
+            Ok(())
+        })?;
+        Ok(all)
+    }
+
+    /// The target of a symbolic link that has a block of its own.
+    pub(crate) fn target_in_block(&self, inode: u64, sb: u64, len: u64) -> Result<Option<Vec<u8>>> {
+        let Some(extents) = self.extents(inode, sb)? else { return Ok(None) };
+        let Some(first) = extents.first().filter(|extent| extent.index == 0) else { return Ok(None) };
+        let sb: SuperBlockDevice = self.kernel.read(sb)?;
+        let page = self.block(sb.s_bdev, first.block)?;
+        Ok(page.and_then(|mut page| (len < PAGE_SIZE).then(|| page.drain(..len as usize).collect())))
+    }
+}
