@@ -160,3 +160,80 @@ impl Autopsy<'_> {
         Ok(page.and_then(|mut page| (len < PAGE_SIZE).then(|| page.drain(..len as usize).collect())))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{declare, open};
+    use synth::{Record, Synth, U16, U32, U64, array};
+
+    /// `(block, len, start)` of each extent of a leaf, or `(block, 0, leaf)` of an index.
+    fn node(depth: u16, entries: &[(u32, u16, u64)]) -> Vec<u8> {
+        let header = [MAGIC as u16, entries.len() as u16, 4, depth, 0, 0];
+        let mut bytes: Vec<u8> = header.iter().flat_map(|word| word.to_le_bytes()).collect();
+        for (block, len, start) in entries {
+            bytes.extend(block.to_le_bytes());
+            if depth == 0 {
+                bytes.extend(len.to_le_bytes());
+                bytes.extend(((start >> 32) as u16).to_le_bytes());
+                bytes.extend((*start as u32).to_le_bytes());
+            } else {
+                bytes.extend((*start as u32).to_le_bytes());
+                bytes.extend(((start >> 32) as u16).to_le_bytes());
+                bytes.extend([0; 2]);
+            }
+        }
+        bytes
+    }
+
+    fn with_root(root: &[u8], blocksize: u64) -> (Synth, u64, u64) {
+        let mut synth = Synth::new();
+        declare::<SuperBlockDevice>(&mut synth, &[]);
+        let header = Record::new().field("eh_magic", U16).field("eh_entries", U16).field("eh_max", U16);
+        synth.structure("ext4_extent_header", header.field("eh_depth", U16).field("eh_generation", U32));
+        let leaf = Record::new().field("ee_block", U32).field("ee_len", U16).field("ee_start_hi", U16);
+        synth.structure("ext4_extent", leaf.field("ee_start_lo", U32));
+        let index = Record::new().field("ei_block", U32).field("ei_leaf_lo", U32).field("ei_leaf_hi", U16);
+        synth.structure("ext4_extent_idx", index.field("ei_unused", U16));
+        let outer = Record::new().field("i_data", array(U32, 15)).field("i_flags", U64);
+        synth.structure("ext4_inode_info", outer.field("vfs_inode", U64));
+        synth.enumeration("ext4_flags", &[("EXT4_INODE_EXTENTS", 19)]);
+        let (sb, outer) = (synth.alloc("super_block"), synth.alloc("ext4_inode_info"));
+        synth.set("super_block", sb, "s_blocksize", blocksize);
+        synth.set("ext4_inode_info", outer, "i_flags", 1u64 << 19);
+        let data = synth.address_of("ext4_inode_info", outer, "i_data");
+        synth.write(data, root);
+        let inode = synth.address_of("ext4_inode_info", outer, "vfs_inode");
+        (synth, inode, sb)
+    }
+
+    fn extents(root: &[u8], blocksize: u64) -> Result<Option<Vec<Extent>>> {
+        let (synth, inode, sb) = with_root(root, blocksize);
+        let kernel = open(&synth);
+        Autopsy::new(&kernel).extents(inode, sb)
+    }
+
+    #[test]
+    fn extents_are_read_with_those_that_are_not_written() {
+        let root = node(0, &[(0, 3, 100), (8, (1 << 15) + 5, 5 << 32 | 7)]);
+        let found = extents(&root, PAGE_SIZE).unwrap().unwrap();
+        let extent = |index, count, block, written| Extent { index, count, block, written };
+        assert_eq!(found, [extent(0, 3, 100, true), extent(8, 5, 5 << 32 | 7, false)]);
+        assert_eq!(extents(&root, 1024).unwrap(), None, "small blocks");
+    }
+
+    #[test]
+    fn damaged_trees_are_errors() {
+        let good = node(0, &[(0, 3, 100)]);
+        let damaged = |at: usize, byte: u8| {
+            let mut bytes = good.clone();
+            bytes[at] = byte;
+            extents(&bytes, PAGE_SIZE)
+        };
+        assert!(damaged(0, 1).is_err(), "magic");
+        assert!(damaged(2, 200).is_err(), "more entries than there is room");
+        assert!(damaged(6, 9).is_err(), "too deep");
+        assert!(extents(&node(0, &[(5, 3, 100), (7, 2, 200)]), PAGE_SIZE).is_err(), "they overlap");
+        assert!(extents(&node(1, &[(0, 0, 100)]), PAGE_SIZE).is_err(), "a node that is nowhere");
+    }
+}

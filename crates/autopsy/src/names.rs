@@ -157,3 +157,69 @@ impl<'a, 'k> Gathered<'a, 'k> {
         Some((!is_removed).then_some(id))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{declare, open};
+    use synth::{Record, Synth, U64, array, named};
+
+    /// An inode that has the names `linked`, and one dentry that is not hashed any more.
+    fn inode_with_names(linked: &[&str]) -> (Synth, u64) {
+        let mut synth = Synth::new();
+        declare::<Aliases>(&mut synth, &[]);
+        synth.structure("dentry_links", Record::union().field("d_alias", array(U64, 2)));
+        declare::<Dentry>(&mut synth, &[("d_u", named("dentry_links"))]);
+        let (inode, directory) = (synth.alloc("inode"), synth.alloc("inode"));
+        synth.set("inode", directory, "i_ino", 77u64);
+        let parent = synth.alloc("dentry");
+        synth.set("dentry", parent, "d_inode", directory).set("dentry", parent, "d_parent", parent);
+        for (n, name) in linked.iter().chain(&["removed"]).enumerate() {
+            let (dentry, text) = (synth.alloc("dentry"), synth.string(name));
+            synth
+                .set("dentry", dentry, "d_inode", inode)
+                .set("dentry", dentry, "d_parent", parent)
+                .set("dentry", dentry, "d_name.name", text)
+                .set("dentry", dentry, "d_name.len", name.len() as u32);
+            if n < linked.len() {
+                synth.set("dentry", dentry, "d_hash.pprev", parent);
+            }
+            let node = synth.address_of("dentry", dentry, "d_u.d_alias");
+            let head = synth.address_of("inode", inode, "i_dentry");
+            synth.hlist_add_head(node, head);
+        }
+        (synth, inode)
+    }
+
+    fn mount() -> Mount {
+        serde_json::from_value(serde_json::json!({
+            "id": 1, "parent": 0, "mountpoint": "/", "root": "/", "fs_type": "ext4", "source": "/dev/vda1",
+            "dev_major": 8, "dev_minor": 1, "flags": "", "peer_group": 0, "master": 0,
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn all_names_of_an_inode_are_found_but_those_that_are_gone() {
+        let (synth, inode) = inode_with_names(&["one", "two"]);
+        let kernel = open(&synth);
+        let (autopsy, mount) = (Autopsy::new(&kernel), mount());
+        let (mut links, first) = Gathered::new(&autopsy, &mount).links(inode).unwrap();
+        links.sort_by(|a, b| a.name.cmp(&b.name));
+        let link = |name: &str| Link { directory: 77, name: name.into() };
+        assert_eq!(links, [link("one"), link("two")]);
+        assert!(first.is_some());
+    }
+
+    #[test]
+    fn a_dentry_of_another_inode_is_damage() {
+        let (mut synth, inode) = inode_with_names(&["one"]);
+        let head = synth.address_of("inode", inode, "i_dentry");
+        let to_alias = synth.offset_of("dentry", "d_u.d_alias");
+        let dentry = synth.read_u64(head) - to_alias;
+        synth.set("dentry", dentry, "d_inode", inode + 8);
+        let kernel = open(&synth);
+        let (autopsy, mount) = (Autopsy::new(&kernel), mount());
+        assert!(Gathered::new(&autopsy, &mount).links(inode).is_err());
+    }
+}
