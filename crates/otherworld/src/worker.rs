@@ -137,6 +137,7 @@ impl Worker {
             generation: arm::generation(&arm::Root::default()).unwrap_or(0),
             failed_procedure: config.failed_procedure,
             block_devices: block_devices(snapshot, manifest),
+            own_places: vec![arm::STATE_DIR.into(), config.report.dir.clone()],
         };
         let memory = DeadMemory::new(kernel.vmcore());
         let mut report = resurrect::resurrect(snapshot, &memory, &options, &mut Told(&mut self.channel))?;

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use snapshot::{
@@ -629,11 +629,12 @@ fn is_late(file: &OpenFile) -> bool {
     }
 }
 
-/// Brings all files and names up to date that the dead kernel had not written, whoever may open them. Descriptors are `base` or higher.
-pub(crate) fn write_back(snapshot: &Snapshot, mem: &dyn PhysMem, base: RawFd) -> Reconciled {
+/// Brings all files and names up to date that the dead kernel had not written, whoever may open them, but names on the
+/// way to, and in, the caller's `own` places. Descriptors are `base` or higher.
+pub(crate) fn write_back(snapshot: &Snapshot, mem: &dyn PhysMem, base: RawFd, own: &[PathBuf]) -> Reconciled {
     let mut all = Reconciled::default();
     for names in snapshot.names.iter().filter(|names| is_mount_point(names.mountpoint.as_path())) {
-        let Some(done) = names::reconcile(snapshot, names, mem, base) else { continue };
+        let Some(done) = names::reconcile(snapshot, names, mem, base, own) else { continue };
         all.inodes.extend(done.inodes);
         all.held.extend(done.held);
         all.stale.extend(done.stale);

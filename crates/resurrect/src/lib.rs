@@ -125,6 +125,8 @@ pub struct Options {
     pub failed_procedure: FailedProcedure,
     /// Where the block devices are that swap areas are on.
     pub block_devices: swap::BlockDevices,
+    /// Where the caller keeps files of its own: what the disk has there is newer than what the dead kernel knew.
+    pub own_places: Vec<std::path::PathBuf>,
 }
 
 impl Default for Options {
@@ -137,6 +139,7 @@ impl Default for Options {
             generation: 1,
             failed_procedure: FailedProcedure::default(),
             block_devices: swap::BlockDevices::new(),
+            own_places: Vec::new(),
         }
     }
 }
@@ -580,7 +583,7 @@ impl<'a> Run<'a> {
     /// What the disk does not have yet; what it has of files that have lost their names.
     fn write_back(&mut self, mem: &dyn PhysMem, base: i32) -> (file::WrittenBack, file::Held) {
         let names::Reconciled { inodes, held, stale, put, removed } =
-            file::write_back(self.snapshot, mem, base);
+            file::write_back(self.snapshot, mem, base, &self.options.own_places);
         self.report.files_stale.extend(stale);
         (self.report.names_put, self.report.names_removed) = (put, removed);
         (inodes, held)

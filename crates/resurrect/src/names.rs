@@ -46,6 +46,7 @@ pub(crate) fn reconcile(
     names: &DiskNames,
     mem: &dyn PhysMem,
     base: RawFd,
+    own: &[PathBuf],
 ) -> Option<Reconciled> {
     let handles = Handles::of(names.mountpoint.as_path())?;
     let by_ino = names.inodes.keys().filter_map(|id| Some((snapshot.inodes.get(id)?.ino, *id))).collect();
@@ -54,6 +55,7 @@ pub(crate) fn reconcile(
         names,
         mem,
         base,
+        own,
         handles,
         by_ino,
         made: BTreeMap::new(),
@@ -80,6 +82,8 @@ struct Work<'a> {
     names: &'a DiskNames,
     mem: &'a dyn PhysMem,
     base: RawFd,
+    /// Names on the way to these places, and in them, stay.
+    own: &'a [PathBuf],
     handles: Handles,
     /// Inodes that were changed lately, by number.
     by_ino: BTreeMap<u64, InodeId>,
@@ -160,6 +164,7 @@ impl<'a> Work<'a> {
                 (_, Err(why)) => Err(why),
                 (TmpfsKind::Regular, Ok(Some(fd))) => self.write_content(*id, &fd),
                 (_, Ok(Some(_))) => Ok(Restored::default()),
+                (_, Ok(None)) if self.is_own(self.path(*id)) => Ok(Restored::default()),
                 (_, Ok(None)) => Err("none of its names could be put".into()),
             };
             self.done.inodes.insert(*id, restored);
@@ -224,8 +229,11 @@ impl<'a> Work<'a> {
     /// Puts the names that are to be in a directory.
     fn put_names(&mut self, directory: &DirectoryNames, fd: BorrowedFd<'_>) -> Result<(), String> {
         let entries = entries(fd)?;
+        let above = self.path(directory.inode);
         for name in &directory.names {
-            let Some(id) = name.inode else { continue };
+            let Some(id) = name.inode.filter(|_| !self.is_own(above.join(name.name.as_path()))) else {
+                continue;
+            };
             let put = match self.numbers(id) {
                 Ok((ino, _)) => {
                     let is_there = entries.get(name.name.as_bytes()) == Some(&ino)
@@ -243,6 +251,16 @@ impl<'a> Work<'a> {
             }
         }
         Ok(())
+    }
+
+    /// The path of an inode.
+    fn path(&self, id: InodeId) -> &'a Path {
+        self.snapshot.inodes.get(&id).map_or(Path::new("/"), |inode| inode.path.as_path())
+    }
+
+    /// Whether a path leads to a place of the caller's, or into one.
+    fn is_own(&self, path: impl AsRef<Path>) -> bool {
+        self.own.iter().any(|own| own.starts_with(&path) || path.as_ref().starts_with(own))
     }
 
     fn put(&mut self, directory: BorrowedFd<'_>, name: &OsStr, id: InodeId) -> Result<(), String> {
@@ -326,6 +344,7 @@ impl<'a> Work<'a> {
     /// Takes away the names in a directory that were no more.
     fn remove_names(&mut self, directory: &DirectoryNames, fd: BorrowedFd<'_>) -> Result<(), String> {
         let here = self.inode(directory.inode)?.ino;
+        let above = self.path(directory.inode);
         let known: BTreeMap<&[u8], Option<InodeId>> =
             directory.names.iter().map(|name| (name.name.as_bytes(), name.inode)).collect();
         for (name, ino) in entries(fd)? {
@@ -333,6 +352,7 @@ impl<'a> Work<'a> {
                 Some(whose) => whose.is_none(),
                 None => self.has_gone(ino, here, &name)?,
             };
+            let is_gone = is_gone && !self.is_own(above.join(OsStr::from_bytes(&name)));
             let gone = if is_gone { self.set_aside(fd, OsStr::from_bytes(&name)) } else { Ok(false) };
             match gone {
                 Ok(gone) => self.done.removed += u64::from(gone),
@@ -644,7 +664,7 @@ mod tests {
 
         fn run(&self) -> Reconciled {
             let mem = Mem((0..8u8).flat_map(|n| [b'a' + n; PAGE_SIZE as usize]).collect());
-            reconcile(&self.snapshot, &self.names, &mem, 0).unwrap()
+            reconcile(&self.snapshot, &self.names, &mem, 0, &["/what/own/place".into()]).unwrap()
         }
 
         /// Runs it; nothing may go wrong, nothing may be left.
@@ -780,6 +800,20 @@ mod tests {
         let done = case.run();
         assert!(done.stale.is_empty() && done.inodes[&reused].is_ok());
         assert_eq!((case.list("."), case.read("new")), (vec!["new".to_owned()], "b".repeat(4096)));
+    }
+
+    #[test]
+    fn the_callers_own_places_stay() {
+        let mut case = case!();
+        case.mkdir("own");
+        let root = case.known(".");
+        // They are as old as nothing for the dead kernel.
+        let new = case.add_fresh(Case::inode(0o040_700, 4096), TmpfsKind::Directory);
+        case.name(root, "own", Some(new));
+        case.name(root, "other", None);
+        case.write("own/report", "new");
+        case.run();
+        assert_eq!(case.read("own/report"), "new");
     }
 
     #[test]
