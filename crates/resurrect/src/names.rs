@@ -350,7 +350,10 @@ impl<'a> Work<'a> {
         for (name, ino) in entries(fd)? {
             let is_gone = match known.get(name.as_slice()) {
                 Some(whose) => whose.is_none(),
-                None => self.has_gone(ino, here, &name)?,
+                None => match &directory.listing {
+                    Some(all) => !all.contains(&Bytes(name.clone())),
+                    None => self.has_gone(ino, here, &name)?,
+                },
             };
             let is_gone = is_gone && !self.is_own(above.join(OsStr::from_bytes(&name)));
             let gone = if is_gone { self.set_aside(fd, OsStr::from_bytes(&name)) } else { Ok(false) };
@@ -594,7 +597,7 @@ mod tests {
         fn add(&mut self, inode: Inode, kind: TmpfsKind) -> InodeId {
             let id = InodeId(1 + self.names.inodes.len() as u64);
             if kind == TmpfsKind::Directory {
-                self.names.directories.push(DirectoryNames { inode: id, names: Vec::new() });
+                self.names.directories.push(DirectoryNames { inode: id, names: Vec::new(), listing: None });
             }
             self.snapshot.inodes.insert(id, inode);
             self.names.inodes.insert(id, NamedInode { kind, names: Vec::new() });
@@ -843,6 +846,19 @@ mod tests {
         let aside = case.list(".").into_iter().find(|name| name.starts_with(".otherworld")).unwrap();
         assert!(done.stale[0].why.contains(&aside), "{:?}", done.stale);
         assert_eq!(case.read(&format!("{aside}/1/f")), "dear");
+    }
+
+    #[test]
+    fn what_is_not_in_a_listing_has_gone() {
+        let mut case = case!();
+        for name in ["stays", "gone"] {
+            case.write(name, "text");
+        }
+        let root = case.known(".");
+        case.names.directories[0].listing = Some([Bytes::from("stays")].into());
+        case.name(root, "never", None);
+        assert_eq!(case.done().removed, 1);
+        assert_eq!(case.list("."), ["stays"]);
     }
 
     #[test]
