@@ -99,6 +99,7 @@ struct Work<'a> {
 struct Staging {
     fd: OwnedFd,
     path: PathBuf,
+    ino: u64,
     count: u64,
     /// Of the directory above, before.
     times: Timestamps,
@@ -355,7 +356,9 @@ impl<'a> Work<'a> {
                     None => self.has_gone(ino, here, &name)?,
                 },
             };
-            let is_gone = is_gone && !self.is_own(above.join(OsStr::from_bytes(&name)));
+            let name_there = above.join(OsStr::from_bytes(&name));
+            let is_staging = self.staging.as_ref().is_some_and(|staging| staging.ino == ino);
+            let is_gone = is_gone && !is_staging && !self.is_own(&name_there);
             let gone = if is_gone { self.set_aside(fd, OsStr::from_bytes(&name)) } else { Ok(false) };
             match gone {
                 Ok(gone) => self.done.removed += u64::from(gone),
@@ -498,7 +501,8 @@ impl Staging {
         };
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = rustix::fs::openat(CWD, &path, flags, Mode::empty())?;
-        Ok(Self { fd, path, count: 0, times })
+        let ino = rustix::fs::fstat(&fd)?.st_ino;
+        Ok(Self { fd, path, ino, count: 0, times })
     }
 
     fn name(&self) -> &OsStr {
@@ -855,10 +859,15 @@ mod tests {
             case.write(name, "text");
         }
         let root = case.known(".");
-        case.names.directories[0].listing = Some([Bytes::from("stays")].into());
+        case.names.directories[0].listing = Some(["stays", "new"].map(Bytes::from).into());
         case.name(root, "never", None);
-        assert_eq!(case.done().removed, 1);
-        assert_eq!(case.list("."), ["stays"]);
+        // Which needs room for what is moved: that is in no listing either.
+        case.write("old", "text");
+        let renamed = case.known("old");
+        case.name(root, "new", Some(renamed));
+        let done = case.done();
+        assert_eq!((done.put, done.removed), (1, 2));
+        assert_eq!(case.list("."), ["new", "stays"]);
     }
 
     #[test]

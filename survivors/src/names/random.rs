@@ -511,7 +511,9 @@ pub fn random(stage: &mut Stage) -> Result<()> {
     }
     let checked = model.check();
     if checked.is_err() {
-        fs::write(stage.path("log"), model.log.join("\n"))?;
+        let log = File::create(stage.path("log"))?;
+        log.write_all_at(model.log.join("\n").as_bytes(), 0)?;
+        log.sync_all()?;
     }
     checked.with_context(|| format!("seed {seed}"))
 }
