@@ -2,6 +2,8 @@
 //!
 //! All cases are in one process: what they begin with is on the disk before any of them changes something, and nothing is synced after that.
 
+mod random;
+
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fmt::Write as _;
@@ -20,6 +22,8 @@ use crate::Stage;
 use crate::map::Map;
 use crate::prng;
 use crate::procfs::same;
+
+pub use random::random;
 
 const PAGE: usize = 4096;
 /// Names in the cases with many of them.

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use ktypes::KernelType;
-use snapshot::Extent;
+use snapshot::{Bytes, Extent};
 use vmcore::PAGE_SIZE;
 
 use crate::Autopsy;
@@ -151,6 +151,61 @@ impl Autopsy<'_> {
         Ok(all)
     }
 
+    /// The names in a directory, with the numbers of their inodes, from its blocks (struct ext4_dir_entry_2, fs/ext4/ext4.h): what was changed
+    /// is in the page cache of the block device until it has been written. `None` if not all blocks are there, or they are not to be understood.
+    pub(crate) fn directory_blocks(&self, inode: u64) -> Result<Option<Vec<(Bytes, u64)>>> {
+        let kernel = self.kernel;
+        let sb = kernel.read_u64(inode.wrapping_add(kernel.offset_of("inode", "i_sb")?))?;
+        let outer = inode.wrapping_sub(kernel.offset_of("ext4_inode_info", "vfs_inode")?);
+        let flags = kernel.read_u64(outer.wrapping_add(kernel.offset_of("ext4_inode_info", "i_flags")?))?;
+        if flags >> kernel.enum_value("EXT4_INODE_ENCRYPT")? & 1 != 0 {
+            return Ok(None);
+        }
+        let Some(extents) = self.extents(inode, sb)? else { return Ok(None) };
+        let size = kernel.read_u64(inode.wrapping_add(kernel.offset_of("inode", "i_size")?))?;
+        let bdev = kernel.read::<SuperBlockDevice>(sb)?.s_bdev;
+        let mut names = Vec::new();
+        let mut found = 0;
+        for (index, block) in extents.iter().flat_map(|e| (0..e.count).map(|n| (e.index + n, e.block + n))) {
+            if index >= size.div_ceil(PAGE_SIZE) {
+                break;
+            }
+            let Some(page) = self.block(bdev, block)? else { return Ok(None) };
+            self.entries(inode, &page, &mut names)?;
+            found += 1;
+        }
+        Ok((found == size.div_ceil(PAGE_SIZE)).then_some(names))
+    }
+
+    /// The entries in one block of a directory. The inner nodes of an index look like empty ones.
+    fn entries(&self, inode: u64, block: &[u8], names: &mut Vec<(Bytes, u64)>) -> Result<()> {
+        const ENTRY: &str = "ext4_dir_entry_2";
+        let damaged = || corrupt("inode", inode, "has a damaged directory block");
+        let to_name = self.kernel.offset_of(ENTRY, "name")?;
+        let mut at = 0;
+        while at < block.len() as u64 {
+            let field = |member| self.disk_part(block, at, ENTRY, member).ok_or_else(damaged);
+            let (number, len, name_len) = (field("inode")?, field("rec_len")?, field("name_len")?);
+            if len < to_name
+                || !len.is_multiple_of(4)
+                || at + len > block.len() as u64
+                || name_len > len - to_name
+            {
+                return Err(damaged());
+            }
+            let start = (at + to_name) as usize;
+            let name = block.get(start..start + name_len as usize).ok_or_else(damaged)?;
+            if number != 0 && name != b"." && name != b".." {
+                if names.len() >= MAX_EXTENTS {
+                    return Err(damaged());
+                }
+                names.push((Bytes(name.to_vec()), number));
+            }
+            at += len;
+        }
+        Ok(())
+    }
+
     /// The target of a symbolic link that has a block of its own.
     pub(crate) fn target_in_block(&self, inode: u64, sb: u64, len: u64) -> Result<Option<Vec<u8>>> {
         let Some(extents) = self.extents(inode, sb)? else { return Ok(None) };
@@ -165,7 +220,7 @@ impl Autopsy<'_> {
 mod tests {
     use super::*;
     use crate::testing::{declare, open};
-    use synth::{Record, Synth, U16, U32, U64, array};
+    use synth::{Record, Synth, U8, U16, U32, U64, array};
 
     /// `(block, len, start)` of each extent of a leaf, or `(block, 0, leaf)` of an index.
     fn node(depth: u16, entries: &[(u32, u16, u64)]) -> Vec<u8> {
@@ -235,5 +290,36 @@ mod tests {
         assert!(damaged(6, 9).is_err(), "too deep");
         assert!(extents(&node(0, &[(5, 3, 100), (7, 2, 200)]), PAGE_SIZE).is_err(), "they overlap");
         assert!(extents(&node(1, &[(0, 0, 100)]), PAGE_SIZE).is_err(), "a node that is nowhere");
+    }
+    #[test]
+    fn entries_of_a_directory_are_read_up_to_the_end_of_the_block() {
+        let (mut synth, inode, _) = with_root(&[], PAGE_SIZE);
+        let entry = Record::new().field("inode", U32).field("rec_len", U16).field("name_len", U8);
+        synth.structure("ext4_dir_entry_2", entry.field("file_type", U8).field("name", array(U8, 255)));
+        let block = |entries: &[(u32, u16, &str)]| {
+            let mut bytes = Vec::new();
+            for (ino, len, name) in entries {
+                let end = bytes.len() + usize::from(*len);
+                bytes.extend(ino.to_le_bytes());
+                bytes.extend(len.to_le_bytes());
+                bytes.extend([name.len() as u8, 1]);
+                bytes.extend(name.as_bytes());
+                bytes.resize(end, 0);
+            }
+            bytes
+        };
+        let kernel = open(&synth);
+        let autopsy = Autopsy::new(&kernel);
+        let read = |bytes: &[u8]| {
+            let mut names = Vec::new();
+            autopsy.entries(inode, bytes, &mut names).map(|()| names)
+        };
+        let good =
+            block(&[(2, 12, "."), (2, 12, ".."), (11, 20, "one"), (0, 16, "removed"), (12, 4036, "two")]);
+        assert_eq!(good.len(), 4096);
+        assert_eq!(read(&good).unwrap(), [("one".into(), 11), ("two".into(), 12)]);
+        assert!(read(&block(&[(11, 13, "odd")])).is_err(), "lengths are multiples of four");
+        assert!(read(&block(&[(11, 4, "")])).is_err(), "shorter than an entry");
+        assert!(read(&good[..4092]).is_err(), "the last one ends behind the block");
     }
 }

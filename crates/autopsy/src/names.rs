@@ -5,6 +5,8 @@
 //! negative one says that there is nothing. Of a name that something was renamed *from* no dentry remains: that one is recognised by the
 //! inode, all of whose names are known and are other ones.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use ktypes::KernelType;
 use snapshot::{Bytes, DirectoryNames, DiskNames, InodeId, Link, Mount, Name, NamedInode, TmpfsKind};
 
@@ -113,9 +115,12 @@ impl<'a, 'k> Gathered<'a, 'k> {
     pub(crate) fn finish(mut self) -> DiskNames {
         // Parents before children.
         self.directories.sort_by(|a, b| a.path.cmp(&b.path));
+        let number =
+            |id: &InodeId| self.autopsy.inodes.borrow().get(id).filter(|i| i.nlink > 0).map(|i| i.ino);
+        let by_ino = self.names.inodes.keys().filter_map(|id| Some((number(id)?, *id))).collect();
         for directory in std::mem::take(&mut self.directories) {
-            match self.names_in(directory.dentry) {
-                Ok(names) => self.names.directories.push(DirectoryNames { inode: directory.inode, names }),
+            match self.directory(&directory, &by_ino) {
+                Ok(names) => self.names.directories.push(names),
                 Err(error) => {
                     let text =
                         format!("the names in {} may be other ones on the disk: {error}", directory.path);
@@ -124,6 +129,34 @@ impl<'a, 'k> Gathered<'a, 'k> {
             }
         }
         self.names
+    }
+
+    /// `by_ino`: inodes that were changed and have names, by number.
+    fn directory(
+        &mut self,
+        directory: &Directory,
+        by_ino: &BTreeMap<u64, InodeId>,
+    ) -> Result<DirectoryNames> {
+        let mut names = self.names_in(directory.dentry)?;
+        // Dentries can be forgotten, and of a name from which something was renamed none is left.
+        let listing = match self.mount.fs_type.as_bytes() {
+            b"ext4" => self.autopsy.directory_blocks(directory.inode.0).unwrap_or_else(|error| {
+                self.autopsy.find(snapshot::Severity::Note, "names", format!("{}: {error}", directory.path));
+                None
+            }),
+            _ => None,
+        };
+        let known: BTreeSet<Bytes> = names.iter().map(|name| name.name.clone()).collect();
+        for (name, ino) in listing.iter().flatten().filter(|(name, _)| !known.contains(name)) {
+            let Some(id) = by_ino.get(ino) else { continue };
+            names.push(Name { name: name.clone(), inode: Some(*id) });
+            if let Some(named) = self.names.inodes.get_mut(id) {
+                let here: Aliases = self.autopsy.kernel.read(directory.inode.0)?;
+                named.names.push(Link { directory: here.i_ino, name: name.clone() });
+            }
+        }
+        let listing = listing.map(|names| names.into_iter().map(|(name, _)| name).collect());
+        Ok(DirectoryNames { inode: directory.inode, names, listing })
     }
 
     fn names_in(&self, directory: u64) -> Result<Vec<Name>> {

@@ -15,6 +15,7 @@ use arm::Manifest;
 use autopsy::Autopsy;
 use ktypes::Kernel;
 use resurrect::FileStale;
+use resurrect::block::Rescued;
 use snapshot::{Finding, PhysMap, PhysMem, PhysMemError, PhysRange, Reason, Severity, Snapshot, StableBytes};
 use vmcore::Vmcore;
 
@@ -98,21 +99,23 @@ impl Worker {
             findings: self.findings.clone(),
         };
         self.channel.send(&surveyed)?;
-        let time_left = self.enter_root()?;
-        self.resurrect(&kernel, &mut snapshot, &manifest, time_left)
+        let (time_left, rescued) = self.enter_root(&mut snapshot)?;
+        self.resurrect(&kernel, &mut snapshot, rescued, &manifest, time_left)
     }
 
-    /// Follows PID 1 into the root file system; returns how long the rest may take.
-    fn enter_root(&mut self) -> Result<Duration> {
+    /// Follows PID 1 into the root file system, after reading what PID 1's report could overwrite there; returns how long the rest may take.
+    fn enter_root(&mut self, snapshot: &mut Snapshot) -> Result<(Duration, Rescued)> {
         let ToWorker::RootMounted(path) = self.next()? else { bail!("PID 1 spoke out of turn") };
         // Held open, it can be entered when it is no longer reachable by name from the old root.
         let root = File::open(&path).with_context(|| format!("cannot open {path}"))?;
+        let mut rescued = Rescued::default();
+        rescued.add(snapshot, Path::new(&path));
         self.channel.send(&FromWorker::Holding)?;
         let ToWorker::Go { time_left } = self.next()? else { bail!("PID 1 spoke out of turn") };
         rustix::process::fchdir(&root).context("cannot enter the root file system")?;
         rustix::process::chroot(".").context("cannot change the root")?;
         rustix::process::chdir("/").context("cannot enter /")?;
-        Ok(time_left)
+        Ok((time_left, rescued))
     }
 
     /// Waits for PID 1, which has its own deadlines and does not outlive a failure of its own: this one is for neatness.
@@ -125,6 +128,7 @@ impl Worker {
         &mut self,
         kernel: &Kernel,
         snapshot: &mut Snapshot,
+        rescued: Rescued,
         manifest: &Manifest,
         time_left: Duration,
     ) -> Result<()> {
@@ -140,7 +144,8 @@ impl Worker {
             own_places: vec![arm::STATE_DIR.into(), config.report.dir.clone()],
         };
         let memory = DeadMemory::new(kernel.vmcore());
-        let mut report = resurrect::resurrect(snapshot, &memory, &options, &mut Told(&mut self.channel))?;
+        let mut report =
+            resurrect::resurrect(snapshot, &memory, rescued, &options, &mut Told(&mut self.channel))?;
         let pour = Pour { bytes: report.poured_bytes, us: report.pour_time.as_micros() as u64 };
         let processes = std::mem::take(&mut report.outcomes).into_iter().map(fate).collect();
         let mut findings = snapshot.findings.clone();

@@ -20,27 +20,25 @@ use crate::{extent, file, sys};
 const SHARE: u64 = 4;
 const START: u64 = FIRST_BLOCK_FRAME * PAGE_SIZE;
 
-/// The dead kernel's memory, and blocks of disks.
-pub(crate) struct Memory<M> {
-    /// What holds the rest.
-    pub(crate) inner: M,
-    ranges: Vec<PhysRange>,
+/// Blocks that have been read.
+#[derive(Debug, Default)]
+pub struct Rescued {
     blocks: Vec<u8>,
 }
 
-impl<M: PhysMem> Memory<M> {
-    /// Reads what is only there, and puts it among the pages of the inodes.
+impl Rescued {
+    /// Reads what is only in blocks of the file systems that are mounted below `root`, and puts it among the pages of the inodes. To be called
+    /// before anything is written to them: for a file system that does not know whose these blocks are, they are free.
     ///
     /// What cannot be read, or does not fit, stays missing: whoever needs the contents notices.
-    pub(crate) fn open(inner: M, snapshot: &mut Snapshot) -> Self {
-        let mut blocks = Vec::new();
+    pub fn add(&mut self, snapshot: &mut Snapshot, root: &Path) {
         let mut seen = BTreeSet::new();
         let room = sys::available_memory() / SHARE;
         let mounts =
             snapshot.mounts.iter().filter(|m| m.root.as_bytes() == b"/" && m.fs_type.as_bytes() == b"ext4");
         let mounts: Vec<_> = mounts
             .filter(|m| seen.insert((m.dev_major, m.dev_minor)))
-            .map(|m| (m.mountpoint.clone(), (m.dev_major, m.dev_minor)))
+            .map(|m| (below(root, m.mountpoint.as_path()), (m.dev_major, m.dev_minor)))
             .collect();
         let open: BTreeSet<InodeId> =
             snapshot.files.values().filter(|f| f.deleted).map(|f| f.inode).collect();
@@ -51,10 +49,33 @@ impl<M: PhysMem> Memory<M> {
                 is_wanted && (inode.dev_major, inode.dev_minor) == device && !inode.on_disk_only().is_empty()
             });
             let wanted: Vec<&mut Inode> = wanted.map(|(_, inode)| inode).collect();
-            if !wanted.is_empty() && file::is_mount_point(mountpoint.as_path()) {
-                rescue(mountpoint.as_path(), wanted, room, &mut blocks);
+            if !wanted.is_empty() && file::is_mount_point(&mountpoint) {
+                rescue(&mountpoint, wanted, room, &mut self.blocks);
             }
         }
+    }
+}
+
+/// Where a path is, while the machine's root is at another place.
+fn below(root: &Path, path: &Path) -> PathBuf {
+    match path.strip_prefix("/") {
+        Ok(rest) if !rest.as_os_str().is_empty() => root.join(rest),
+        _ => root.to_owned(),
+    }
+}
+
+/// The dead kernel's memory, and blocks of disks.
+pub(crate) struct Memory<M> {
+    /// What holds the rest.
+    pub(crate) inner: M,
+    ranges: Vec<PhysRange>,
+    blocks: Vec<u8>,
+}
+
+impl<M: PhysMem> Memory<M> {
+    /// What has been read as well, in the place of the frames that stand for it.
+    pub(crate) fn new(inner: M, rescued: Rescued) -> Self {
+        let Rescued { blocks } = rescued;
         let own = PhysRange { start: START, len: blocks.len() as u64 };
         let ranges = inner.ranges().iter().copied().chain([own]).collect();
         Self { inner, ranges, blocks }
@@ -157,7 +178,10 @@ mod tests {
     #[test]
     fn blocks_are_read_like_frames() {
         let blocks = [1u8, 2].iter().flat_map(|n| [*n; PAGE_SIZE as usize]).collect();
-        let memory = Memory { inner: Nothing, ranges: Vec::new(), blocks };
+        let memory = Memory::new(Nothing, Rescued { blocks });
+        assert_eq!(memory.ranges().len(), 1);
+        assert_eq!(below(Path::new("/newroot"), Path::new("/srv")), Path::new("/newroot/srv"));
+        assert_eq!(below(Path::new("/newroot"), Path::new("/")), Path::new("/newroot"));
         let mut buf = [0; 4];
         memory.read(START + PAGE_SIZE - 2, &mut buf).unwrap();
         assert_eq!(buf, [1, 1, 2, 2]);

@@ -30,7 +30,7 @@
 
 mod aio;
 mod autofs;
-mod block;
+pub mod block;
 mod cgroup;
 mod check;
 mod clock;
@@ -346,11 +346,14 @@ fn system<E: Into<std::io::Error>>(what: &'static str) -> impl Fn(E) -> Error {
 
 /// Brings back all processes whose decision is to continue.
 ///
+/// `rescued`: what has been read of file systems that have been written to since; of the others it is read here.
+///
 /// When it returns, those that came back are running and nothing of the others exists. `Err` means that none came back. The snapshot
 /// gets the address spaces from which interrupted execve(2) calls are issued again; it is not for a second try.
 pub fn resurrect(
     snapshot: &mut Snapshot,
     mem: &dyn PhysMem,
+    mut rescued: block::Rescued,
     options: &Options,
     progress: &mut dyn Progress,
 ) -> Result<Report, Error> {
@@ -361,7 +364,8 @@ pub fn resurrect(
     let specials = Specials::of(&maps);
     exec::insert_stand_ins(snapshot, &specials);
     let mem = swap::Memory::open(mem, snapshot, &options.block_devices);
-    let mem = block::Memory::open(mem, snapshot);
+    rescued.add(snapshot, std::path::Path::new("/"));
+    let mem = block::Memory::new(mem, rescued);
     let snapshot = &*snapshot;
     let mut run = Run {
         snapshot,

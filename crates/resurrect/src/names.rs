@@ -99,6 +99,7 @@ struct Work<'a> {
 struct Staging {
     fd: OwnedFd,
     path: PathBuf,
+    ino: u64,
     count: u64,
     /// Of the directory above, before.
     times: Timestamps,
@@ -350,9 +351,14 @@ impl<'a> Work<'a> {
         for (name, ino) in entries(fd)? {
             let is_gone = match known.get(name.as_slice()) {
                 Some(whose) => whose.is_none(),
-                None => self.has_gone(ino, here, &name)?,
+                None => match &directory.listing {
+                    Some(all) => !all.contains(&Bytes(name.clone())),
+                    None => self.has_gone(ino, here, &name)?,
+                },
             };
-            let is_gone = is_gone && !self.is_own(above.join(OsStr::from_bytes(&name)));
+            let name_there = above.join(OsStr::from_bytes(&name));
+            let is_staging = self.staging.as_ref().is_some_and(|staging| staging.ino == ino);
+            let is_gone = is_gone && !is_staging && !self.is_own(&name_there);
             let gone = if is_gone { self.set_aside(fd, OsStr::from_bytes(&name)) } else { Ok(false) };
             match gone {
                 Ok(gone) => self.done.removed += u64::from(gone),
@@ -495,7 +501,8 @@ impl Staging {
         };
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = rustix::fs::openat(CWD, &path, flags, Mode::empty())?;
-        Ok(Self { fd, path, count: 0, times })
+        let ino = rustix::fs::fstat(&fd)?.st_ino;
+        Ok(Self { fd, path, ino, count: 0, times })
     }
 
     fn name(&self) -> &OsStr {
@@ -594,7 +601,7 @@ mod tests {
         fn add(&mut self, inode: Inode, kind: TmpfsKind) -> InodeId {
             let id = InodeId(1 + self.names.inodes.len() as u64);
             if kind == TmpfsKind::Directory {
-                self.names.directories.push(DirectoryNames { inode: id, names: Vec::new() });
+                self.names.directories.push(DirectoryNames { inode: id, names: Vec::new(), listing: None });
             }
             self.snapshot.inodes.insert(id, inode);
             self.names.inodes.insert(id, NamedInode { kind, names: Vec::new() });
@@ -843,6 +850,24 @@ mod tests {
         let aside = case.list(".").into_iter().find(|name| name.starts_with(".otherworld")).unwrap();
         assert!(done.stale[0].why.contains(&aside), "{:?}", done.stale);
         assert_eq!(case.read(&format!("{aside}/1/f")), "dear");
+    }
+
+    #[test]
+    fn what_is_not_in_a_listing_has_gone() {
+        let mut case = case!();
+        for name in ["stays", "gone"] {
+            case.write(name, "text");
+        }
+        let root = case.known(".");
+        case.names.directories[0].listing = Some(["stays", "new"].map(Bytes::from).into());
+        case.name(root, "never", None);
+        // Which needs room for what is moved: that is in no listing either.
+        case.write("old", "text");
+        let renamed = case.known("old");
+        case.name(root, "new", Some(renamed));
+        let done = case.done();
+        assert_eq!((done.put, done.removed), (1, 2));
+        assert_eq!(case.list("."), ["new", "stays"]);
     }
 
     #[test]

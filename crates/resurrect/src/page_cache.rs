@@ -286,8 +286,9 @@ fn make_unnamed(path: &Path, inode: &Inode, mem: &dyn PhysMem) -> Result<File, P
     require_all_pages(path, inode)?;
     let mut options = OpenOptions::new();
     options.read(true).write(true);
+    let directory = path.ancestors().skip(1).find(|above| above.is_dir()).unwrap_or(Path::new("/"));
     match path.symlink_metadata() {
-        Err(_) => {
+        Err(_) if path.parent() == Some(directory) => {
             refuse_links(path)?;
             let file = create(path, inode).map_err(io("create"))?;
             std::fs::remove_file(path).map_err(io("remove"))?;
@@ -301,12 +302,12 @@ fn make_unnamed(path: &Path, inode: &Inode, mem: &dyn PhysMem) -> Result<File, P
             std::fs::remove_file(path).map_err(io("remove"))?;
             Ok(file)
         }
-        Ok(_) => {
-            let dir = path.parent().unwrap_or(Path::new("/"));
-            if !dir.canonicalize().is_ok_and(|real| real == dir) {
+        // Somebody else has the name, or the directory is gone as well.
+        Ok(_) | Err(_) => {
+            if !directory.canonicalize().is_ok_and(|real| real == directory) {
                 return Err(PageCacheError::Redirected { path: path.display().to_string() });
             }
-            let file = options.mode(0o600).custom_flags(libc::O_TMPFILE).open(dir);
+            let file = options.mode(0o600).custom_flags(libc::O_TMPFILE).open(directory);
             let file = file.map_err(io("create a file without a name beside"))?;
             set_owner_and_mode(&file, inode).map_err(io("set the owner of"))?;
             fill(&file, path, inode, true, mem)?;
@@ -666,6 +667,16 @@ mod tests {
         let meta = std::fs::metadata(&path).unwrap();
         assert_eq!((meta.len(), meta.permissions().mode() & 0o7777), (4097, 0o640));
         assert_eq!((meta.uid(), meta.gid()), (1, 2));
+    }
+
+    #[test]
+    fn a_file_without_a_name_needs_no_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().canonicalize().unwrap().join("gone/too/file");
+        let inode = inode(4096, &[(0, 2, 1, true)]);
+        let file = restore_unnamed(&path, &inode, &mem()).unwrap();
+        assert_eq!(std::io::read_to_string(&file).unwrap(), "c".repeat(4096));
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left of it");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Names on disk file systems that were made, changed or removed so lately that the disk may not know.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -29,6 +29,9 @@ pub struct DirectoryNames {
     pub inode: InodeId,
     /// Names of inodes that were changed lately, and such that there are not.
     pub names: Vec<Name>,
+    /// All names that there were, if that is known (ext4).
+    #[serde(default)]
+    pub listing: Option<BTreeSet<Bytes>>,
 }
 
 /// One name.

@@ -265,7 +265,8 @@ fn worker(dir: &Path, sabotage: Option<&str>) {
     let options =
         Options { deadline: PATIENCE, process_deadline: Duration::from_secs(5), ..Options::default() };
     let mut watcher = Watcher { sabotage, dir };
-    let report = resurrect::resurrect(&mut snapshot, &memory, &options, &mut watcher).unwrap();
+    let report =
+        resurrect::resurrect(&mut snapshot, &memory, Default::default(), &options, &mut watcher).unwrap();
     if std::env::var_os("SHOW_REPORT").is_some() {
         eprintln!("{:?} poured {} in {:?}", report.timeline, report.poured_bytes, report.pour_time);
     }
