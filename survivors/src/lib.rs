@@ -113,6 +113,8 @@ pub enum Needs {
     CrashKernel,
     /// Huge pages that are set aside, and to be started as root.
     HugePages,
+    /// The disk for itself, which it keeps busy: it runs only where it is named.
+    Alone,
 }
 
 /// One survivor.
@@ -176,8 +178,8 @@ table! {
     "memory-advice" memory::advice Survives, Nothing, "madvise flags and mlock";
     "memory-brk" memory::brk Survives, Nothing, "heap that was grown by brk, and grows on";
     "memory-layout" memory::layout Survives, Nothing, "cmdline, environ, exe, auxv and the mm fields in /proc/self/stat";
-    "files" names::cases Survives, Root, "names, contents and attributes that the disk had not heard of";
-    "files-random" names::random Survives, Nothing, "random operations on files go on, and all they have led to is there";
+    "names-files" names::cases Survives, Root, "names, contents and attributes that the disk had not heard of";
+    "names-random" names::random Survives, Alone, "random operations on files go on, and all they have led to is there";
     "fpu-sleep" fpu::sleep Survives, Avx2, "x87, SSE, AVX registers and MXCSR across a sleep";
     "fpu-loop" fpu::compute_loop Survives, Avx2, "all YMM registers in a loop that never enters the kernel";
     "edge-calls" edge::calls Survives, Nothing, "all general registers in a loop of system calls, each of which is made once";

@@ -122,8 +122,10 @@ fn command() -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Sub::Start { names, dir, timeout, how } => {
-            let names =
-                if names.is_empty() { TABLE.iter().map(|s| s.name.to_owned()).collect() } else { names };
+            let names = match names.is_empty() {
+                true => TABLE.iter().filter(|s| s.needs != Needs::Alone).map(|s| s.name.to_owned()).collect(),
+                false => names,
+            };
             start(&names, &dir, Duration::from_secs(timeout), &how)
         }
     }
@@ -144,6 +146,7 @@ fn list() {
             Needs::Swap => "swap",
             Needs::CrashKernel => "crash-kernel",
             Needs::HugePages => "huge-pages",
+            Needs::Alone => "alone",
         };
         println!("{}\t{}\t{expect}\t{needs}\t{}", survivor.name, survivor.kind, survivor.shows);
     }

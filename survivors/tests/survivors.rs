@@ -24,7 +24,7 @@ struct Running {
 
 fn can_run(survivor: &Survivor) -> bool {
     match survivor.needs {
-        Needs::Nothing | Needs::Tty => true,
+        Needs::Nothing | Needs::Tty | Needs::Alone => true,
         Needs::Root => nix::unistd::Uid::effective().is_root(),
         Needs::Console => std::path::Path::new("/dev/vcsa9").exists(),
         Needs::HugePages => std::fs::read_to_string("/proc/sys/vm/nr_hugepages")

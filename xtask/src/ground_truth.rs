@@ -367,8 +367,8 @@ fn start_survivors(guest: &mut Guest) -> Result<Vec<i32>> {
         // Of who computes there is no moment at which /proc and its memory could agree.
         .filter(|survivor| survivor.expect == Expect::Survives && !survivor.is_computing())
         .filter(|survivor| !restless.contains(&survivor.name))
-        // No swap area is in use here, and no huge page set aside.
-        .filter(|survivor| !matches!(survivor.needs, Needs::Swap | Needs::HugePages))
+        // No swap area is in use here, no huge page set aside, and others are there.
+        .filter(|survivor| !matches!(survivor.needs, Needs::Swap | Needs::HugePages | Needs::Alone))
         .collect();
     let mut pids = Vec::new();
     for (root, dir) in [(false, "/home/demo/survivors"), (true, "/root/survivors")] {
