@@ -367,6 +367,8 @@ fn start_survivors(guest: &mut Guest) -> Result<Vec<i32>> {
         // Of who computes there is no moment at which /proc and its memory could agree.
         .filter(|survivor| survivor.expect == Expect::Survives && !survivor.is_computing())
         .filter(|survivor| !restless.contains(&survivor.name))
+        // Files without a name whose name is another's, or that never had one, are shown in another way afterwards.
+        .filter(|survivor| survivor.name != "names-files")
         // No swap area is in use here, no huge page set aside, and others are there.
         .filter(|survivor| !matches!(survivor.needs, Needs::Swap | Needs::HugePages | Needs::Alone))
         .collect();
