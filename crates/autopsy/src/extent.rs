@@ -36,15 +36,13 @@ impl Autopsy<'_> {
     /// Where an ext4 inode's contents are, in ascending order; `None` if it does not use extents, or has other blocks than pages.
     pub(crate) fn extents(&self, inode: u64, sb: u64) -> Result<Option<Vec<Extent>>> {
         let kernel = self.kernel;
-        let outer = inode.wrapping_sub(kernel.offset_of("ext4_inode_info", "vfs_inode")?);
-        let flags = kernel.read_u64(outer.wrapping_add(kernel.offset_of("ext4_inode_info", "i_flags")?))?;
         let sb: SuperBlockDevice = kernel.read(sb)?;
-        let has_extents = flags >> kernel.enum_value("EXT4_INODE_EXTENTS")? & 1 != 0;
-        if !has_extents || sb.s_blocksize != PAGE_SIZE {
+        if !self.has_ext4_flag(inode, "EXT4_INODE_EXTENTS")? || sb.s_blocksize != PAGE_SIZE {
             return Ok(None);
         }
         let data = kernel.member("ext4_inode_info", "i_data")?;
-        let root = kernel.read_bytes(outer.wrapping_add(data.offset), data.size as usize)?;
+        let root =
+            kernel.read_bytes(self.ext4_inode(inode)?.wrapping_add(data.offset), data.size as usize)?;
         let mut all = Vec::new();
         self.extent_node(inode, &root, None, sb.s_bdev, &mut all)?;
         let sorted = all.windows(2).all(|pair| pair[0].index + pair[0].count <= pair[1].index);
@@ -52,6 +50,17 @@ impl Autopsy<'_> {
             return Err(corrupt("inode", inode, "has extents that overlap"));
         }
         Ok(Some(all))
+    }
+
+    /// The `ext4_inode_info` around an inode.
+    fn ext4_inode(&self, inode: u64) -> Result<u64> {
+        Ok(inode.wrapping_sub(self.kernel.offset_of("ext4_inode_info", "vfs_inode")?))
+    }
+
+    /// Whether an ext4 inode has one of the flags EXT4_INODE_* (fs/ext4/ext4.h).
+    fn has_ext4_flag(&self, inode: u64, flag: &str) -> Result<bool> {
+        let at = self.ext4_inode(inode)?.wrapping_add(self.kernel.offset_of("ext4_inode_info", "i_flags")?);
+        Ok(self.kernel.read_u64(at)? >> self.kernel.enum_value(flag)? & 1 != 0)
     }
 
     /// The extents below one node, which has to be so many levels above the leaves (any number, if it is the root).
@@ -156,9 +165,7 @@ impl Autopsy<'_> {
     pub(crate) fn directory_blocks(&self, inode: u64) -> Result<Option<Vec<(Bytes, u64)>>> {
         let kernel = self.kernel;
         let sb = kernel.read_u64(inode.wrapping_add(kernel.offset_of("inode", "i_sb")?))?;
-        let outer = inode.wrapping_sub(kernel.offset_of("ext4_inode_info", "vfs_inode")?);
-        let flags = kernel.read_u64(outer.wrapping_add(kernel.offset_of("ext4_inode_info", "i_flags")?))?;
-        if flags >> kernel.enum_value("EXT4_INODE_ENCRYPT")? & 1 != 0 {
+        if self.has_ext4_flag(inode, "EXT4_INODE_ENCRYPT")? {
             return Ok(None);
         }
         let Some(extents) = self.extents(inode, sb)? else { return Ok(None) };

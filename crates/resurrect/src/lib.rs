@@ -76,6 +76,8 @@ mod socket;
 pub mod swap;
 mod sys;
 mod syscall;
+#[cfg(test)]
+mod testing;
 mod thread;
 mod timer;
 mod timerfd;

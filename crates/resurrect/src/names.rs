@@ -22,6 +22,8 @@ use crate::{FileStale, page_cache, sys};
 
 /// Directories within directories that are gone.
 const MAX_DEPTH: usize = 512;
+/// Not to be read or written, and no link is followed.
+const AS_PATH: OFlags = OFlags::PATH.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
 /// What has been done on one file system.
 #[derive(Default)]
@@ -308,9 +310,8 @@ impl<'a> Work<'a> {
                     rustix::fs::mknodat(&staging.fd, &staged, kind, mode, device).map_err(say("mknod"))?;
                 }
             }
-            let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             let made =
-                rustix::fs::openat(&staging.fd, &staged, flags, Mode::empty()).map_err(say("open it"))?;
+                rustix::fs::openat(&staging.fd, &staged, AS_PATH, Mode::empty()).map_err(say("open it"))?;
             self.remember(id, &made)?;
             if let Some(restored) = restored {
                 self.done.inodes.insert(id, Ok(restored));
@@ -325,8 +326,7 @@ impl<'a> Work<'a> {
         self.set_aside(parent, name)?;
         let Some(fd) = self.on_disk(id)? else {
             rustix::fs::mkdirat(parent, name, Mode::RWXU).map_err(say("make the directory"))?;
-            let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let made = rustix::fs::openat(parent, name, flags, Mode::empty()).map_err(say("open it"))?;
+            let made = rustix::fs::openat(parent, name, AS_PATH, Mode::empty()).map_err(say("open it"))?;
             self.remember(id, &made)?;
             self.done.inodes.insert(id, Ok(Restored { created: true, ..Restored::default() }));
             return Ok(());
@@ -356,9 +356,8 @@ impl<'a> Work<'a> {
                     None => self.has_gone(ino, here, &name)?,
                 },
             };
-            let name_there = above.join(OsStr::from_bytes(&name));
             let is_staging = self.staging.as_ref().is_some_and(|staging| staging.ino == ino);
-            let is_gone = is_gone && !is_staging && !self.is_own(&name_there);
+            let is_gone = is_gone && !is_staging && !self.is_own(above.join(OsStr::from_bytes(&name)));
             let gone = if is_gone { self.set_aside(fd, OsStr::from_bytes(&name)) } else { Ok(false) };
             match gone {
                 Ok(gone) => self.done.removed += u64::from(gone),
@@ -368,16 +367,22 @@ impl<'a> Work<'a> {
         Ok(())
     }
 
-    /// Whether a name that the disk has, and of which nothing is known, leads to an inode that is known to have other ones only.
-    fn has_gone(&self, ino: u64, directory: u64, name: &[u8]) -> Result<bool, String> {
-        let Some(id) = self.by_ino.get(&ino) else { return Ok(false) };
+    /// The inode of this number, if it was changed lately, and whether the number is the same inode's on the disk.
+    fn changed(&self, ino: u64) -> Result<Option<(InodeId, &'a Inode, bool)>, String> {
+        let Some(id) = self.by_ino.get(&ino) else { return Ok(None) };
         let inode = self.inode(*id)?;
         let same = self.handles.open(ino, inode.generation).map_err(|e| format!("look at it: {e}"))?;
-        if same.is_none() || inode.nlink == 0 {
+        Ok(Some((*id, inode, same.is_some())))
+    }
+
+    /// Whether a name that the disk has, and of which nothing is known, leads to an inode that is known to have other ones only.
+    fn has_gone(&self, ino: u64, directory: u64, name: &[u8]) -> Result<bool, String> {
+        let Some((id, inode, is_same)) = self.changed(ino)? else { return Ok(false) };
+        if !is_same || inode.nlink == 0 {
             // Its number is another inode's, or nobody's.
             return Ok(true);
         }
-        let names = self.names.inodes.get(id).map_or(&[][..], |named| &named.names);
+        let names = self.names.inodes.get(&id).map_or(&[][..], |named| &named.names);
         let is_this = names.iter().any(|link| link.directory == directory && link.name.as_bytes() == name);
         Ok(!is_this && knows_all(inode, names.len()))
     }
@@ -452,13 +457,11 @@ impl<'a> Work<'a> {
 
     /// The inode, if the name that is to go is its last and the dead kernel had one for it.
     fn last_of(&self, found: &rustix::fs::Stat) -> Result<Option<&'a Inode>, String> {
-        let Some(id) = self.by_ino.get(&found.st_ino).filter(|_| found.st_nlink == 1) else {
+        if found.st_nlink != 1 {
             return Ok(None);
-        };
-        let inode = self.inode(*id)?;
-        let same =
-            self.handles.open(found.st_ino, inode.generation).map_err(|e| format!("look at it: {e}"))?;
-        Ok((same.is_some() && inode.nlink > 0).then_some(inode))
+        }
+        let changed = self.changed(found.st_ino)?;
+        Ok(changed.filter(|(_, inode, is_same)| *is_same && inode.nlink > 0).map(|(_, inode, _)| inode))
     }
 
     /// Owners, permissions and times of all that was changed; those of directories are right when nothing in them is touched any more.
@@ -535,20 +538,8 @@ mod tests {
     use std::fs;
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
-    use snapshot::{Link, Name, PAGE_SIZE, PageCacheRun, PhysMap, PhysMemError, PhysRange, Timestamp};
-
-    /// Page frame n is filled with the letter 'a' + n.
-    struct Mem(Vec<u8>);
-
-    impl PhysMem for Mem {
-        fn ranges(&self) -> &[PhysRange] {
-            &[]
-        }
-        fn map(&self, addr: u64, len: usize) -> Result<PhysMap<'_>, PhysMemError> {
-            let absent = PhysMemError::NotPresent { addr, len: len as u64 };
-            self.0.get(addr as usize..addr as usize + len).map(PhysMap::borrowed).ok_or(absent)
-        }
-    }
+    use crate::testing::Mem;
+    use snapshot::{Link, Name, PAGE_SIZE, PageCacheRun, Timestamp};
 
     /// A directory that is taken for a file system, and what the dead kernel knew of it.
     struct Case {
@@ -670,6 +661,7 @@ mod tests {
         }
 
         fn run(&self) -> Reconciled {
+            // Page frame n is filled with the letter 'a' + n.
             let mem = Mem((0..8u8).flat_map(|n| [b'a' + n; PAGE_SIZE as usize]).collect());
             reconcile(&self.snapshot, &self.names, &mem, 0, &["/what/own/place".into()]).unwrap()
         }

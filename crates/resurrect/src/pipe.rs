@@ -133,18 +133,8 @@ pub(crate) fn lost_peers(company: &Company<'_>, process: &Process) -> Vec<Reason
 #[cfg(test)]
 mod tests {
     use super::*;
-    use snapshot::{PhysMap, PhysMemError, PhysRange, PipeBuffer};
-
-    struct Mem(Vec<u8>);
-    impl PhysMem for Mem {
-        fn ranges(&self) -> &[PhysRange] {
-            &[]
-        }
-        fn map(&self, addr: u64, len: usize) -> Result<PhysMap<'_>, PhysMemError> {
-            let absent = PhysMemError::NotPresent { addr, len: len as u64 };
-            self.0.get(addr as usize..addr as usize + len).map(PhysMap::borrowed).ok_or(absent)
-        }
-    }
+    use crate::testing::Mem;
+    use snapshot::PipeBuffer;
 
     fn pipe(buffers: Vec<PipeBuffer>) -> Pipe {
         Pipe { path: None, capacity: 16384, buffers, readers: 1, writers: 1 }

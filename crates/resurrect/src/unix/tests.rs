@@ -2,18 +2,8 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use super::*;
-use snapshot::{OpenFile, PhysMap, PhysMemError, PhysRange, UnixData, UnixDirectory};
-
-struct Mem(Vec<u8>);
-impl PhysMem for Mem {
-    fn ranges(&self) -> &[PhysRange] {
-        &[]
-    }
-    fn map(&self, addr: u64, len: usize) -> Result<PhysMap<'_>, PhysMemError> {
-        let absent = PhysMemError::NotPresent { addr, len: len as u64 };
-        self.0.get(addr as usize..addr as usize + len).map(PhysMap::borrowed).ok_or(absent)
-    }
-}
+use crate::testing::Mem;
+use snapshot::{OpenFile, UnixData, UnixDirectory};
 
 /// A machine with sockets. A socket with number n is that of file n.
 struct Machine {
