@@ -1,7 +1,7 @@
 //! Names in the file system: `fs_struct`, `dentry`, `mount` (include/linux/fs_struct.h, dcache.h, fs/mount.h, fs/d_path.c;
 //! 6.1 and 6.12).
 
-use ktypes::KernelType;
+use ktypes::{Kernel, KernelType};
 use snapshot::{Bytes, FsContext, Mount, MountFlags, NamespaceId};
 
 use crate::Autopsy;
@@ -10,6 +10,8 @@ use crate::error::{Result, corrupt};
 /// PATH_MAX is 4096, but a path can be deeper than a system call can name it.
 const MAX_PATH: usize = 64 << 10;
 const MAX_NAME: u32 = 255;
+/// Dentries in a directory.
+const MAX_CHILDREN: usize = 1 << 22;
 /// A path has at most this many components and mounts.
 const MAX_COMPONENTS: usize = MAX_PATH / 2;
 /// Super blocks of one machine.
@@ -49,11 +51,24 @@ pub(crate) struct Dentry {
     pub hashed: u64,
     pub d_parent: u64,
     #[kernel("d_name.len")]
-    name_len: u32,
+    pub name_len: u32,
     #[kernel("d_name.name")]
-    name: u64,
+    pub name: u64,
     pub d_inode: u64,
     d_op: u64,
+}
+
+/// The dentries in a directory's (d_subdirs until 6.7, d_children).
+pub(crate) fn children(kernel: &Kernel, directory: u64) -> Result<Vec<u64>> {
+    let is_list = kernel.has_member("dentry", "d_subdirs");
+    let (head, to_child) = if is_list { ("d_subdirs", "d_child") } else { ("d_children", "d_sib") };
+    let head = directory.wrapping_add(kernel.offset_of("dentry", head)?);
+    let to_child = kernel.offset_of("dentry", to_child)?;
+    let child = |node: ktypes::Result<u64>| Ok(node?.wrapping_sub(to_child));
+    match is_list {
+        true => kernel.list_head(head, MAX_CHILDREN).map(child).collect(),
+        false => kernel.hlist(head, MAX_CHILDREN).map(child).collect(),
+    }
 }
 
 #[derive(KernelType)]

@@ -12,7 +12,7 @@ use snapshot::{Bytes, DirectoryNames, DiskNames, InodeId, Link, Mount, Name, Nam
 
 use crate::Autopsy;
 use crate::error::{Result, corrupt};
-use crate::fs::{Dentry, device};
+use crate::fs::{Dentry, children, device};
 use crate::inode::{S_IFDIR, S_IFLNK, S_IFREG};
 use crate::writeback::join;
 
@@ -161,7 +161,7 @@ impl<'a, 'k> Gathered<'a, 'k> {
 
     fn names_in(&self, directory: u64) -> Result<Vec<Name>> {
         let mut names = Vec::new();
-        for at in self.autopsy.children(directory)? {
+        for at in children(self.autopsy.kernel, directory)? {
             let dentry = self.autopsy.dentry(at)?;
             if dentry.d_parent != directory {
                 return Err(corrupt("dentry", at, "is in another directory than its list"));

@@ -19,6 +19,7 @@
 
 mod exec;
 mod iov_iter;
+mod namei;
 mod table;
 mod timers;
 
@@ -35,6 +36,8 @@ pub use timers::{Expiry, Timers};
 
 /// A kernel stack has 16 KiB (32 with KASAN).
 const MAX_STACK: u64 = 32 << 10;
+/// fs.nr_open, as a rule.
+const MAX_FDS: u32 = 1 << 20;
 /// vm.max_map_count is 65,530 as a rule.
 const MAX_VMAS: usize = 1 << 20;
 /// A child that was started so long before the end may be that of the call in flight (nanoseconds).
@@ -73,8 +76,9 @@ const NR_PWRITEV2: i64 = 328;
 const S_IFMT: u32 = 0o170_000;
 const S_IFIFO: u32 = 0o010_000;
 const O_APPEND: u32 = 0o2000;
+const O_EXCL: u64 = 0o200;
 /// O_CREAT | O_EXCL.
-const O_EXCLUSIVE: u64 = 0o300;
+const O_EXCLUSIVE: u64 = 0o100 | O_EXCL;
 const RWF_APPEND: u64 = 0x10;
 const MSG_WAITALL: u64 = 0x100;
 /// task_struct.__state (include/linux/sched.h).
@@ -98,6 +102,8 @@ pub struct Context<'a> {
     pub stack_pointer: Option<u64>,
     /// The kernel's instruction pointer, from the same note; `None` if it was switched out.
     pub instruction_pointer: Option<u64>,
+    /// The kernel's registers, from the same note; empty if it was switched out.
+    pub cpu_registers: &'a [u64],
     /// The clocks at the end.
     pub now: Clocks,
     /// All sleepers.
@@ -193,6 +199,10 @@ trait Facts {
     fn restart_block(&self) -> RestartBlock;
     /// Whether the thread is taking down an inode without names.
     fn is_removing_inode(&self) -> bool;
+    /// Whether a call that makes, removes or changes a name has done so.
+    fn is_name_changed(&self, name: &str, call: &SyscallInFlight) -> Option<bool>;
+    /// Whether an open(2) with O_EXCL has made its file.
+    fn has_made_file(&self, call: &SyscallInFlight, flags_arg: usize) -> Option<bool>;
     /// Whether it is in the middle of what moves a file's bytes; an iterator outside of that is an earlier call's.
     fn is_moving(&self, file: &File, write: bool) -> bool;
     /// Whether the thread has written to `/proc/sysrq-trigger`.
@@ -296,9 +306,17 @@ fn decide_by_class(thread: &Thread, facts: &dyn Facts, row: &Row) -> Resume {
             row.name
         )),
         Class::Wait => Resume::Restart,
-        // Whoever waits within it has not made the file yet.
-        Class::Open { flags_arg } if !parked && thread.arg(flags_arg) & O_EXCLUSIVE == O_EXCLUSIVE => {
-            impossible(format!("{}: whether it has made the file cannot be told", row.name))
+        Class::Open { flags_arg } if thread.arg(flags_arg) & O_EXCLUSIVE == O_EXCLUSIVE => {
+            match facts.has_made_file(&thread.call, flags_arg) {
+                Some(false) => Resume::Restart,
+                // It is this call's own: now it is there.
+                Some(true) if facts.is_in_c_library() => {
+                    Resume::RestartChanged { argument: flags_arg, value: thread.arg(flags_arg) & !O_EXCL }
+                }
+                // Whoever waits has not made the file yet.
+                None if parked => Resume::Restart,
+                _ => impossible(format!("{}: whether it has made the file cannot be told", row.name)),
+            }
         }
         Class::Open { .. } => Resume::Restart,
         Class::Sleep => sleep(thread, facts),
@@ -345,14 +363,18 @@ fn decide_by_class(thread: &Thread, facts: &dyn Facts, row: &Row) -> Resume {
             Some(_) => Resume::Restart,
             None => finish(0, "the descriptor was already closed"),
         },
-        // A file system's transaction is written when no call is within it any more: what such a call has changed in the
-        // dead kernel's memory is not on the disk, and it is done anew. But the last inode is taken down after that; and what shows in
-        // the dead kernel's names is written anew, which is the last that such a call does, without waiting.
+        // What shows in the dead kernel's names is put on the disk, whatever had become of the file system's transaction. The last inode is
+        // taken down after all that.
         Class::Name if facts.is_removing_inode() => {
             finish(0, "the name was gone, the inode was being removed")
         }
-        Class::Name if !parked => impossible(format!("{}: whether it was done cannot be told", row.name)),
-        Class::Name => Resume::Restart,
+        Class::Name => match facts.is_name_changed(row.name, &thread.call) {
+            Some(true) => finish(0, "the name was changed"),
+            Some(false) => Resume::Restart,
+            // Whoever waits has not changed it yet, as a rule.
+            None if parked => Resume::Restart,
+            None => impossible(format!("{}: whether it was done cannot be told", row.name)),
+        },
         Class::Clone => clone(thread, facts),
         Class::Exec => {
             let filename = thread.arg(usize::from(thread.call.nr == NR_EXECVEAT));
@@ -730,19 +752,30 @@ impl<'a> Dead<'a> {
         }
     }
 
-    fn try_file(&self, fd: i32) -> Option<File> {
+    fn descriptors(&self) -> Option<FdTable> {
+        let fdt = self.task?.files.wrapping_add(self.kernel.offset_of("files_struct", "fdt").ok()?);
+        self.kernel.read(self.kernel.read_u64(fdt).ok()?).ok()
+    }
+
+    /// Addresses of the process's open files.
+    fn open_files(&self) -> Vec<u64> {
+        let Some(table) = self.descriptors() else { return Vec::new() };
+        let len = table.max_fds.min(MAX_FDS) as usize * 8;
+        self.kernel.read_bytes(table.fd, len).map(|bytes| words(&bytes)).unwrap_or_default()
+    }
+
+    /// Address of the `struct file` behind a descriptor.
+    fn file_pointer(&self, fd: i32) -> Option<u64> {
         let fd = u32::try_from(fd).ok()?;
-        let files = self.task?.files;
-        let fdt = self
-            .kernel
-            .read_u64(files.wrapping_add(self.kernel.offset_of("files_struct", "fdt").ok()?))
-            .ok()?;
-        let table: FdTable = self.kernel.read(fdt).ok()?;
+        let table = self.descriptors()?;
         if fd >= table.max_fds {
             return None;
         }
-        let addr =
-            self.kernel.read_u64(table.fd.wrapping_add(u64::from(fd) * 8)).ok().filter(|addr| *addr != 0)?;
+        self.kernel.read_u64(table.fd.wrapping_add(u64::from(fd) * 8)).ok().filter(|addr| *addr != 0)
+    }
+
+    fn try_file(&self, fd: i32) -> Option<File> {
+        let addr = self.file_pointer(fd)?;
         let file: FileStruct = self.kernel.read(addr).ok()?;
         let inode: Inode = self.kernel.read(file.f_inode).ok()?;
         let kind = kind_of(inode.i_mode, inode.i_rdev, self.kernel.symbol_at(file.f_op));
@@ -777,16 +810,54 @@ impl<'a> Dead<'a> {
         tty_sent(self.live(), tty.write_buf, u64::try_from(tty.write_cnt).ok()?, done)
     }
 
+    /// With what is known of this thread for [`namei`]; `None` if its live stack is not known.
+    fn with_walker<T>(&self, ask: impl FnOnce(&namei::Walker<'_>) -> Option<T>) -> Option<T> {
+        let (_, stack) = self.stack.as_ref()?;
+        let follow = |from: u64, kind: &str, member: &str| {
+            let at = from.wrapping_add(self.kernel.offset_of(kind, member).ok()?);
+            self.kernel.read_u64(at).ok().filter(|to| *to != 0)
+        };
+        let directory = |fd| match fd {
+            namei::AT_FDCWD => follow(follow(self.ctx.task, "task_struct", "fs")?, "fs_struct", "pwd.dentry"),
+            _ => follow(self.file_pointer(fd)?, "file", "f_path.dentry"),
+        };
+        let open = self.open_files();
+        ask(&namei::Walker {
+            kernel: self.kernel,
+            stack,
+            registers: self.ctx.cpu_registers,
+            now_ns: self.ctx.now.realtime_ns,
+            path: &|addr| self.user_path(addr),
+            directory: &directory,
+            is_open: &|addr| open.contains(&addr),
+        })
+    }
+
+    /// A path in the program's memory.
+    fn user_path(&self, addr: u64) -> Option<Vec<u8>> {
+        let mut path = Vec::new();
+        while path.len() < namei::MAX_PATH {
+            let at = addr.checked_add(path.len() as u64)?;
+            let mut part = vec![0; (vmcore::PAGE_SIZE - at % vmcore::PAGE_SIZE) as usize];
+            self.read_user(at, &mut part)?;
+            let end = part.iter().position(|byte| *byte == 0);
+            path.extend(&part[..end.unwrap_or(part.len())]);
+            if end.is_some() {
+                return Some(path);
+            }
+        }
+        None
+    }
+
     /// Reads the program's memory through its page tables.
-    fn try_user_words(&self, addr: u64, count: usize) -> Option<Vec<u64>> {
+    fn read_user(&self, addr: u64, bytes: &mut [u8]) -> Option<()> {
         let pgd = self
             .kernel
             .read_u64(self.task?.mm.wrapping_add(self.kernel.offset_of("mm_struct", "pgd").ok()?))
             .ok()?;
         let tables = self.kernel.page_tables(pgd).ok()?;
-        let mut bytes = vec![0; count.checked_mul(8)?];
         let mut at = addr;
-        let mut rest = bytes.as_mut_slice();
+        let mut rest = bytes;
         while !rest.is_empty() {
             let in_page = (vmcore::PAGE_SIZE - at % vmcore::PAGE_SIZE) as usize;
             let (part, next) = rest.split_at_mut(in_page.min(rest.len()));
@@ -794,6 +865,12 @@ impl<'a> Dead<'a> {
             at = at.checked_add(part.len() as u64)?;
             rest = next;
         }
+        Some(())
+    }
+
+    fn try_user_words(&self, addr: u64, count: usize) -> Option<Vec<u64>> {
+        let mut bytes = vec![0; count.checked_mul(8)?];
+        self.read_user(addr, &mut bytes)?;
         Some(words(&bytes))
     }
 
@@ -910,6 +987,17 @@ impl Facts for Dead<'_> {
         // The return address alone may be left over from an earlier call.
         self.is_within("evict")
             && self.live().words.iter().any(|word| self.is_being_removed(*word).unwrap_or(false))
+    }
+
+    fn is_name_changed(&self, name: &str, call: &SyscallInFlight) -> Option<bool> {
+        self.with_walker(|walker| walker.is_done(name, call))
+    }
+
+    fn has_made_file(&self, call: &SyscallInFlight, flags_arg: usize) -> Option<bool> {
+        let path = flags_arg.checked_sub(1)?;
+        let directory = path.checked_sub(1).map_or(namei::AT_FDCWD, |n| call.args[n] as i32);
+        let given = namei::Given { directory, path: call.args[path] };
+        self.with_walker(|walker| walker.has_made(given, call.args[flags_arg] as u32))
     }
 
     fn is_moving(&self, file: &File, write: bool) -> bool {
@@ -1097,6 +1185,8 @@ mod tests {
         woken: bool,
         block: Option<RestartBlock>,
         removing: bool,
+        renamed: Option<bool>,
+        made: Option<bool>,
         reaping: bool,
         trigger: bool,
         /// The iterator is an earlier call's.
@@ -1139,6 +1229,12 @@ mod tests {
         }
         fn is_removing_inode(&self) -> bool {
             self.removing
+        }
+        fn is_name_changed(&self, _: &str, _: &SyscallInFlight) -> Option<bool> {
+            self.renamed
+        }
+        fn has_made_file(&self, _: &SyscallInFlight, _: usize) -> Option<bool> {
+            self.made
         }
         fn is_moving(&self, _: &File, _: bool) -> bool {
             !self.leftover
@@ -1551,12 +1647,25 @@ mod tests {
         assert_eq!(returns(&go(&thread("close", &[9]), &open)), Some(0));
         assert_eq!(go(&thread("unlink", &[1]), &open), Resume::Restart);
         assert!(is_impossible(&go(&on_cpu(thread("rename", &[1])), &open)), "done or not");
+        for call in ["rename", "mkdirat", "unlink"] {
+            let told = |renamed| Fake { renamed: Some(renamed), ..Fake::default() };
+            for on_cpu in [false, true] {
+                let thread = Thread { on_cpu, ..thread(call, &[1]) };
+                assert_eq!(returns(&go(&thread, &told(true))), Some(0));
+                assert_eq!(go(&thread, &told(false)), Resume::Restart);
+            }
+        }
         let evicting = Fake { removing: true, ..Fake::default() };
         assert_eq!(returns(&go(&thread("unlinkat", &[1]), &evicting)), Some(0));
         assert_eq!(returns(&go(&on_cpu(thread("unlinkat", &[1])), &evicting)), Some(0));
         let exclusive = [0xffff_ffff_ffff_ff9c, 1, 0o302];
         assert_eq!(go(&thread("openat", &exclusive), &open), Resume::Restart, "waits before it makes it");
         assert!(is_impossible(&go(&on_cpu(thread("openat", &exclusive)), &open)));
+        let made = |made, c_library| Fake { made: Some(made), c_library, ..Fake::default() };
+        let open_on_cpu = |fake: &Fake| go(&on_cpu(thread("openat", &exclusive)), fake);
+        assert_eq!(open_on_cpu(&made(false, false)), Resume::Restart);
+        assert_eq!(open_on_cpu(&made(true, true)), Resume::RestartChanged { argument: 2, value: 0o102 });
+        assert!(is_impossible(&open_on_cpu(&made(true, false))), "others may look at the register again");
         assert_eq!(go(&on_cpu(thread("openat", &[1, 1, 0o102])), &open), Resume::Restart, "either way");
         let reaping = Fake { reaping: true, ..Fake::default() };
         assert!(is_impossible(&go(&on_cpu(thread("wait4", &[1])), &reaping)));

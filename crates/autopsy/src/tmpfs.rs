@@ -8,7 +8,7 @@ use snapshot::{Bytes, InodeId, Mount, PAGE_SIZE, Severity, Tmpfs, TmpfsEntry, Tm
 
 use crate::Autopsy;
 use crate::error::{Result, corrupt};
-use crate::fs::device;
+use crate::fs::{children, device};
 use crate::inode::{S_IFDIR, S_IFLNK, S_IFREG};
 
 /// Names in one file system.
@@ -108,7 +108,7 @@ impl Autopsy<'_> {
             if depth > MAX_DEPTH {
                 return Err(corrupt("dentry", directory, "is too deep"));
             }
-            for child in self.children(directory)? {
+            for child in children(self.kernel, directory)? {
                 if tmpfs.entries.len() >= MAX_ENTRIES {
                     return Err(corrupt("dentry", directory, "has too many names below it"));
                 }
@@ -132,24 +132,6 @@ impl Autopsy<'_> {
             }
         }
         Ok(tmpfs)
-    }
-
-    /// The names in a directory, as dentries.
-    pub(crate) fn children(&self, directory: u64) -> Result<Vec<u64>> {
-        // A list until 6.7.
-        if self.kernel.has_member("dentry", "d_subdirs") {
-            let head = directory.wrapping_add(self.kernel.offset_of("dentry", "d_subdirs")?);
-            let to_child = self.kernel.offset_of("dentry", "d_child")?;
-            return Ok(self
-                .list(head, MAX_ENTRIES)?
-                .into_iter()
-                .map(|node| node.wrapping_sub(to_child))
-                .collect());
-        }
-        let head = directory.wrapping_add(self.kernel.offset_of("dentry", "d_children")?);
-        let to_child = self.kernel.offset_of("dentry", "d_sib")?;
-        let nodes = self.kernel.hlist(head, MAX_ENTRIES);
-        nodes.map(|node| Ok(node?.wrapping_sub(to_child))).collect()
     }
 
     /// `None`: a name of nothing, or a cursor of somebody who reads the directory.
@@ -242,7 +224,7 @@ mod tests {
         for is_list in [true, false] {
             let (synth, dir, names) = directory(is_list);
             let kernel = open(&synth);
-            assert_eq!(Autopsy::new(&kernel).children(dir).unwrap(), names);
+            assert_eq!(children(&kernel, dir).unwrap(), names);
         }
     }
 
@@ -252,7 +234,7 @@ mod tests {
         let node = synth.address_of("dentry", names[1], "d_child");
         synth.write_u64(node, 0xdead_0000_0000_0100);
         let kernel = open(&synth);
-        assert!(Autopsy::new(&kernel).children(dir).is_err());
+        assert!(children(&kernel, dir).is_err());
     }
 
     #[test]

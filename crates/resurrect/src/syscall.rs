@@ -59,6 +59,10 @@ pub(crate) fn continuation(thread: &Thread, gone_by: Duration) -> Result<Continu
         Resume::Finished => regs.orig_rax = NONE,
         // Issued again by the new kernel.
         Resume::Restart => restart(&mut regs, thread)?,
+        Resume::RestartChanged { argument, value } => {
+            Argument { number: *argument, value: *value }.apply(&mut regs);
+            restart(&mut regs, thread)?;
+        }
         // A sleep, or a wait with a relative timeout: a plain restart would wait for the full time again.
         Resume::RestartTimed { call, remaining_ns } => {
             timed = Some(timed_call(*call, less(*remaining_ns, gone_by))?);

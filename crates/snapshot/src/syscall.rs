@@ -65,6 +65,13 @@ pub enum Resume {
         /// Nanoseconds left; negative when already over.
         remaining_ns: i64,
     },
+    /// Issue the call again with another value for an argument, which stays changed: without O_EXCL, when the call itself has made the file.
+    RestartChanged {
+        /// Which argument.
+        argument: usize,
+        #[allow(missing_docs)]
+        value: u64,
+    },
     /// The call has been carried out as far as it will be: return this (a partial count, or a negative errno that programs must
     /// expect). The text says why.
     Return {

@@ -5,7 +5,6 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::libc;
@@ -14,7 +13,6 @@ use rustix::fs::{CWD, FallocateFlags, RenameFlags};
 use crate::Stage;
 use crate::prng::Prng;
 use crate::procfs::same;
-use crate::stage::sleep;
 
 /// Directories and files, at most.
 const MOST: usize = 250;
@@ -179,9 +177,7 @@ impl Model {
         }
         let mode = [0o600, 0o644, 0o751][self.below(3)];
         self.note(format!("create {}", path.display()));
-        // Without O_EXCL, of which nobody could tell whether it has made the file when it is interrupted.
-        let mut options = OpenOptions::new();
-        let file = options.write(true).create(true).truncate(false).mode(0o600).open(self.at(&path))?;
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(self.at(&path))?;
         let bytes = self.bytes();
         file.write_all_at(&bytes, 0)?;
         file.set_permissions(PermissionsExt::from_mode(mode))?;
@@ -503,7 +499,6 @@ pub fn random(stage: &mut Stage) -> Result<()> {
             model.act()?;
         }
         model.sweep();
-        sleep(Duration::from_millis(10));
     }
     let crash = stage.wait();
     if crash.damage {
