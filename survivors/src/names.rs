@@ -101,6 +101,16 @@ impl Dir {
         Ok(rustix::fs::fallocate(self.open(name)?, flags, at, len)?)
     }
 
+    fn set_xattr(&self, name: &str, xattr: &str, value: &[u8]) -> Result<()> {
+        let flags = rustix::fs::XattrFlags::empty();
+        rustix::fs::lsetxattr(self.at(name), xattr, value, flags)
+            .with_context(|| format!("{xattr} of {name}"))
+    }
+
+    fn remove_xattr(&self, name: &str, xattr: &str) -> Result<()> {
+        Ok(rustix::fs::lremovexattr(self.at(name), xattr)?)
+    }
+
     fn node(&self, name: &str, mode: u32, device: u64) -> Result<()> {
         let (kind, mode) =
             (rustix::fs::FileType::from_raw_mode(mode), rustix::fs::Mode::from_raw_mode(mode & 0o7777));
@@ -234,6 +244,14 @@ cases! {
     "times" two |dir| { set_times(&dir.at("one"), 1_234_567_890, 1_000_000_001)?; set_times(&dir.at("two"), 5, 6)?; }
     "times-of-a-directory" trees |dir| { set_times(&dir.at("tree/a"), 1_234_567_890, 1_000_000_001)?; }
     "mode-of-a-directory" trees |dir| { dir.chmod("tree/a", 0o700)?; dir.chmod("tree", 0o2755)?; }
+    "xattr-of-a-new-file" nothing |dir| { dir.file("new", 100)?; dir.set_xattr("new", "user.colour", b"red")?; dir.set_xattr("new", "trusted.empty", b"")?; }
+    "xattr-new" two |dir| { dir.set_xattr("one", "user.colour", b"red")?; }
+    "xattr-large" two |dir| { dir.set_xattr("one", "user.large", &noise("large", 3000))?; dir.set_xattr("two", "user.large", &noise("large", 3000))?; }
+    "xattr-changed" with_xattrs |dir| { dir.set_xattr("one", "user.one", b"another value, and a longer one than before")?; dir.set_xattr("one", "user.large", b"small now")?; }
+    "xattr-removed" with_xattrs |dir| { dir.remove_xattr("one", "user.two")?; dir.remove_xattr("one", "user.large")?; }
+    "xattr-of-all-kinds" two |dir| { dir.mkdir("d")?; dir.symlink("one", "link")?; for name in ["one", "d", "link"] { dir.set_xattr(name, "trusted.kind", name.as_bytes())?; } }
+    "xattr-capability" two |dir| { dir.set_xattr("one", "security.capability", &[1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])?; }
+    "xattr-access-control-lists" two |dir| { dir.mkdir("d")?; dir.set_xattr("one", ACL_ACCESS, &acl(6))?; dir.set_xattr("d", ACL_ACCESS, &acl(5))?; dir.set_xattr("d", ACL_DEFAULT, &acl(7))?; dir.file("d/heir", 10)?; }
     "many-new" nothing |dir| { many(dir)?; }
     "many-removed" many |dir| { (0..MANY).step_by(2).try_for_each(|n| dir.remove(&format!("old{n}")))?; }
     "many-renamed" many |dir| { (0..MANY).try_for_each(|n| dir.rename(&format!("old{n}"), &format!("new{}", n * 7 % MANY)))?; }
@@ -336,6 +354,51 @@ const OPEN: &[Case] = &[
     },
 ];
 
+fn with_xattrs(dir: &Dir) -> Result<()> {
+    two(dir)?;
+    dir.set_xattr("one", "user.one", b"1")?;
+    dir.set_xattr("one", "user.two", b"2")?;
+    dir.set_xattr("one", "user.large", &noise("large", 2000))
+}
+
+const ACL_ACCESS: &str = "system.posix_acl_access";
+const ACL_DEFAULT: &str = "system.posix_acl_default";
+
+/// An access control list that has an entry for user 1234 (acl(5)).
+pub(crate) fn acl(permissions: u8) -> Vec<u8> {
+    let mut bytes = vec![2, 0, 0, 0];
+    let nobody = u32::MAX;
+    // The owner, a user, the group, the mask, all others.
+    for (tag, permissions, id) in [
+        (0x01, 7, nobody),
+        (0x02, permissions, 1234),
+        (0x04, 4, nobody),
+        (0x10, 7, nobody),
+        (0x20, 4, nobody),
+    ] {
+        bytes.extend([tag, 0, permissions, 0]);
+        bytes.extend(u32::to_le_bytes(id));
+    }
+    bytes
+}
+
+/// The extended attributes of a name, with their values; none if its file system has none.
+pub(crate) fn xattrs(path: &Path) -> Result<BTreeMap<Vec<u8>, Vec<u8>>> {
+    let mut buffer = vec![0; 64 << 10];
+    let len = match rustix::fs::llistxattr(path, &mut buffer) {
+        Err(rustix::io::Errno::NOTSUP) => 0,
+        len => len?,
+    };
+    let names = buffer[..len].split(|byte| *byte == 0).filter(|name| !name.is_empty());
+    let mut value = vec![0; 64 << 10];
+    names
+        .map(|name| {
+            let len = rustix::fs::lgetxattr(path, OsStr::from_bytes(name), &mut value)?;
+            Ok((name.to_vec(), value[..len].to_vec()))
+        })
+        .collect()
+}
+
 fn sparse(dir: &Dir) -> Result<()> {
     dir.file("sparse", 100)?;
     dir.set_len("sparse", 8 << 20)
@@ -371,6 +434,7 @@ struct Seen {
     device: u64,
     target: Option<PathBuf>,
     contents: Option<u64>,
+    xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
     /// KiB that it takes, roughly: a hole is none.
     is_sparse: bool,
 }
@@ -387,6 +451,7 @@ fn look(path: &Path, forget: bool) -> Result<Seen> {
         device: meta.rdev(),
         target: if kind.is_symlink() { Some(fs::read_link(path)?) } else { None },
         contents,
+        xattrs: xattrs(path)?,
         is_sparse: kind.is_file() && meta.len() > 4 << 20 && meta.blocks() * 512 < meta.len() / 2,
     })
 }

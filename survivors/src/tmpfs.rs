@@ -7,8 +7,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, ensure};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
+use rustix::fs::XattrFlags;
+use rustix::io::Errno;
 
 use crate::Stage;
+use crate::names::{acl, xattrs};
 use crate::procfs::same;
 
 /// Removes its tree, whatever happens.
@@ -20,7 +23,7 @@ impl Drop for Tree {
     }
 }
 
-/// What a tree looks like: for each name its kind, mode, owner, links, time of change, and contents or target.
+/// What a tree looks like: for each name its kind, mode, owner, links, time of change, contents or target, extended attributes.
 fn describe(dir: &Path, into: &mut Vec<String>) -> Result<()> {
     let mut names: Vec<PathBuf> = fs::read_dir(dir)?.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
     names.sort();
@@ -36,13 +39,14 @@ fn describe(dir: &Path, into: &mut Vec<String>) -> Result<()> {
         };
         let links = if meta.is_dir() { 0 } else { meta.nlink() };
         into.push(format!(
-            "{} {:o} {}:{} {links} {}.{:09} {what}",
+            "{} {:o} {}:{} {links} {}.{:09} {what} {:?}",
             path.display(),
             meta.mode(),
             meta.uid(),
             meta.gid(),
             meta.mtime(),
-            meta.mtime_nsec()
+            meta.mtime_nsec(),
+            xattrs(&path)?
         ));
         if meta.is_dir() {
             describe(&path, into)?;
@@ -70,6 +74,18 @@ pub fn tree(stage: &mut Stage) -> Result<()> {
     fs::set_permissions(at("a/b"), PermissionsExt::from_mode(0o1731))?;
     symlink("a/b/small", at("link"))?;
     symlink(format!("/{}", "long/".repeat(60)), at("long-link"))?;
+    let set = |name, xattr, value: &[u8]| rustix::fs::setxattr(at(name), xattr, value, XattrFlags::empty());
+    for name in ["a/large", "a/b"] {
+        set(name, "system.posix_acl_access", &acl(5))?;
+    }
+    set("a/b", "system.posix_acl_default", &acl(6))?;
+    // Not before 6.6.
+    for (name, value) in [("user.one", "1"), ("user.another", ""), ("user.third", "third")] {
+        match set("a/b/small", name, value.as_bytes()) {
+            Err(Errno::NOTSUP) => {}
+            other => other?,
+        }
+    }
     mkfifo(&at("fifo"), Mode::from_bits_truncate(0o604))?;
     let mut was = Vec::new();
     describe(&top.0, &mut was)?;

@@ -53,7 +53,7 @@ impl Autopsy<'_> {
     }
 
     /// The `ext4_inode_info` around an inode.
-    fn ext4_inode(&self, inode: u64) -> Result<u64> {
+    pub(crate) fn ext4_inode(&self, inode: u64) -> Result<u64> {
         Ok(inode.wrapping_sub(self.kernel.offset_of("ext4_inode_info", "vfs_inode")?))
     }
 
@@ -106,7 +106,7 @@ impl Autopsy<'_> {
     }
 
     /// A member of an on-disk structure, at most four bytes.
-    fn disk_part(&self, node: &[u8], at: u64, kind: &str, member: &str) -> Option<u64> {
+    pub(crate) fn disk_part(&self, node: &[u8], at: u64, kind: &str, member: &str) -> Option<u64> {
         let member = self.kernel.member(kind, member).ok()?;
         let start = usize::try_from(at.checked_add(member.offset)?).ok()?;
         let bytes = node.get(start..start.checked_add(member.size as usize)?)?;

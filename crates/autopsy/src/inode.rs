@@ -126,12 +126,20 @@ impl Autopsy<'_> {
                 _ => None,
             },
             extents: None,
+            xattrs: None,
             lost_pages: 0,
         };
+        // Only then the disk may have other ones.
+        let lately = self.now().realtime_ns / 1_000_000_000 - RECENT_SECONDS;
+        if facts.fs_type.as_bytes() == b"tmpfs" || raw.ctime >= lately {
+            match self.xattrs(addr, &facts.fs_type) {
+                Ok(xattrs) => inode.xattrs = xattrs,
+                Err(error) => self.find(Severity::Note, "file", format!("{path}: {error}")),
+            }
+        }
         if facts.mode & 0o170_000 == S_IFREG && raw.i_mapping != 0 {
             self.page_cache(raw.i_mapping, &mut inode)?;
-            // Only then the disk may have other ones, or none any more.
-            let lately = self.now().realtime_ns / 1_000_000_000 - RECENT_SECONDS;
+            // Or none any more.
             if inode.fs_type.as_bytes() == b"ext4" && (raw.ctime >= lately || raw.i_nlink == 0) {
                 match self.extents(addr, raw.i_sb) {
                     Ok(extents) => inode.extents = extents,

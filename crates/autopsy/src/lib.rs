@@ -62,6 +62,7 @@ mod tty;
 mod unix;
 mod vt;
 mod writeback;
+mod xattr;
 
 pub use error::{Error, Result};
 pub use process::TaskSummary;

@@ -86,6 +86,7 @@ mod tty;
 mod unix;
 mod vfork;
 mod vt;
+mod xattr;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::AsRawFd;

@@ -476,7 +476,7 @@ impl<'a> Work<'a> {
                 None => Ok(false),
             });
             if let Err(why) = set {
-                let why = format!("its owner, mode or times: {why}");
+                let why = format!("its owner, mode, times or extended attributes: {why}");
                 self.done.stale.push(FileStale { path: inode.path.clone(), why });
             }
         }

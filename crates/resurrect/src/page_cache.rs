@@ -464,7 +464,8 @@ fn refuse_links(path: &Path) -> Result<(), PageCacheError> {
     Ok(())
 }
 
-/// Gives an inode of any type, open as by O_PATH, the owner, permission bits and times that it had; whether something was different.
+/// Gives an inode of any type, open as by O_PATH, the owner, permission bits, extended attributes and times that it had; whether something
+/// was different.
 pub(crate) fn set_attributes(fd: BorrowedFd<'_>, inode: &Inode) -> io::Result<bool> {
     let empty = AtFlags::EMPTY_PATH;
     let now = rustix::fs::statat(fd, "", empty)?;
@@ -474,9 +475,12 @@ pub(crate) fn set_attributes(fd: BorrowedFd<'_>, inode: &Inode) -> io::Result<bo
         let owner = (Uid::from_raw(inode.uid), Gid::from_raw(inode.gid));
         rustix::fs::chownat(fd, "", Some(owner.0), Some(owner.1), empty)?;
     }
-    // After the owner: chown clears set-id bits.
+    // After the owner: chown takes capabilities away. What cannot be set is said when the rest has been done.
+    let xattrs = inode.xattrs.as_ref().map_or(Ok(false), |wanted| crate::xattr::set(fd, wanted));
+    let had_xattrs = xattrs == Ok(false);
+    // After the owner: chown clears set-id bits; and after access control lists, which have permission bits in them.
     let has_mode = now.st_mode & 0o7777 == inode.mode & 0o7777;
-    if !(is_link || has_mode && is_owned) {
+    if !(is_link || has_mode && is_owned && had_xattrs) {
         let permissions = std::os::unix::fs::PermissionsExt::from_mode(inode.mode & 0o7777);
         std::fs::set_permissions(crate::handle::path_of(&fd), permissions)?;
     }
@@ -490,7 +494,8 @@ pub(crate) fn set_attributes(fd: BorrowedFd<'_>, inode: &Inode) -> io::Result<bo
             rustix::fs::Timestamps { last_access: stamp(inode.atime), last_modification: stamp(inode.mtime) };
         rustix::fs::utimensat(fd, "", &times, empty)?;
     }
-    Ok(!is_owned || !has_mode && !is_link || !has_times)
+    xattrs.map_err(io::Error::other)?;
+    Ok(!is_owned || !had_xattrs || !has_mode && !is_link || !has_times)
 }
 
 fn create_directory(path: &Path, inode: &Inode) -> io::Result<()> {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, lchown, symlink};
 use std::path::{Path, PathBuf};
 
@@ -10,7 +11,7 @@ use nix::errno::Errno;
 use nix::sys::statfs::{FsType, statfs};
 use snapshot::{Bytes, Inode, InodeId, MountFlags, PhysMem, Snapshot, Tmpfs, TmpfsEntry, TmpfsKind};
 
-use crate::{FileStale, mount, page_cache, sys};
+use crate::{FileStale, mount, page_cache, sys, xattr};
 
 /// TMPFS_MAGIC, RAMFS_MAGIC and HUGETLBFS_MAGIC (include/uapi/linux/magic.h).
 const IN_MEMORY: [FsType; 3] = [FsType(0x0102_1994), FsType(0x8584_58f6), FsType(0x9584_58f6)];
@@ -149,7 +150,14 @@ impl Filling<'_> {
             }
         }
         self.names.insert(entry.inode, path.to_owned());
-        Ok(())
+        match &inode.xattrs {
+            Some(wanted) if !there => {
+                let fd =
+                    sys::open(path, libc::O_PATH | libc::O_NOFOLLOW, 0).map_err(|e| format!("open: {e}"))?;
+                xattr::set(fd.as_fd(), wanted).map(drop)
+            }
+            _ => Ok(()),
+        }
     }
 
     fn regular(&self, path: &Path, inode: &Inode) -> Result<(), String> {

@@ -678,6 +678,7 @@ mod tests {
             ino: 1,
             generation: 0,
             extents: None,
+            xattrs: None,
             dev_major: 0,
             dev_minor: 1,
             fs_type: "tmpfs".into(),

@@ -176,8 +176,20 @@ pub struct Inode {
     /// Bytes of its pages, if it is on a hugetlbfs; the numbers of pages below count small ones nevertheless.
     #[serde(default)]
     pub huge_page: Option<u64>,
+    /// Its extended attributes, access control lists included, by name; `None` if they are as the file system has them, as far as is known.
+    #[serde(default)]
+    pub xattrs: Option<Vec<Xattr>>,
     /// Pages of shared memory or tmpfs that existed but cannot be had, with the reason in the findings.
     pub lost_pages: u64,
+}
+
+/// One extended attribute, as getxattr(2) gives it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Xattr {
+    /// With what it begins with: `user.`, `security.` …
+    pub name: Bytes,
+    #[allow(missing_docs)]
+    pub value: Bytes,
 }
 
 impl Inode {
