@@ -69,7 +69,7 @@ pub enum Flavour {
 impl Flavour {
     fn packages(self) -> Vec<&'static str> {
         let more: &[&str] = match self {
-            Flavour::Small => &[],
+            Flavour::Small => &["xfsprogs"],
             Flavour::Programs => &[
                 "tmux",
                 "vim",

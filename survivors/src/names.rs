@@ -382,8 +382,8 @@ pub(crate) fn acl(permissions: u8) -> Vec<u8> {
     bytes
 }
 
-/// The extended attributes of a name, with their values; none if its file system has none.
-pub(crate) fn xattrs(path: &Path) -> Result<BTreeMap<Vec<u8>, Vec<u8>>> {
+/// The extended attributes of a name, with their values, in a form for people; none if its file system has none.
+pub(crate) fn xattrs(path: &Path) -> Result<BTreeMap<String, String>> {
     let mut buffer = vec![0; 64 << 10];
     let len = match rustix::fs::llistxattr(path, &mut buffer) {
         Err(rustix::io::Errno::NOTSUP) => 0,
@@ -394,7 +394,12 @@ pub(crate) fn xattrs(path: &Path) -> Result<BTreeMap<Vec<u8>, Vec<u8>>> {
     names
         .map(|name| {
             let len = rustix::fs::lgetxattr(path, OsStr::from_bytes(name), &mut value)?;
-            Ok((name.to_vec(), value[..len].to_vec()))
+            let shown = if len > 100 {
+                format!("sum {:x}", sum(&value[..len]))
+            } else {
+                value[..len].escape_ascii().to_string()
+            };
+            Ok((name.escape_ascii().to_string(), shown))
         })
         .collect()
 }
@@ -434,7 +439,7 @@ struct Seen {
     device: u64,
     target: Option<PathBuf>,
     contents: Option<u64>,
-    xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
+    xattrs: BTreeMap<String, String>,
     /// KiB that it takes, roughly: a hole is none.
     is_sparse: bool,
 }

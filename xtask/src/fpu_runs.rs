@@ -64,7 +64,12 @@ impl LiveFpu {
         let value = self.to_possible_value();
         let value = value.as_ref().map_or("give-up", |value| value.get_name());
         let usual = Installation::for_programs(PROGRAM);
-        Installation { config: format!("live_fpu = \"{value}\"\n\n{}", usual.config), saver, memory: false }
+        Installation {
+            config: format!("live_fpu = \"{value}\"\n\n{}", usual.config),
+            saver,
+            memory: false,
+            prepare: "",
+        }
     }
 }
 

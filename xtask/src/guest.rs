@@ -27,13 +27,15 @@ pub struct Installation {
     pub saver: bool,
     /// Whether a file and a disk are swap areas, and huge pages are set aside.
     pub memory: bool,
+    /// Commands before it is armed.
+    pub prepare: &'static str,
 }
 
 impl Installation {
     /// Resurrects what the unprivileged user runs, with the register saver.
     pub fn for_demo() -> Self {
         let config = format!("[[select]]\nuser = \"demo\"\n\n[after]\nstart = [\"{AGENT_COMMAND}\"]\n");
-        Self { config, saver: true, memory: false }
+        Self { config, saver: true, memory: false, prepare: "" }
     }
 
     /// Resurrects what runs this program, whoever runs it, and what the unprivileged user runs.
@@ -47,14 +49,16 @@ impl Installation {
         let config = format!(
             "mode = \"programs\"\n\n[[never]]\nexe = \"/usr/local/lib/lab/agent\"\n\n[after]\nstart = [\"{AGENT_COMMAND}\"]\n"
         );
-        Self { config, saver: true, memory: false }
+        Self { config, saver: true, memory: false, prepare: "" }
     }
 }
 
 /// A layer on top of `parent` with the current binaries installed and `otherworld arm` done.
 pub fn armed(lab: &Lab, parent: &Snapshot, installation: &Installation) -> Result<Snapshot> {
     let files = files(lab, parent.config.series, installation)?;
-    let mut inputs = Key::new("installation").with(if installation.memory { MEMORY } else { "" });
+    let mut inputs = Key::new("installation")
+        .with(if installation.memory { MEMORY } else { "" })
+        .with(installation.prepare);
     for (path, data) in &files {
         inputs = inputs.with(path).with_bytes(data);
     }
@@ -64,6 +68,7 @@ pub fn armed(lab: &Lab, parent: &Snapshot, installation: &Installation) -> Resul
         if installation.memory {
             agent.shell(MEMORY, ARM_DEADLINE)?;
         }
+        agent.shell(installation.prepare, ARM_DEADLINE)?;
         agent.shell("otherworld arm", ARM_DEADLINE)?;
         Ok(())
     });

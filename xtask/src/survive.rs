@@ -33,12 +33,21 @@ const FILES: &str = "names-files";
 /// The kind of survivors that are about what is on the disk.
 const NAMES: &str = "names";
 /// Makes the root read-only, and looks whether it is without a fault.
-const CHECK_DISK: &str = "echo u > /proc/sysrq-trigger
+const CHECK_EXT4: &str = "echo u > /proc/sysrq-trigger
     for i in $(seq 100); do grep -q ' / ext4 ro' /proc/mounts && break; sleep 0.1; done
     grep -q ' / ext4 ro' /proc/mounts && e2fsck -fn $(findmnt -no SOURCE /) 2>&1";
+/// The same for the second disk, which nobody uses any more.
+const CHECK_XFS: &str = "umount /srv/data && xfs_repair -n /dev/vdb 2>&1";
+/// An XFS on the second disk, and the survivors' directories in it.
+const MAKE_XFS: &str = "mkfs.xfs -q /dev/vdb && mkdir /srv/data && mount /dev/vdb /srv/data &&
+    echo '/dev/vdb /srv/data xfs defaults 0 2' >> /etc/fstab &&
+    mkdir /srv/data/root && install -d -o demo /srv/data/demo &&
+    ln -s /srv/data/root /root/survivors && ln -s /srv/data/demo /home/demo/survivors";
+/// MiB of a disk that mkfs.xfs takes.
+const XFS_MIB: u32 = 1024;
 /// Nothing reaches the disk but what is synced.
 const HOLD_WRITE_BACK: &str = "sysctl -q vm.dirty_writeback_centisecs=0 vm.dirty_expire_centisecs=360000 &&
-    mount -o remount,commit=600 /";
+    mount -o remount,commit=600 / && { ! mountpoint -q /srv/data || sysctl -q fs.xfs.xfssyncd_centisecs=720000; }";
 /// Codes of losses that all survivors have alike and none looks at.
 const OF_ALL: &[&str] = &["cgroup", "crash-procedure"];
 /// The panic comes within so many microseconds after all are ready.
@@ -64,9 +73,22 @@ pub struct Survivors {
     /// Survivors damage their own state before they check it: all must fail (to see that they can).
     #[arg(long)]
     damage: bool,
+    /// The file system under the survivors of names and files, which are the only ones that can be chosen with another than ext4.
+    #[arg(long, value_enum, default_value_t)]
+    fs: FileSystem,
     /// Leave the register saver module out.
     #[arg(long)]
     no_saver: bool,
+}
+
+/// A file system for the survivors of names and files.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+enum FileSystem {
+    /// That of the machine's root directory.
+    #[default]
+    Ext4,
+    /// On a second disk.
+    Xfs,
 }
 
 impl Survivors {
@@ -78,6 +100,7 @@ impl Survivors {
             seed: None,
             names: Vec::new(),
             damage: false,
+            fs: FileSystem::default(),
             no_saver: false,
         }
     }
@@ -90,19 +113,30 @@ impl Survivors {
     /// Runs it and counts.
     pub fn count(self, global: &Global) -> Result<Tally> {
         let chosen = choose(&self.names)?;
+        if self.fs != FileSystem::Ext4 && chosen.iter().any(|survivor| survivor.kind != NAMES) {
+            bail!("with --fs only survivors of names can be chosen: `survivors files --fs xfs`");
+        }
         let only_files = matches!(chosen[..], [only] if only.name == FILES);
         let lab = global.lab()?;
         let seed = self.seed.unwrap_or_else(|| fastrand::u64(..1_000_000));
         let mut draw = fastrand::Rng::with_seed(seed);
         let mut tally = Tally::default();
         for series in crate::series_or_all(self.kernel) {
-            let config = MachineConfig::new(series, global.accel());
-            let installation =
+            let mut config = MachineConfig::new(series, global.accel());
+            let mut installation =
                 Installation { saver: !self.no_saver, memory: true, ..Installation::for_programs(PROGRAM) };
+            if self.fs == FileSystem::Xfs {
+                config.scratch_mib = XFS_MIB;
+                (installation.memory, installation.prepare) = (false, MAKE_XFS);
+            }
             let armed = guest::armed(&lab, &lab.booted(&config)?, &installation)?;
             for n in 1..=self.crashes {
                 ui::line(format!("kernel {series}, panic {n} of {}, seed {seed}", self.crashes));
-                let crashed = self.once(&lab, &armed, &format!("survivors-{series}-{n}"), &chosen, &mut draw);
+                let name = match self.fs {
+                    FileSystem::Ext4 => format!("survivors-{series}-{n}"),
+                    FileSystem::Xfs => format!("survivors-xfs-{series}-{n}"),
+                };
+                let crashed = self.once(&lab, &armed, &name, &chosen, &mut draw);
                 let rows = crashed.with_context(|| format!("survivors on kernel {series}"))?;
                 if only_files {
                     tally.add(self.cases(&rows)?);
@@ -185,7 +219,11 @@ impl Survivors {
             .collect::<Vec<_>>();
         tell(&rows);
         if only_names {
-            guest.agent.shell(CHECK_DISK, VERDICT_DEADLINE).context("e2fsck finds faults")?;
+            let check = match self.fs {
+                FileSystem::Ext4 => CHECK_EXT4,
+                FileSystem::Xfs => CHECK_XFS,
+            };
+            guest.agent.shell(check, VERDICT_DEADLINE).context("the file system's check finds faults")?;
         }
         if !swaps.is_empty() && swapped_bytes(&guest)? == 0 {
             bail!("nothing was read from the swap areas: the survivors of swap have shown nothing");

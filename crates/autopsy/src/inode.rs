@@ -140,8 +140,13 @@ impl Autopsy<'_> {
         if facts.mode & 0o170_000 == S_IFREG && raw.i_mapping != 0 {
             self.page_cache(raw.i_mapping, &mut inode)?;
             // Or none any more.
-            if inode.fs_type.as_bytes() == b"ext4" && (raw.ctime >= lately || raw.i_nlink == 0) {
-                match self.extents(addr, raw.i_sb) {
+            if raw.ctime >= lately || raw.i_nlink == 0 {
+                let extents = match inode.fs_type.as_bytes() {
+                    b"ext4" => self.extents(addr, raw.i_sb),
+                    b"xfs" => self.xfs_extents(addr),
+                    _ => Ok(None),
+                };
+                match extents {
                     Ok(extents) => inode.extents = extents,
                     Err(error) => self.find(Severity::Note, "file", format!("{path}: {error}")),
                 }

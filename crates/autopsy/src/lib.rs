@@ -63,6 +63,7 @@ mod unix;
 mod vt;
 mod writeback;
 mod xattr;
+mod xfs;
 
 pub use error::{Error, Result};
 pub use process::TaskSummary;

@@ -164,9 +164,12 @@ impl Autopsy<'_> {
         }
         let known = self.inodes.borrow();
         let known = known.get(&InodeId(inode)).ok_or_else(|| corrupt("inode", inode, "is not known"))?;
-        if known.fs_type.as_bytes() == b"ext4"
-            && let Some(target) = self.target_in_block(inode, link.i_sb, known.size)?
-        {
+        let target = match known.fs_type.as_bytes() {
+            b"ext4" => self.target_in_block(inode, link.i_sb, known.size)?,
+            b"xfs" => self.xfs_target(inode, known.size)?,
+            _ => None,
+        };
+        if let Some(target) = target {
             return Ok(Bytes(target));
         }
         let mapping =

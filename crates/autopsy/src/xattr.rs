@@ -1,5 +1,5 @@
 //! Extended attributes, access control lists included: of ext4 from the inode table and the blocks beside it (struct ext4_xattr_entry,
-//! fs/ext4/xattr.h; struct ext4_acl_header, fs/ext4/acl.h), which are in the block device's page cache before they are on the disk; of tmpfs from
+//! fs/ext4/xattr.h; struct ext4_acl_header, fs/ext4/acl.h), which are in the block device's page cache before they are on the disk; of XFS in [`crate::xfs`]; of tmpfs from
 //! memory (struct simple_xattr, include/linux/xattr.h: a list in 6.1, a tree in 6.12; struct posix_acl, include/linux/posix_acl.h).
 
 use ktypes::KernelType;
@@ -25,8 +25,8 @@ const EXT4_ACL_VERSION: u32 = 1;
 const ACL_USER: u16 = 0x02;
 const ACL_GROUP: u16 = 0x08;
 const ACL_UNDEFINED_ID: u32 = u32::MAX;
-const ACL_ACCESS: &str = "system.posix_acl_access";
-const ACL_DEFAULT: &str = "system.posix_acl_default";
+pub(crate) const ACL_ACCESS: &str = "system.posix_acl_access";
+pub(crate) const ACL_DEFAULT: &str = "system.posix_acl_default";
 
 #[derive(KernelType)]
 #[kernel("inode")]
@@ -100,6 +100,7 @@ impl Autopsy<'_> {
     pub(crate) fn xattrs(&self, inode: u64, fs_type: &Bytes) -> Result<Option<Vec<Xattr>>> {
         let mut all = match fs_type.as_bytes() {
             b"ext4" => self.ext4_xattrs(inode)?,
+            b"xfs" => self.xfs_xattrs(inode)?,
             b"tmpfs" => Some(self.simple_xattrs(inode)?),
             _ => None,
         };
@@ -293,7 +294,7 @@ fn prefix(index: u64) -> Option<&'static str> {
 }
 
 /// An access control list as programs see it (struct posix_acl_xattr_header, include/uapi/linux/posix_acl_xattr.h), from tags, permissions and ids.
-fn acl_of(entries: &[(u16, u16, u32)]) -> Vec<u8> {
+pub(crate) fn acl_of(entries: &[(u16, u16, u32)]) -> Vec<u8> {
     let mut bytes = ACL_VERSION.to_le_bytes().to_vec();
     for (tag, permissions, id) in entries {
         let id = if matches!(*tag, ACL_USER | ACL_GROUP) { *id } else { ACL_UNDEFINED_ID };

@@ -34,9 +34,10 @@ impl Rescued {
     pub fn add(&mut self, snapshot: &mut Snapshot, root: &Path) {
         let mut seen = BTreeSet::new();
         let room = sys::available_memory() / SHARE;
-        let mounts =
-            snapshot.mounts.iter().filter(|m| m.root.as_bytes() == b"/" && m.fs_type.as_bytes() == b"ext4");
-        let mounts: Vec<_> = mounts
+        let mounts: Vec<_> = snapshot
+            .mounts
+            .iter()
+            .filter(|m| m.root.as_bytes() == b"/")
             .filter(|m| seen.insert((m.dev_major, m.dev_minor)))
             .map(|m| (below(root, m.mountpoint.as_path()), (m.dev_major, m.dev_minor)))
             .collect();

@@ -28,7 +28,8 @@ pub(crate) fn set(fd: BorrowedFd<'_>, wanted: &[Xattr]) -> Result<bool, String> 
     };
     let names = buffer.get(..len).unwrap_or_default().split(|byte| *byte == 0);
     let (mut changed, mut failed) = (false, None);
-    for name in names.filter(|name| !name.is_empty()) {
+    // XFS shows its access control lists by another name as well.
+    for name in names.filter(|name| !name.is_empty() && !name.starts_with(b"trusted.SGI_ACL_")) {
         if wanted.iter().all(|xattr| xattr.name.as_bytes() != name) {
             let removed = rustix::fs::removexattr(&path, OsStr::from_bytes(name));
             failed = failed.or(removed.err().map(|e| (name.to_vec(), e)));
