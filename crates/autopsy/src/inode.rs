@@ -133,6 +133,10 @@ impl Autopsy<'_> {
         let lately = self.now().realtime_ns / 1_000_000_000 - RECENT_SECONDS;
         if facts.fs_type.as_bytes() == b"tmpfs" || raw.ctime >= lately {
             match self.xattrs(addr, &facts.fs_type) {
+                Ok(None) if facts.fs_type.as_bytes() == b"xfs" => {
+                    let text = format!("{path}: its extended attributes may be older on the disk");
+                    self.find(Severity::Loss, "file", text);
+                }
                 Ok(xattrs) => inode.xattrs = xattrs,
                 Err(error) => self.find(Severity::Note, "file", format!("{path}: {error}")),
             }

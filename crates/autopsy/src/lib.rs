@@ -121,6 +121,8 @@ pub struct Autopsy<'k> {
     pub(crate) timers: OnceCell<syscall::Timers>,
     /// Page caches of block devices, by the address of these.
     block_pages: RefCell<BTreeMap<u64, extent::BlockPages>>,
+    /// Addresses of what is in the buffers of XFS, by place on the disk; by allocation group.
+    xfs_buffers: RefCell<BTreeMap<u64, BTreeMap<u64, u64>>>,
     pub(crate) known_tasks: OnceCell<Vec<syscall::KnownTask>>,
     pub(crate) now: OnceCell<Clocks>,
 }
@@ -156,6 +158,7 @@ impl<'k> Autopsy<'k> {
             saver: OnceCell::new(),
             timers: OnceCell::new(),
             block_pages: RefCell::default(),
+            xfs_buffers: RefCell::default(),
             known_tasks: OnceCell::new(),
             now: OnceCell::new(),
         }

@@ -1,6 +1,9 @@
 //! What XFS keeps in memory of an inode and the disk may not have: where its contents are (the tree of extents below `xfs_ifork`,
-//! fs/xfs/libxfs/xfs_iext_tree.c), targets of symbolic links and extended attributes that have room beside the inode (struct xfs_attr_sf_hdr,
-//! fs/xfs/libxfs/xfs_da_format.h). 6.1 and 6.12.
+//! fs/xfs/libxfs/xfs_iext_tree.c), targets of symbolic links that have room beside the inode, and extended attributes that have it too or are in one
+//! block (struct xfs_attr_sf_hdr, struct xfs_attr3_leafblock, fs/xfs/libxfs/xfs_da_format.h), which is in a cache of XFS's own (struct xfs_buf,
+//! fs/xfs/xfs_buf.h). 6.1 and 6.12.
+
+use std::collections::BTreeMap;
 
 use ktypes::KernelType;
 use snapshot::{Bytes, Extent, Xattr};
@@ -14,6 +17,15 @@ use crate::xattr::{ACL_ACCESS, ACL_DEFAULT, acl_of};
 const MAX_EXTENTS: usize = 1 << 20;
 /// Levels of a tree of extents.
 const MAX_HEIGHT: i32 = 12;
+/// Allocation groups.
+const MAX_GROUPS: usize = 1 << 20;
+/// Of one allocation group.
+const MAX_BUFFERS: usize = 1 << 22;
+const MAX_BUCKETS: u32 = 1 << 24;
+/// Bytes of a basic block (BBSIZE).
+const BASIC_BLOCK: u64 = 512;
+/// The buffer has what the disk has, or what is newer.
+const XBF_DONE: u32 = 1 << 5;
 /// What has room beside an inode.
 const MAX_INLINE: u64 = 2048;
 // enum xfs_dinode_fmt.
@@ -27,7 +39,10 @@ const LOW_BLOCK_BITS: u32 = 10;
 const REST_SHIFT: u32 = 22;
 /// isnullstartblock(): nothing has been allocated yet.
 const NO_BLOCK: u64 = ((1 << 35) - 1) << 17;
+/// XFS_ATTR3_LEAF_MAGIC.
+const ATTR3_LEAF_MAGIC: u64 = 0x3bee;
 // XFS_ATTR_*
+const ATTR_LOCAL: u8 = 1;
 const ATTR_ROOT: u8 = 1 << 1;
 const ATTR_SECURE: u8 = 1 << 2;
 
@@ -65,6 +80,24 @@ struct XfsMount {
     m_rtdev_targp: u64,
 }
 
+#[derive(KernelType)]
+#[kernel("xfs_buf")]
+struct Buffer {
+    b_rhash_key: u64,
+    b_length: i32,
+    b_flags: u32,
+    b_addr: u64,
+}
+
+#[derive(KernelType)]
+#[kernel("bucket_table")]
+struct Buckets {
+    size: u32,
+    nest: u32,
+    #[kernel(address)]
+    buckets: u64,
+}
+
 impl Autopsy<'_> {
     fn xfs_inode(&self, inode: u64) -> Result<XfsInode> {
         Ok(self.kernel.read(inode.wrapping_sub(self.kernel.offset_of("xfs_inode", "i_vnode")?))?)
@@ -73,8 +106,11 @@ impl Autopsy<'_> {
     /// Where an inode's contents are, in ascending order; `None` if that is not in memory, or not to be told in pages of one device.
     pub(crate) fn xfs_extents(&self, inode: u64) -> Result<Option<Vec<Extent>>> {
         let own = self.xfs_inode(inode)?;
-        let mount: XfsMount = self.kernel.read(own.i_mount)?;
-        let fork: Fork = self.kernel.read(own.i_df)?;
+        self.fork_extents(inode, own.i_df, &self.kernel.read(own.i_mount)?)
+    }
+
+    fn fork_extents(&self, inode: u64, fork: u64, mount: &XfsMount) -> Result<Option<Vec<Extent>>> {
+        let fork: Fork = self.kernel.read(fork)?;
         let is_read = match fork.if_format {
             FORMAT_EXTENTS => true,
             FORMAT_BTREE => fork.if_height > 0,
@@ -165,12 +201,119 @@ impl Autopsy<'_> {
         if inode.i_forkoff == 0 {
             return Ok(Some(Vec::new()));
         }
-        let Some(bytes) = self.xfs_inline(inode.i_af)? else { return Ok(None) };
+        let Some(bytes) = self.xfs_inline(inode.i_af)? else { return self.xattr_leaf(addr, &inode) };
         let header = self.kernel.size_of("xfs_attr_sf_hdr")?;
         let count = self.kernel.offset_of("xfs_attr_sf_hdr", "count")?;
         let to_name = self.kernel.offset_of("xfs_attr_sf_entry", "nameval")?;
         let all = short_form(&bytes, header as usize, count as usize, to_name as usize);
         Ok(Some(all.ok_or_else(|| corrupt("xfs_inode", addr, "has damaged extended attributes"))?))
+    }
+}
+
+impl Autopsy<'_> {
+    /// Extended attributes that have one block.
+    fn xattr_leaf(&self, addr: u64, inode: &XfsInode) -> Result<Option<Vec<Xattr>>> {
+        let mount: XfsMount = self.kernel.read(inode.i_mount)?;
+        let Some(extents) = self.fork_extents(addr, inode.i_af, &mount)? else { return Ok(None) };
+        let block = match extents.as_slice() {
+            [] => return Ok(Some(Vec::new())),
+            &[Extent { index: 0, count: 1, block, .. }] => block,
+            _ => return Ok(None),
+        };
+        let Some(bytes) = self.xfs_buffer(inode.i_mount, &mount, block)? else { return Ok(None) };
+        let damaged = || corrupt("xfs_inode", addr, "has a damaged block of extended attributes");
+        let part = |at: u64, kind, member| self.disk_part_be(&bytes, at, kind, member).ok_or_else(damaged);
+        if part(0, "xfs_da3_blkinfo", "hdr.magic")? != ATTR3_LEAF_MAGIC {
+            return Ok(None);
+        }
+        let (first, size) = (
+            self.kernel.offset_of("xfs_attr3_leafblock", "entries")?,
+            self.kernel.size_of("xfs_attr_leaf_entry")?,
+        );
+        let to_name = self.kernel.offset_of("xfs_attr_leaf_name_local", "nameval")?;
+        let mut all = Vec::new();
+        for n in 0..part(0, "xfs_attr3_leaf_hdr", "count")? {
+            let entry = |member| part(first + n * size, "xfs_attr_leaf_entry", member);
+            let (at, flags) = (entry("nameidx")?, entry("flags")? as u8);
+            // The value has blocks of its own.
+            if flags & ATTR_LOCAL == 0 {
+                return Ok(None);
+            }
+            let local = |member| part(at, "xfs_attr_leaf_name_local", member);
+            let (name, value) = (local("namelen")?, local("valuelen")?);
+            let start = (at + to_name) as usize;
+            let slice = |from: usize, len: u64| bytes.get(from..from.checked_add(len as usize)?);
+            let name = slice(start, name).ok_or_else(damaged)?;
+            let value = slice(start + name.len(), value).ok_or_else(damaged)?;
+            push_attribute(flags & !ATTR_LOCAL, name, value, &mut all).ok_or_else(damaged)?;
+        }
+        Ok(Some(all))
+    }
+
+    /// A member of an on-disk structure, at most eight bytes, the highest first.
+    fn disk_part_be(&self, bytes: &[u8], at: u64, kind: &str, member: &str) -> Option<u64> {
+        let size = self.kernel.member(kind, member).ok()?.size;
+        let word = self.disk_part(bytes, at, kind, member)?.swap_bytes();
+        Some(word >> (64 - 8 * u32::try_from(size).ok().filter(|size| (1..=8).contains(size))?))
+    }
+
+    /// A block of the file system that is in its cache of buffers.
+    fn xfs_buffer(&self, addr: u64, mount: &XfsMount, block: u64) -> Result<Option<Vec<u8>>> {
+        let kernel = self.kernel;
+        let group = block.checked_div(mount.agblocks.into());
+        let groups = match kernel.has_member("xfs_mount", "m_perags") {
+            true => kernel.offset_of("xfs_mount", "m_perags")?,
+            false => kernel.offset_of("xfs_mount", "m_perag_tree")?,
+        };
+        let mut perag = None;
+        kernel.xarray_for_each(addr.wrapping_add(groups), MAX_GROUPS, |index, entry| {
+            if Some(index) == group {
+                perag = entry.pointer();
+            }
+            Ok(())
+        })?;
+        let Some(perag) = perag else { return Ok(None) };
+        if !self.xfs_buffers.borrow().contains_key(&perag) {
+            let buffers = self.buffers_of(perag)?;
+            self.xfs_buffers.borrow_mut().insert(perag, buffers);
+        }
+        let known = self.xfs_buffers.borrow();
+        let at = known.get(&perag).and_then(|buffers| buffers.get(&(block * PAGE_SIZE / BASIC_BLOCK)));
+        Ok(at.map(|at| kernel.read_bytes(*at, PAGE_SIZE as usize)).transpose()?)
+    }
+
+    /// The buffers of an allocation group that are whole blocks, by their place on the disk in basic blocks (struct rhashtable,
+    /// include/linux/rhashtable-types.h).
+    fn buffers_of(&self, perag: u64) -> Result<BTreeMap<u64, u64>> {
+        let kernel = self.kernel;
+        let hash = match kernel.has_member("xfs_perag", "pag_bcache") {
+            true => kernel.offset_of("xfs_perag", "pag_bcache.bc_hash")?,
+            false => kernel.offset_of("xfs_perag", "pag_buf_hash")?,
+        };
+        let table = perag.wrapping_add(hash + kernel.offset_of("rhashtable", "tbl")?);
+        let table = kernel.read_u64(table)?;
+        let buckets: Buckets = kernel.read(table)?;
+        if buckets.size > MAX_BUCKETS || buckets.nest != 0 {
+            return Err(corrupt("bucket_table", table, format!("has {} buckets", buckets.size)));
+        }
+        let to_node = kernel.offset_of("xfs_buf", "b_rhash_head")?;
+        let mut all = BTreeMap::new();
+        for n in 0..u64::from(buckets.size) {
+            // The lowest bit is a lock in a bucket, and marks the end of a chain.
+            let mut node = kernel.read_u64(buckets.buckets.wrapping_add(n * 8))? & !1;
+            while node != 0 && node & 1 == 0 {
+                if all.len() > MAX_BUFFERS {
+                    return Err(corrupt("bucket_table", table, "has too many buffers"));
+                }
+                let buffer: Buffer = kernel.read(node.wrapping_sub(to_node))?;
+                let is_whole = u64::try_from(buffer.b_length) == Ok(PAGE_SIZE / BASIC_BLOCK);
+                if is_whole && buffer.b_flags & XBF_DONE != 0 && buffer.b_addr != 0 {
+                    all.insert(buffer.b_rhash_key, buffer.b_addr);
+                }
+                node = kernel.read_u64(node)?;
+            }
+        }
+        Ok(all)
     }
 }
 
@@ -195,30 +338,31 @@ fn short_form(bytes: &[u8], header: usize, count: usize, to_name: usize) -> Opti
         let [name_len, value_len, flags, ..] = *rest else { return None };
         let (name, behind) = rest.get(to_name..)?.split_at_checked(name_len.into())?;
         let (value, behind) = behind.split_at_checked(value_len.into())?;
-        let acl = match name {
-            b"SGI_ACL_FILE" => Some(ACL_ACCESS),
-            b"SGI_ACL_DEFAULT" => Some(ACL_DEFAULT),
-            _ => None,
-        };
-        let prefix: Option<&[u8]> = match flags {
-            0 => Some(b"user."),
-            ATTR_ROOT => Some(b"trusted."),
-            ATTR_SECURE => Some(b"security."),
-            // Incomplete ones, and such as are the file system's own.
-            _ => None,
-        };
-        match (acl, prefix) {
-            (Some(acl), Some(b"trusted.")) => {
-                all.push(Xattr { name: acl.into(), value: Bytes(acl_of_xfs(value)?) });
-            }
-            (_, Some(prefix)) => {
-                all.push(Xattr { name: Bytes([prefix, name].concat()), value: Bytes(value.to_vec()) });
-            }
-            (_, None) => {}
-        }
+        push_attribute(flags, name, value, &mut all)?;
         rest = behind;
     }
     Some(all)
+}
+
+/// Appends what programs see of an attribute. `None` if it is a damaged access control list.
+fn push_attribute(flags: u8, name: &[u8], value: &[u8], all: &mut Vec<Xattr>) -> Option<()> {
+    let acl = match name {
+        b"SGI_ACL_FILE" => Some(ACL_ACCESS),
+        b"SGI_ACL_DEFAULT" => Some(ACL_DEFAULT),
+        _ => None,
+    };
+    let prefix: &[u8] = match flags {
+        0 => b"user.",
+        ATTR_ROOT => b"trusted.",
+        ATTR_SECURE => b"security.",
+        // Incomplete ones, and such as are the file system's own.
+        _ => return Some(()),
+    };
+    all.push(match acl.filter(|_| flags == ATTR_ROOT) {
+        Some(acl) => Xattr { name: acl.into(), value: Bytes(acl_of_xfs(value)?) },
+        None => Xattr { name: Bytes([prefix, name].concat()), value: Bytes(value.to_vec()) },
+    });
+    Some(())
 }
 
 /// The usual form of an access control list from XFS's (struct xfs_acl, big-endian). `None` if it is damaged.
