@@ -55,7 +55,7 @@ mod lock;
 mod map;
 mod memfd;
 mod memory;
-mod names;
+pub mod names;
 mod namespace;
 mod netlink;
 mod pidfd;

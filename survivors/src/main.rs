@@ -47,6 +47,27 @@ enum Sub {
     /// What some survivors start
     #[command(hide = true)]
     CrashprocChild { how: String, log: PathBuf },
+    /// Do random operations on files in a new directory, the same ones each time
+    Operate {
+        /// The directory
+        #[arg(long)]
+        dir: PathBuf,
+        /// Draws the operations
+        #[arg(long)]
+        seed: u64,
+        /// How many
+        #[arg(long)]
+        count: u32,
+    },
+    /// Count how many files of a tree another one does not have, has other ones of, or has beside them
+    Compare {
+        /// What there was
+        #[arg(long)]
+        before: PathBuf,
+        /// What there is
+        #[arg(long)]
+        after: PathBuf,
+    },
     /// Start survivors in the background and wait until they are ready
     Start {
         /// Their names; none: all
@@ -115,6 +136,14 @@ fn command() -> Result<ExitCode> {
         }
         Sub::Crowd { processes, threads, descriptors, mib } => {
             println!("{}", Crowd { processes, threads, descriptors, mib }.start()?);
+            Ok(ExitCode::SUCCESS)
+        }
+        Sub::Operate { dir, seed, count } => {
+            survivors::names::operate(&dir, seed, count)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Sub::Compare { before, after } => {
+            println!("{}", survivors::names::differences(&before, &after)?);
             Ok(ExitCode::SUCCESS)
         }
         Sub::CrashprocChild { how, log } => {

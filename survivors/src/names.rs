@@ -23,7 +23,7 @@ use crate::map::Map;
 use crate::prng;
 use crate::procfs::same;
 
-pub use random::random;
+pub use random::{operate, random};
 
 const PAGE: usize = 4096;
 /// Names in the cases with many of them.
@@ -509,6 +509,25 @@ fn compare(before: &BTreeMap<PathBuf, Seen>, after: &BTreeMap<PathBuf, Seen>) ->
     let new = after.keys().find(|path| !before.contains_key(*path));
     ensure!(new.is_none(), "{} was not there", new.unwrap_or(&PathBuf::new()).display());
     Ok(())
+}
+
+/// How the files of a tree differ from those of another one, in numbers; times and owners are left out.
+///
+/// # Errors
+/// If `before` cannot be read. A tree `after` that is not there is an empty one.
+pub fn differences(before: &Path, after: &Path) -> Result<String> {
+    let before = walk(before, false)?;
+    let after = if after.is_dir() { walk(after, false)? } else { BTreeMap::new() };
+    let same = |one: &Seen, other: &Seen| {
+        (one.mode, one.links_and_size, &one.target, one.contents)
+            == (other.mode, other.links_and_size, &other.target, other.contents)
+    };
+    let lost = before.keys().filter(|path| !after.contains_key(*path)).count();
+    let is_stale = |(path, seen): &(&PathBuf, &Seen)| after.get(*path).is_some_and(|now| !same(seen, now));
+    // The directory itself is made by others.
+    let stale = before.iter().filter(|(path, _)| !path.as_os_str().is_empty()).filter(is_stale).count();
+    let left = after.keys().filter(|path| !before.contains_key(*path)).count();
+    Ok(format!("{} names: {lost} lost, {stale} stale, {left} left behind", before.len()))
 }
 
 /// All cases, with their files in the page cache and with these dropped from it; the verdict on each is a line of the file `cases`.

@@ -9,6 +9,7 @@ mod build;
 mod crash;
 mod crash_runs;
 mod demo;
+mod durability;
 mod fpu_runs;
 mod fuzz;
 mod ground_truth;
@@ -90,6 +91,8 @@ enum Command {
     Survivors(survive::Survivors),
     /// Takes real programs, as Debian ships them, through panics at random moments.
     RealPrograms(real_programs::RealPrograms),
+    /// Takes databases that sync nothing, and random operations on files, through panics, and looks at what is on the disk.
+    Durability(durability::Durability),
     /// Takes a whole Debian with systemd, PID 1 included, through panics at random moments.
     WholeMachine(whole_machine::WholeMachine),
     /// Takes live vector registers through panics, with and without the register saver.
@@ -120,6 +123,7 @@ fn main() -> ExitCode {
         Command::CrashRuns(command) => command.run(&cli.global),
         Command::Survivors(command) => command.run(&cli.global),
         Command::RealPrograms(command) => command.run(&cli.global),
+        Command::Durability(command) => command.run(&cli.global),
         Command::WholeMachine(command) => command.run(&cli.global),
         Command::FpuRuns(command) => command.run(&cli.global),
         Command::Unhappy(command) => command.run(&cli.global),

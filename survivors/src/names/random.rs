@@ -479,6 +479,16 @@ fn differ(what: &str, expected: &[u8], found: &[u8]) -> Result<()> {
     Ok(())
 }
 
+/// Does so many operations in a directory that is made for it.
+pub fn operate(dir: &Path, seed: u64, count: u32) -> Result<()> {
+    fs::create_dir(dir)?;
+    let mut model = Model::new(dir.to_owned(), seed);
+    for _ in 0..count {
+        model.act()?;
+    }
+    model.check()
+}
+
 /// The survivor.
 pub fn random(stage: &mut Stage) -> Result<()> {
     let seed = {
