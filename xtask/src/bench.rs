@@ -5,6 +5,7 @@
 //! the same crash kernel).
 
 mod scaling;
+mod write_back;
 
 use std::fmt;
 use std::fs;
@@ -53,6 +54,9 @@ pub struct Bench {
     /// Measures what each process, thread, descriptor and MiB costs instead: the same with 1, 10, 100 and 1000 of them.
     #[arg(long)]
     scaling: bool,
+    /// Measures how fast dirty page cache is written to its disk instead, beside dd.
+    #[arg(long, conflicts_with = "scaling")]
+    write_back: bool,
     /// With --scaling: the largest number of each.
     #[arg(long, default_value_t = 1000)]
     most: usize,
@@ -95,6 +99,10 @@ impl Bench {
     pub fn run(self, global: &Global) -> Result<bool> {
         if self.scaling {
             scaling::run(global, self.kernel, self.most, self.json)?;
+            return Ok(true);
+        }
+        if self.write_back {
+            write_back::run(global, self.kernel, self.runs, self.json)?;
             return Ok(true);
         }
         let lab = global.lab()?;

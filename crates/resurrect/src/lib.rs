@@ -227,6 +227,9 @@ pub struct Report {
     pub swapped_bytes: u64,
     /// Time that the copying took.
     pub pour_time: Duration,
+    /// What was written to disk file systems because it was in the dead kernel's memory only.
+    #[serde(default)]
+    pub write_back: WriteBack,
     /// Files that were brought up to date from the dead page cache.
     pub files_written: Vec<FileWritten>,
     /// Files of which the disk has an older state than the dead kernel had, or none.
@@ -247,6 +250,15 @@ pub struct Report {
     /// Swap areas that are not in use again.
     #[serde(default)]
     pub swap_off: Vec<FileStale>,
+}
+
+/// An amount of file contents, and how long it took.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct WriteBack {
+    #[allow(missing_docs)]
+    pub bytes: u64,
+    /// Microseconds, names and attributes included.
+    pub us: u64,
 }
 
 /// One entry of the timeline.
@@ -589,8 +601,11 @@ impl<'a> Run<'a> {
 
     /// What the disk does not have yet; what it has of files that have lost their names.
     fn write_back(&mut self, mem: &dyn PhysMem, base: i32) -> (file::WrittenBack, file::Held) {
+        let start = Instant::now();
         let names::Reconciled { inodes, held, stale, put, removed } =
             file::write_back(self.snapshot, mem, base, &self.options.own_places);
+        let bytes = inodes.values().flatten().map(|restored| restored.written).sum();
+        self.report.write_back = WriteBack { bytes, us: start.elapsed().as_micros() as u64 };
         self.report.files_stale.extend(stale);
         (self.report.names_put, self.report.names_removed) = (put, removed);
         (inodes, held)
