@@ -182,6 +182,11 @@ impl Survivors {
         if only_names && (chosen.iter().any(|survivor| survivor.name == FILES) || draw.bool()) {
             guest.agent.shell(HOLD_WRITE_BACK, READY_DEADLINE).context("holding write-back off")?;
         }
+        if chosen.iter().all(|survivor| survivor.needs == Needs::Alone) {
+            // If the only one is given up, the others' verdicts are still to be had.
+            let crowd = Program::new([PROGRAM, "crowd", "--processes", "1"]);
+            guest.agent.run(&crowd, READY_DEADLINE)?;
+        }
         ui::note(&format!("starting {} survivors", chosen.len()));
         let mut pids = BTreeMap::new();
         // Before there is anything else that could go with it.

@@ -824,6 +824,7 @@ impl<'a> Dead<'a> {
         let open = self.open_files();
         ask(&namei::Walker {
             kernel: self.kernel,
+            task: self.ctx.task,
             stack,
             registers: self.ctx.cpu_registers,
             now_ns: self.ctx.now.realtime_ns,

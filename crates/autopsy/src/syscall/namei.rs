@@ -63,6 +63,8 @@ struct Operation {
     name: Given,
     /// Of a rename.
     new: Option<Given>,
+    /// Of a link: what gets another name.
+    linked: Option<Given>,
 }
 
 /// What the call does; `None` if it is none of these.
@@ -70,10 +72,12 @@ fn operation(name: &str, call: &SyscallInFlight) -> Option<Operation> {
     use Effect::{Links, Makes, Removes, Renames};
     let path = |n: usize| Given { directory: AT_FDCWD, path: call.args[n] };
     let at = |n: usize| Given { directory: call.args[n] as i32, path: call.args[n + 1] };
-    let plain = |function, vfs, effect, name| Operation { function, vfs, effect, name, new: None };
+    let plain =
+        |function, vfs, effect, name| Operation { function, vfs, effect, name, new: None, linked: None };
     let mknod: &[&str] = &["vfs_mknod", "vfs_create"];
     let rename =
         |name, new| Operation { new: Some(new), ..plain("do_renameat2", &["vfs_rename"], Renames, name) };
+    let link = |from, to| Operation { linked: Some(from), ..plain("do_linkat", &["vfs_link"], Links, to) };
     Some(match name {
         "unlinkat" if call.args[2] & AT_REMOVEDIR != 0 => plain("do_rmdir", &["vfs_rmdir"], Removes, at(0)),
         "rmdir" => plain("do_rmdir", &["vfs_rmdir"], Removes, path(0)),
@@ -85,8 +89,8 @@ fn operation(name: &str, call: &SyscallInFlight) -> Option<Operation> {
         "mknodat" => plain("do_mknodat", mknod, Makes, at(0)),
         "symlink" => plain("do_symlinkat", &["vfs_symlink"], Makes, path(1)),
         "symlinkat" => plain("do_symlinkat", &["vfs_symlink"], Makes, at(1)),
-        "link" => plain("do_linkat", &["vfs_link"], Links, path(1)),
-        "linkat" => plain("do_linkat", &["vfs_link"], Links, at(2)),
+        "link" => link(path(0), path(1)),
+        "linkat" => link(at(0), at(2)),
         "rename" => rename(path(0), path(1)),
         "renameat" | "renameat2" => rename(at(0), at(2)),
         _ => return None,
@@ -173,6 +177,8 @@ struct NewFile {
 /// One thread's kernel stack, and what else is needed.
 pub(super) struct Walker<'a> {
     pub(super) kernel: &'a Kernel,
+    /// Address of the `task_struct`.
+    pub(super) task: u64,
     /// The words of the live stack, from the deepest frame up.
     pub(super) stack: &'a [u64],
     /// The general registers, if it was on a CPU.
@@ -190,7 +196,7 @@ pub(super) struct Walker<'a> {
 impl Walker<'_> {
     /// Whether a call that changes names was done; `None` if that cannot be told.
     pub(super) fn is_done(&self, name: &str, call: &SyscallInFlight) -> Option<bool> {
-        let Operation { function, vfs, effect, name, new } = operation(name, call)?;
+        let Operation { function, vfs, effect, name, new, linked } = operation(name, call)?;
         let phase = self.phase(function, |callee| phase_of(callee, vfs, effect))?;
         if phase == Phase::Before {
             return Some(false);
@@ -198,8 +204,22 @@ impl Walker<'_> {
         let (done, directory) = match new {
             Some(new) => self.renamed(name, new)?,
             None => {
-                let (exists, directory) = self.exists(name)?;
-                (exists != (effect == Effect::Removes), directory)
+                let (inode, directory) = self.exists(name)?;
+                // Names of another inode were there before.
+                if let (Phase::Between, Some(inode), Some(linked)) = (phase, inode, linked)
+                    && self.exists(linked).is_some_and(|(linked, _)| linked == Some(inode))
+                {
+                    return self.is_recent(inode).then_some(true);
+                }
+                // It would not have been locked for a name that there was.
+                if phase == Phase::Between
+                    && inode.is_some()
+                    && effect != Effect::Removes
+                    && self.holds(directory)
+                {
+                    return Some(true);
+                }
+                (inode.is_some() != (effect == Effect::Removes), directory)
             }
         };
         verdict(phase, effect, Some(done), self.is_recent(directory))
@@ -217,9 +237,9 @@ impl Walker<'_> {
             Phase::Before => Some(false),
             Phase::Within => {
                 let made = self.pointers().any(|addr| self.is_new_file(addr, flags).unwrap_or(false));
-                Some(made && self.exists(name)?.0)
+                Some(made && self.exists(name)?.0.is_some())
             }
-            Phase::After | Phase::Between => (!self.exists(name)?.0).then_some(false),
+            Phase::After | Phase::Between => self.exists(name)?.0.is_none().then_some(false),
         }
     }
 
@@ -243,6 +263,7 @@ impl Walker<'_> {
             None if self
                 .stack
                 .iter()
+                .chain(self.registers)
                 .any(|addr| symbol(*addr).is_some_and(|(name, _)| name == "getname_flags")) =>
             {
                 Some(Phase::Before)
@@ -314,20 +335,17 @@ impl Walker<'_> {
         count + usize::from(base == Some(above))
     }
 
-    /// Whether there is something of that name, and the inode of its directory.
-    fn exists(&self, given: Given) -> Option<(bool, u64)> {
+    /// The inode of that name, if there is one, and that of its directory.
+    fn exists(&self, given: Given) -> Option<(Option<u64>, u64)> {
         let (directory, name) = self.directory_of(given)?;
-        let is_there = |addr: u64| {
+        let inode = |addr: u64| {
+            let dentry = self.dentry(addr)?;
+            let is_it = dentry.hashed != 0 && dentry.d_inode != 0 && self.is_called(&dentry, &name);
             let links = |inode: Changed| inode.i_nlink > 0;
-            self.dentry(addr).is_some_and(|dentry| {
-                dentry.hashed != 0
-                    && dentry.d_inode != 0
-                    && self.is_called(&dentry, &name)
-                    && self.kernel.read(dentry.d_inode).is_ok_and(links)
-            })
+            (is_it && self.kernel.read(dentry.d_inode).is_ok_and(links)).then_some(dentry.d_inode)
         };
-        let exists = children(self.kernel, directory).ok()?.into_iter().any(is_there);
-        Some((exists, self.dentry(directory)?.d_inode))
+        let inode = children(self.kernel, directory).ok()?.into_iter().find_map(inode);
+        Some((inode, self.dentry(directory)?.d_inode))
     }
 
     /// Whether a rename was done, and the inode of the directory of the new name.
@@ -348,7 +366,9 @@ impl Walker<'_> {
         match answer {
             Some(answer) => Some(answer),
             // It has not been filled in, or is an earlier call's.
-            None => self.exists(old).filter(|(exists, _)| *exists).map(|(_, directory)| (false, directory)),
+            None => {
+                self.exists(old).filter(|(inode, _)| inode.is_some()).map(|(_, directory)| (false, directory))
+            }
         }
     }
 
@@ -372,6 +392,13 @@ impl Walker<'_> {
         let is_old = parent == data.old_dir && self.is_called(&old, old_name);
         let is_new = parent == data.new_dir && self.is_called(&old, new_name);
         (is_old || is_new).then_some((!is_old, data.new_dir))
+    }
+
+    /// Whether the thread has locked a directory for writing (`owner` of its `i_rwsem`; the lowest bits are flags).
+    fn holds(&self, inode: u64) -> bool {
+        let owner = self.kernel.offset_of("inode", "i_rwsem.owner.counter");
+        let owner = owner.and_then(|offset| self.kernel.read_u64(inode.wrapping_add(offset)));
+        owner.is_ok_and(|owner| owner & !7 == self.task)
     }
 
     fn is_recent(&self, inode: u64) -> bool {
@@ -428,6 +455,7 @@ mod tests {
         }
     }
 
+    const TASK: u64 = 0xffff_8880_0abc_0000;
     const NOW: i64 = 5_000_000_000;
 
     /// A kernel with the directory `/d` in it, and the names in that.
@@ -487,6 +515,7 @@ mod tests {
             let path = |addr: u64| paths.get(addr as usize).map(|path| path.as_bytes().to_vec());
             let walker = Walker {
                 kernel: &kernel,
+                task: TASK,
                 stack,
                 registers: &[],
                 now_ns: NOW,
@@ -499,7 +528,7 @@ mod tests {
 
         fn exists(&self, stack: &[u64], directory: i32, path: &str) -> Option<bool> {
             let given = Given { directory, path: 0 };
-            self.ask(stack, &[path], |walker| walker.exists(given).map(|(exists, _)| exists))
+            self.ask(stack, &[path], |walker| walker.exists(given).map(|(inode, _)| inode.is_some()))
         }
     }
 
