@@ -179,6 +179,7 @@ table! {
     "memory-brk" memory::brk Survives, Nothing, "heap that was grown by brk, and grows on";
     "memory-layout" memory::layout Survives, Nothing, "cmdline, environ, exe, auxv and the mm fields in /proc/self/stat";
     "names-files" names::cases Survives, Root, "names, contents and attributes that the disk had not heard of";
+    "names-large" names::large Survives, Alone, "ten thousand new files, and a new one of 1 GiB";
     "names-random" names::random Survives, Alone, "random operations on files go on, and all they have led to is there";
     "fpu-sleep" fpu::sleep Survives, Avx2, "x87, SSE, AVX registers and MXCSR across a sleep";
     "fpu-loop" fpu::compute_loop Survives, Avx2, "all YMM registers in a loop that never enters the kernel";

@@ -28,6 +28,11 @@ pub use random::{operate, random};
 const PAGE: usize = 4096;
 /// Names in the cases with many of them.
 const MANY: usize = 400;
+/// The same in the large cases, and bytes of the file in them.
+const VERY_MANY: usize = 10_000;
+const GIGABYTE: u64 = 1 << 30;
+/// Bytes that are read or written at a time.
+const BLOCK: usize = 1 << 20;
 
 /// What is to be seen beside the tree in the kernel that comes after.
 type After = Box<dyn FnOnce(&Dir) -> Result<()>>;
@@ -259,6 +264,33 @@ cases! {
     "concurrent-writers" two |dir| { concurrent(dir)?; }
 }
 
+/// Those that take a machine with more memory. The page cache has all of it.
+const LARGE: &[Case] = &[
+    Case {
+        name: "very-many-new",
+        base: nothing,
+        change: |dir| {
+            for n in 0..VERY_MANY {
+                dir.file(&format!("small{n}"), n * 7 % 300)?;
+            }
+            Ok(None)
+        },
+    },
+    Case {
+        name: "one-gigabyte",
+        base: nothing,
+        change: |dir| {
+            let mut block = noise("large", BLOCK);
+            let mut file = File::create(dir.at("large"))?;
+            for n in 0..GIGABYTE / BLOCK as u64 {
+                block[..8].copy_from_slice(&n.to_le_bytes());
+                file.write_all(&block)?;
+            }
+            Ok(None)
+        },
+    },
+];
+
 /// Those in which something stays open.
 const OPEN: &[Case] = &[
     Case {
@@ -395,7 +427,7 @@ pub(crate) fn xattrs(path: &Path) -> Result<BTreeMap<String, String>> {
         .map(|name| {
             let len = rustix::fs::lgetxattr(path, OsStr::from_bytes(name), &mut value)?;
             let shown = if len > 100 {
-                format!("sum {:x}", sum(&value[..len]))
+                format!("sum {:x}", add(EMPTY_SUM, &value[..len]))
             } else {
                 value[..len].escape_ascii().to_string()
             };
@@ -447,7 +479,7 @@ struct Seen {
 fn look(path: &Path, forget: bool) -> Result<Seen> {
     let meta = fs::symlink_metadata(path)?;
     let kind = meta.file_type();
-    let contents = if kind.is_file() { Some(sum(&read(path, forget)?)) } else { None };
+    let contents = if kind.is_file() { Some(read(path, forget)?) } else { None };
     Ok(Seen {
         mode: meta.mode(),
         owner: (meta.uid(), meta.gid()),
@@ -461,10 +493,19 @@ fn look(path: &Path, forget: bool) -> Result<Seen> {
     })
 }
 
-/// The contents of a file. `forget`: the page cache is to write what of it is dirty, and to drop what is clean by then; without committing
+/// What stands for the contents of a file. `forget`: the page cache is to write what of it is dirty, and to drop what is clean by then; without committing
 /// what the disk has to know to find it.
-fn read(path: &Path, forget: bool) -> Result<Vec<u8>> {
-    let contents = fs::read(path)?;
+fn read(path: &Path, forget: bool) -> Result<u64> {
+    let mut file = File::open(path)?;
+    let mut block = Vec::new();
+    let mut contents = EMPTY_SUM;
+    loop {
+        block.clear();
+        if (&mut file).take(BLOCK as u64).read_to_end(&mut block)? == 0 {
+            break;
+        }
+        contents = add(contents, &block);
+    }
     if forget {
         let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED;
         // The first time it is written.
@@ -475,9 +516,12 @@ fn read(path: &Path, forget: bool) -> Result<Vec<u8>> {
     Ok(contents)
 }
 
-/// FNV-1a, over words.
-fn sum(bytes: &[u8]) -> u64 {
-    bytes.chunks(8).fold(0xcbf2_9ce4_8422_2325, |sum, chunk| {
+/// FNV-1a, over words, of nothing.
+const EMPTY_SUM: u64 = 0xcbf2_9ce4_8422_2325;
+
+/// The sum of what is `sum` with some bytes behind it. All but the last ones are whole words.
+fn add(sum: u64, bytes: &[u8]) -> u64 {
+    bytes.chunks(8).fold(sum, |sum, chunk| {
         let mut word = [0; 8];
         word[..chunk.len()].copy_from_slice(chunk);
         (sum ^ u64::from_le_bytes(word)).wrapping_mul(0x100_0000_01b3)
@@ -532,9 +576,17 @@ pub fn differences(before: &Path, after: &Path) -> Result<String> {
 
 /// All cases, with their files in the page cache and with these dropped from it; the verdict on each is a line of the file `cases`.
 pub fn cases(stage: &mut Stage) -> Result<()> {
-    let top = stage.path("tree");
     let all = || CASES.iter().chain(OPEN);
-    let cases = all().map(|case| (case, false)).chain(all().map(|case| (case, true)));
+    play(stage, all().map(|case| (case, false)).chain(all().map(|case| (case, true))))
+}
+
+/// The same for those that are large, in the page cache only.
+pub fn large(stage: &mut Stage) -> Result<()> {
+    play(stage, LARGE.iter().map(|case| (case, false)))
+}
+
+fn play<'a>(stage: &mut Stage, cases: impl Iterator<Item = (&'a Case, bool)>) -> Result<()> {
+    let top = stage.path("tree");
     let place =
         |case: &Case, forget| Dir(top.join(if forget { "dropped" } else { "cached" }).join(case.name));
     let cases: Vec<(&Case, bool, Dir)> =

@@ -29,7 +29,7 @@ const EMPTY_SWAP_CACHE: &str = "for i in $(seq 100); do
     echo 4M > /sys/fs/cgroup/memory.reclaim || true
 done; grep Swap /proc/meminfo; exit 1";
 /// The survivor with the names and contents that the disk has not heard of.
-const FILES: &str = "names-files";
+const FILES: [&str; 2] = ["names-files", "names-large"];
 /// The kind of survivors that are about what is on the disk.
 const NAMES: &str = "names";
 /// Makes the root read-only, and looks whether it is without a fault.
@@ -43,10 +43,11 @@ const MAKE_XFS: &str = "mkfs.xfs -q /dev/vdb && mkdir /srv/data && mount /dev/vd
     echo '/dev/vdb /srv/data xfs defaults 0 2' >> /etc/fstab &&
     mkdir /srv/data/root && install -d -o demo /srv/data/demo &&
     ln -s /srv/data/root /root/survivors && ln -s /srv/data/demo /home/demo/survivors";
-/// MiB of a disk that mkfs.xfs takes.
-const XFS_MIB: u32 = 1024;
+const XFS_MIB: u32 = 3072;
+/// MiB of a machine that has a GiB in its page cache.
+const LARGE_MIB: u32 = 3584;
 /// Nothing reaches the disk but what is synced.
-const HOLD_WRITE_BACK: &str = "sysctl -q vm.dirty_writeback_centisecs=0 vm.dirty_expire_centisecs=360000 &&
+const HOLD_WRITE_BACK: &str = "sysctl -q vm.dirty_writeback_centisecs=0 vm.dirty_expire_centisecs=360000 vm.dirty_ratio=90 vm.dirty_background_ratio=85 &&
     mount -o remount,commit=600 / && { ! mountpoint -q /srv/data || sysctl -q fs.xfs.xfssyncd_centisecs=720000; }";
 /// Codes of losses that all survivors have alike and none looks at.
 const OF_ALL: &[&str] = &["cgroup", "crash-procedure"];
@@ -116,7 +117,7 @@ impl Survivors {
         if self.fs != FileSystem::Ext4 && chosen.iter().any(|survivor| survivor.kind != NAMES) {
             bail!("with --fs only survivors of names can be chosen: `survivors files --fs xfs`");
         }
-        let only_files = matches!(chosen[..], [only] if only.name == FILES);
+        let only_files = chosen.iter().all(|survivor| FILES.contains(&survivor.name));
         let lab = global.lab()?;
         let seed = self.seed.unwrap_or_else(|| fastrand::u64(..1_000_000));
         let mut draw = fastrand::Rng::with_seed(seed);
@@ -125,6 +126,9 @@ impl Survivors {
             let mut config = MachineConfig::new(series, global.accel());
             let mut installation =
                 Installation { saver: !self.no_saver, memory: true, ..Installation::for_programs(PROGRAM) };
+            if chosen.iter().any(|survivor| survivor.name == FILES[1]) {
+                config.memory_mib = LARGE_MIB;
+            }
             if self.fs == FileSystem::Xfs {
                 config.scratch_mib = XFS_MIB;
                 (installation.memory, installation.prepare) = (false, MAKE_XFS);
@@ -179,7 +183,7 @@ impl Survivors {
         guest::seed(&mut guest, draw.u64(..))?;
         let only_names = chosen.iter().all(|survivor| survivor.kind == NAMES);
         // The cases are about what is not on the disk; random operations may be anywhere on their way to it.
-        if only_names && (chosen.iter().any(|survivor| survivor.name == FILES) || draw.bool()) {
+        if only_names && (chosen.iter().any(|survivor| FILES.contains(&survivor.name)) || draw.bool()) {
             guest.agent.shell(HOLD_WRITE_BACK, READY_DEADLINE).context("holding write-back off")?;
         }
         if chosen.iter().all(|survivor| survivor.needs == Needs::Alone) {
@@ -214,8 +218,8 @@ impl Survivors {
                 let claim =
                     pids.get(survivor.name).and_then(|pid| fates.get(pid)).cloned().unwrap_or_default();
                 let mut row = Row::judge(survivor, &line, &claim, self.damage);
-                if survivor.name == FILES {
-                    let path = format!("{}/{FILES}.d/cases", directory(true));
+                if FILES.contains(&survivor.name) {
+                    let path = format!("{}/{}.d/cases", directory(needs_root(survivor)), survivor.name);
                     row.cases = String::from_utf8_lossy(&guest.agent.read_file(path).unwrap_or_default())
                         .into_owned();
                 }
@@ -240,8 +244,11 @@ impl Survivors {
 
 fn choose(names: &[String]) -> Result<Vec<&'static Survivor>> {
     // The suite's short name, which is a part of other ones.
-    let meant = |name: &String| if name == "files" { FILES.to_owned() } else { name.clone() };
-    let names: Vec<String> = names.iter().map(meant).collect();
+    let meant = |name: &String| match name.as_str() {
+        "files" => FILES.map(str::to_owned).to_vec(),
+        _ => vec![name.clone()],
+    };
+    let names: Vec<String> = names.iter().flat_map(meant).collect();
     if let Some(unknown) =
         names.iter().find(|name| !TABLE.iter().any(|survivor| survivor.name.contains(name.as_str())))
     {
@@ -553,7 +560,7 @@ mod tests {
         assert_eq!(names(&["syscall-clock-nanosleep"]).unwrap(), ["syscall-clock-nanosleep"]);
         let alone = TABLE.iter().filter(|survivor| survivor.needs == Needs::Alone).count();
         assert_eq!(names(&[]).unwrap().len(), TABLE.len() - alone);
-        assert_eq!(names(&["files"]).unwrap(), [FILES]);
+        assert_eq!(names(&["files"]).unwrap(), FILES);
         assert!(names(&["no-such"]).is_err());
     }
 }

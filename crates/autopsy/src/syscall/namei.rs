@@ -18,6 +18,10 @@ const RECENT: i64 = 20_000_000;
 /// A call with a 32-bit relative target, the only one that the compiler makes of a call by name.
 const CALL: u8 = 0xe8;
 const CALL_LEN: u64 = 5;
+/// What calls the functions below (arch/x86/include/asm/syscall_wrapper.h).
+const WRAPPER: &str = "__x64_sys_";
+/// Bytes of a function before its first call.
+const MAX_PROLOGUE: u64 = 512;
 const AT_REMOVEDIR: u64 = 0x200;
 pub(super) const AT_FDCWD: i32 = -100;
 // Flags of `struct file` (include/linux/fs.h).
@@ -257,19 +261,27 @@ impl Walker<'_> {
             symbol(**addr).is_some_and(|(name, offset)| offset != 0 && is_part(name, function))
         });
         let mut phases = callees.filter_map(|addr| Some(phase_of(self.callee(*addr)?)));
-        match phases.next() {
-            Some(first) => phases.all(|other| other == first).then_some(first),
-            // The name is copied from the program first.
-            None if self
-                .stack
-                .iter()
-                .chain(self.registers)
-                .any(|addr| symbol(*addr).is_some_and(|(name, _)| name == "getname_flags")) =>
-            {
-                Some(Phase::Before)
-            }
-            None => Some(Phase::Between),
+        if let Some(first) = phases.next() {
+            return phases.all(|other| other == first).then_some(first);
         }
+        let all = || self.stack.iter().chain(self.registers);
+        // The name is copied from the program first.
+        let copies = all().any(|addr| symbol(*addr).is_some_and(|(name, _)| name == "getname_flags"));
+        let mut inside = all().filter(|addr| {
+            symbol(**addr).is_some_and(|(name, _)| is_part(name, function) || name.starts_with(WRAPPER))
+        });
+        // Where the result has not been stored, nothing has been done outside of these.
+        let before = copies || inside.all(|addr| self.is_before_first_call(*addr));
+        Some(if before { Phase::Before } else { Phase::Between })
+    }
+
+    /// Whether a function has called nothing before it came to this address.
+    fn is_before_first_call(&self, addr: u64) -> bool {
+        let Some((_, offset)) = self.kernel.symbolize(addr) else { return false };
+        let start = addr.wrapping_sub(offset);
+        let ends = (CALL_LEN..=offset.min(MAX_PROLOGUE)).map(|end| start.wrapping_add(end));
+        let calls = |end| self.callee(end).is_some_and(|callee| callee != "__fentry__");
+        offset <= MAX_PROLOGUE && !ends.into_iter().any(calls)
     }
 
     /// The function that was called by the instruction before a return address.
@@ -417,6 +429,8 @@ fn is_part(name: &str, function: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
     use crate::testing::{declare, open};
     use synth::{Record, Synth, U64, array, named};
@@ -530,6 +544,45 @@ mod tests {
             let given = Given { directory, path: 0 };
             self.ask(stack, &[path], |walker| walker.exists(given).map(|(inode, _)| inode.is_some()))
         }
+    }
+
+    #[test]
+    fn the_call_before_a_return_address_tells_how_far_a_function_was() {
+        let mut tree = Tree::new();
+        tree.synth.structure("functions", Record::new().field("text", array(U64, 64)));
+        let text = tree.synth.variable("text", "functions");
+        let functions = ["do_unlinkat", "__filename_parentat", "vfs_unlink", "putname", "__x64_sys_unlink"];
+        let at: BTreeMap<&str, u64> =
+            functions.iter().zip(0..).map(|(name, n)| (*name, text + 64 + n * 64)).collect();
+        for (name, addr) in &at {
+            tree.synth.symbol(name, *addr);
+        }
+        let call = |tree: &mut Tree, from: u64, to: &str| {
+            let relative = (at[to].wrapping_sub(from + CALL_LEN)) as i32;
+            let bytes = [&[CALL][..], &relative.to_le_bytes()].concat();
+            tree.synth.write(from, &bytes);
+            from + CALL_LEN
+        };
+        let [start, sys] = ["do_unlinkat", "__x64_sys_unlink"].map(|name| at[name]);
+        let look_up = call(&mut tree, start + 8, "__filename_parentat");
+        let unlink = call(&mut tree, start + 20, "vfs_unlink");
+        let put = call(&mut tree, start + 40, "putname");
+        let outer = call(&mut tree, sys + 4, "do_unlinkat");
+        let phase = |words: &[u64]| {
+            tree.ask(words, &[], |walker| {
+                walker.phase("do_unlinkat", |callee| phase_of(callee, &["vfs_unlink"], Effect::Removes))
+            })
+        };
+        assert_eq!(phase(&[1, look_up, outer]), Some(Phase::Before));
+        assert_eq!(phase(&[unlink, 7, outer]), Some(Phase::Within));
+        assert_eq!(phase(&[put, outer]), Some(Phase::Between));
+        assert_eq!(phase(&[look_up, unlink, outer]), None, "two accounts");
+        // An interrupt's registers have the place itself on the stack.
+        assert_eq!(phase(&[start + 4]), Some(Phase::Before), "it has called nothing yet");
+        assert_eq!(phase(&[start + 30]), Some(Phase::Between));
+        assert_eq!(phase(&[sys + 2]), Some(Phase::Before));
+        assert_eq!(phase(&[sys + 20]), Some(Phase::Between), "it may have come back");
+        assert_eq!(phase(&[1, 2]), Some(Phase::Before), "not there yet");
     }
 
     #[test]
