@@ -1,7 +1,7 @@
 //! Inodes and their page cache (include/linux/fs.h, pagemap.h, xarray.h; 6.1 and 6.12).
 
 use ktypes::{KernelType, MARK_DIRTY, MARK_WRITEBACK};
-use snapshot::{Bytes, Inode, InodeId, PageCacheRun, RECENT_SECONDS, Severity, Timestamp};
+use snapshot::{Bytes, DoubtfulPage, Inode, InodeId, PageCacheRun, RECENT_SECONDS, Severity, Timestamp};
 
 use vmcore::PAGE_SIZE;
 
@@ -65,6 +65,14 @@ struct InodeStruct {
     i_pipe: u64,
 }
 
+/// Of a page in a page cache, the first if it is a compound one.
+#[derive(KernelType)]
+#[kernel("page")]
+struct CachedPage {
+    mapping: u64,
+    index: u64,
+}
+
 /// What has to be known of an inode before it is known what it is good for.
 pub(crate) struct InodeFacts {
     pub mode: u32,
@@ -121,6 +129,7 @@ impl Autopsy<'_> {
             // The state's bits are in the low half, whether it is 32 or 64 bits wide.
             dirty: u64::from(self.kernel.read_u32(raw.i_state)?) & dirty_bits != 0,
             pages: Vec::new(),
+            doubtful: Vec::new(),
             huge_page: match facts.fs_type.as_bytes() {
                 b"hugetlbfs" => Some(self.huge_page_size(raw.i_sb)?),
                 _ => None,
@@ -142,7 +151,7 @@ impl Autopsy<'_> {
             }
         }
         if facts.mode & 0o170_000 == S_IFREG && raw.i_mapping != 0 {
-            self.page_cache(raw.i_mapping, &mut inode)?;
+            self.page_cache(addr, raw.i_mapping, &mut inode)?;
             // Or none any more.
             if raw.ctime >= lately || raw.i_nlink == 0 {
                 let extents = match inode.fs_type.as_bytes() {
@@ -162,14 +171,17 @@ impl Autopsy<'_> {
     }
 
     /// Fills in what the page cache of an `address_space` holds.
-    fn page_cache(&self, mapping: u64, inode: &mut Inode) -> Result<()> {
+    fn page_cache(&self, addr: u64, mapping: u64, inode: &mut Inode) -> Result<()> {
+        let host =
+            self.kernel.read_u64(mapping.wrapping_add(self.kernel.offset_of("address_space", "host")?))?;
+        let is_checked = !inode.lives_in_memory();
         let pages = mapping.wrapping_add(self.kernel.offset_of("address_space", "i_pages")?);
         let frames = self.frames()?;
         // In memory-backed files a value is a swapped-out page, elsewhere the shadow of an evicted one.
         let values_are_swapped = matches!(inode.fs_type.as_bytes(), b"tmpfs" | b"devtmpfs");
         let (mut damage, mut why_lost) = (None, None);
         let huge_page = inode.huge_page;
-        let (runs, lost) = (&mut inode.pages, &mut inode.lost_pages);
+        let (runs, lost, doubtful) = (&mut inode.pages, &mut inode.lost_pages, &mut inode.doubtful);
         self.kernel.xarray_for_each(pages, MAX_PAGES, |first, entry| {
             let mut count = entry.last.saturating_sub(first).saturating_add(1);
             let mut first = first;
@@ -215,6 +227,17 @@ impl Autopsy<'_> {
                 // What was being written may not have arrived.
                 let unwritten = 1 << MARK_DIRTY | 1 << MARK_WRITEBACK;
                 let dirty = frame.dirty || entry.marks & unwritten != 0;
+                if dirty && is_checked {
+                    let why = match self.kernel.read::<CachedPage>(page) {
+                        Ok(page) => contradiction(&page, (host, addr), mapping, first),
+                        Err(error) => Some(error.to_string()),
+                    };
+                    if let Some(why) = why {
+                        let count = u32::try_from(count).unwrap_or(u32::MAX);
+                        doubtful.push(DoubtfulPage { index: first, pfn, count, why });
+                        return Ok(());
+                    }
+                }
                 push_run(runs, first, pfn, count, dirty);
             }
             Ok(())
@@ -229,6 +252,18 @@ impl Autopsy<'_> {
         }
         Ok(())
     }
+}
+
+/// What a dirty page and its place do not agree on. `host`: the inode of the page cache, and the inode that it was found through.
+fn contradiction(page: &CachedPage, host: (u64, u64), mapping: u64, index: u64) -> Option<String> {
+    if host.0 != host.1 {
+        return Some("the page cache says that it is another inode's".to_owned());
+    }
+    if page.mapping != mapping {
+        return Some("it says that it is in another page cache".to_owned());
+    }
+    (page.index != index)
+        .then(|| format!("it says that it is page {}, and is in the place of {index}", page.index))
 }
 
 /// Appends pages, to the last run if they go on there.
@@ -250,6 +285,15 @@ fn push_run(runs: &mut Vec<PageCacheRun>, index: u64, pfn: u64, count: u64, dirt
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_dirty_page_has_to_agree_with_its_place() {
+        let page = |mapping, index| CachedPage { mapping, index };
+        assert_eq!(contradiction(&page(8, 3), (16, 16), 8, 3), None);
+        assert!(contradiction(&page(8, 3), (24, 16), 8, 3).is_some_and(|why| why.contains("inode")));
+        assert!(contradiction(&page(0, 3), (16, 16), 8, 3).is_some_and(|why| why.contains("page cache")));
+        assert!(contradiction(&page(8, 4), (16, 16), 8, 3).is_some_and(|why| why.contains("page 4")));
+    }
 
     #[test]
     fn pages_join_only_where_both_sides_go_on() {

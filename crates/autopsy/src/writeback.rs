@@ -67,10 +67,12 @@ impl Autopsy<'_> {
             let sb: SuperBlockInodes = self.kernel.read(addr)?;
             let is_root_of =
                 |m: &&Mount| (m.dev_major, m.dev_minor) == device(sb.s_dev) && m.root == "/".into();
-            if sb.s_bdev == 0 || sb.s_flags & SB_RDONLY != 0 {
-                continue;
+            let Some(mount) = mounts.iter().find(is_root_of) else { continue };
+            if let Some(why) = left_alone(&sb, mount) {
+                let text = format!("{} ({}) is left alone: {why}", mount.mountpoint, mount.fs_type);
+                self.find(Severity::Note, "writeback", text);
             }
-            if let Some(mount) = mounts.iter().find(is_root_of) {
+            if sb.s_bdev != 0 && sb.s_flags & SB_RDONLY == 0 {
                 let mut gathered = Gathered::new(self, mount);
                 let whole = self.inodes_of(&sb, mount, now_s, found, &mut gathered);
                 names.push(gathered.finish());
@@ -150,6 +152,22 @@ impl Autopsy<'_> {
     }
 }
 
+/// Why what had not been written to a file system is not looked for, if there may be such.
+fn left_alone(sb: &SuperBlockInodes, mount: &Mount) -> Option<&'static str> {
+    const NETWORK: [&[u8]; 9] =
+        [b"nfs", b"nfs4", b"cifs", b"smb3", b"9p", b"ceph", b"afs", b"ocfs2", b"gfs2"];
+    let fs_type = mount.fs_type.as_bytes();
+    if fs_type == b"fuse" || fs_type == b"fuseblk" || fs_type.starts_with(b"fuse.") {
+        Some("what it had not handed to its program is gone")
+    } else if NETWORK.contains(&fs_type) {
+        Some("what had not been sent over the network is gone")
+    } else if sb.s_bdev != 0 && sb.s_flags & SB_RDONLY != 0 {
+        Some("it was read-only, or had become so after errors")
+    } else {
+        None
+    }
+}
+
 /// A path in a file system, from the root of the machine.
 pub(crate) fn join(mountpoint: &Bytes, path: &Bytes) -> Bytes {
     let at = mountpoint.as_bytes().strip_suffix(b"/").unwrap_or(mountpoint.as_bytes());
@@ -159,6 +177,23 @@ pub(crate) fn join(mountpoint: &Bytes, path: &Bytes) -> Bytes {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_not_written_to_is_named() {
+        let why = |fs_type: &str, s_bdev, s_flags| {
+            let mount = serde_json::json!({
+                "id": 1, "parent": 0, "mountpoint": "/", "root": "/", "fs_type": fs_type, "source": "x",
+                "dev_major": 8, "dev_minor": 1, "flags": "", "peer_group": 0, "master": 0,
+            });
+            let sb = SuperBlockInodes { s_dev: 0, s_flags, s_bdev, s_inodes: 0 };
+            left_alone(&sb, &serde_json::from_value(mount).unwrap())
+        };
+        assert_eq!(why("ext4", 8, 0), None);
+        assert_eq!(why("tmpfs", 0, 0), None);
+        assert!(why("ext4", 8, SB_RDONLY).is_some_and(|why| why.contains("read-only")));
+        assert!(why("nfs4", 0, 0).is_some_and(|why| why.contains("network")));
+        assert!(why("fuse.sshfs", 0, 0).is_some_and(|why| why.contains("program")));
+    }
 
     #[test]
     fn paths_go_on_from_their_mount() {

@@ -9,16 +9,16 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use snapshot::{
-    Descriptor, FileId, FileKind, Inode, InodeId, MAX_DESCRIPTOR, OpenFile, PhysMem, Pid, PipeId, ProcFile,
-    Process, RECENT_SECONDS, Reason, Snapshot, TtyId, VmaKind,
+    Bytes, Descriptor, FileId, FileKind, Inode, InodeId, MAX_DESCRIPTOR, OpenFile, PhysMem, Pid, PipeId,
+    ProcFile, Process, RECENT_SECONDS, Reason, Snapshot, TtyId, VmaKind,
 };
 
 use crate::inject::{Call, call};
 use crate::names::{self, Reconciled};
 use crate::namespace::Namespaces;
 use crate::{
-    FileStale, FileWritten, autofs, clock, dead, epoll, eventfd, inet, inotify, memfd, netlink, page_cache,
-    pidfd, pipe, proc, pty, signalfd, sys, timerfd, tty, unix,
+    FileStale, FileWritten, autofs, clock, dead, epoll, eventfd, inet, inotify, lost_found, memfd, netlink,
+    page_cache, pidfd, pipe, proc, pty, signalfd, sys, timerfd, tty, unix,
 };
 
 /// Flags that only mean something to the open call itself.
@@ -634,7 +634,16 @@ fn is_late(file: &OpenFile) -> bool {
 pub(crate) fn write_back(snapshot: &Snapshot, mem: &dyn PhysMem, base: RawFd, own: &[PathBuf]) -> Reconciled {
     let mut all = Reconciled::default();
     for names in snapshot.names.iter().filter(|names| is_mount_point(names.mountpoint.as_path())) {
-        let Some(done) = names::reconcile(snapshot, names, mem, base, own) else { continue };
+        let Some(done) = names::reconcile(snapshot, names, mem, base, own) else {
+            if !names.inodes.is_empty() {
+                let why = format!(
+                    "names and attributes that were changed in the last {RECENT_SECONDS} seconds are as the disk has them: \
+                     on this file system inodes cannot be found by number"
+                );
+                all.stale.push(FileStale { path: names.mountpoint.clone(), why });
+            }
+            continue;
+        };
         all.inodes.extend(done.inodes);
         all.held.extend(done.held);
         all.stale.extend(done.stale);
@@ -648,6 +657,11 @@ pub(crate) fn write_back(snapshot: &Snapshot, mem: &dyn PhysMem, base: RawFd, ow
     inodes.sort_by(|(_, a), (_, b)| a.path.cmp(&b.path));
     for (id, inode) in inodes {
         all.inodes.insert(id, restore(snapshot, inode.path.as_path(), inode, mem));
+    }
+    for (id, why) in lost_found::keep(snapshot, mem, Path::new(lost_found::DIRECTORY)) {
+        let path = snapshot.inodes.get(&id).map_or_else(Bytes::default, |inode| inode.path.clone());
+        all.stale.push(FileStale { path, why: why.clone() });
+        all.inodes.insert(id, Err(why));
     }
     all
 }

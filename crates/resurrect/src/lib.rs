@@ -53,6 +53,7 @@ mod inject;
 mod inotify;
 mod ipc;
 mod lock;
+mod lost_found;
 mod memfd;
 mod memory;
 mod mount;

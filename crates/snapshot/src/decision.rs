@@ -678,6 +678,7 @@ mod tests {
             ino: 1,
             generation: 0,
             extents: None,
+            doubtful: Vec::new(),
             xattrs: None,
             dev_major: 0,
             dev_minor: 1,

@@ -170,6 +170,9 @@ pub struct Inode {
     pub dirty: bool,
     /// What the page cache held, by ascending index. Regular files (also on tmpfs) and shared anonymous memory.
     pub pages: Vec<PageCacheRun>,
+    /// Dirty pages that were among these and do not agree that they are its own.
+    #[serde(default)]
+    pub doubtful: Vec<DoubtfulPage>,
     /// Where its contents are on the disk, in ascending order; what is in none of these, and not in the page cache, is a hole. `None`: not known.
     #[serde(default)]
     pub extents: Option<Vec<Extent>>,
@@ -181,6 +184,19 @@ pub struct Inode {
     pub xattrs: Option<Vec<Xattr>>,
     /// Pages of shared memory or tmpfs that existed but cannot be had, with the reason in the findings.
     pub lost_pages: u64,
+}
+
+/// Dirty pages in the page cache that contradict their place in it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DoubtfulPage {
+    /// Where they were found: page index in the file.
+    pub index: u64,
+    #[allow(missing_docs)]
+    pub pfn: u64,
+    /// How many.
+    pub count: u32,
+    /// What does not agree.
+    pub why: String,
 }
 
 /// One extended attribute, as getxattr(2) gives it.

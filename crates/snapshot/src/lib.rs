@@ -72,7 +72,8 @@ pub use device::{Device, DeviceKind};
 pub use epoll::{Epoll, EpollItem};
 pub use eventfd::EventFd;
 pub use file::{
-    Descriptor, Extent, FileId, FileKind, Inode, InodeId, MAX_DESCRIPTOR, OpenFile, PageCacheRun, Xattr,
+    Descriptor, DoubtfulPage, Extent, FileId, FileKind, Inode, InodeId, MAX_DESCRIPTOR, OpenFile,
+    PageCacheRun, Xattr,
 };
 pub use finding::{Finding, Severity};
 pub use fs::{FsContext, Mount, MountFlags, Timestamp};

@@ -632,6 +632,7 @@ fn inode_of(meta: &fs::Metadata, path: &[u8]) -> Inode {
         ino: meta.ino(),
         generation: 0,
         extents: None,
+        doubtful: Vec::new(),
         xattrs: None,
         dev_major: libc::major(meta.dev()),
         dev_minor: libc::minor(meta.dev()),
