@@ -177,7 +177,8 @@ impl Model {
         }
         let mode = [0o600, 0o644, 0o751][self.below(3)];
         self.note(format!("create {}", path.display()));
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(self.at(&path))?;
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(self.at(&path));
+        let file = file.with_context(|| format!("{:?}", self.log.last()))?;
         let bytes = self.bytes();
         file.write_all_at(&bytes, 0)?;
         file.set_permissions(PermissionsExt::from_mode(mode))?;

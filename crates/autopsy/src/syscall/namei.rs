@@ -27,8 +27,9 @@ pub(super) const AT_FDCWD: i32 = -100;
 // Flags of `struct file` (include/linux/fs.h).
 const FMODE_CREATED: u32 = 0x10_0000;
 const O_LARGEFILE: u32 = 0o100_000;
-/// Taken away when the file is open: O_CREAT, O_EXCL, O_NOCTTY, O_TRUNC (do_dentry_open(), fs/open.c).
-const NOT_KEPT: u32 = 0o1700;
+/// Of the descriptor (O_CLOEXEC, build_open_flags()), or taken away when the file is open: O_CREAT, O_EXCL, O_NOCTTY, O_TRUNC
+/// (do_dentry_open(); fs/open.c).
+const NOT_KEPT: u32 = 0o2_001_700;
 
 /// What becomes of the name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,9 +138,8 @@ fn verdict(phase: Phase, effect: Effect, done: Option<bool>, recent: bool) -> Op
     match (phase, done?) {
         (Phase::Before, _) | (_, false) => Some(false),
         (Phase::Within, true) => Some(true),
-        // Nothing of that name; or what is on the stack is of an earlier rename.
-        (Phase::After, true) if removes || effect == Effect::Renames => Some(recent),
-        (Phase::Between, true) if removes => Some(recent),
+        // Nothing of that name; or what is on the stack is of an earlier rename (with CONFIG_INIT_STACK_ALL_ZERO it never is).
+        (Phase::After | Phase::Between, true) if removes || effect == Effect::Renames => Some(recent),
         // Until the directory is unlocked nobody else can have made it.
         (Phase::After, true) => Some(true),
         // It may have been there already.
@@ -201,7 +201,7 @@ impl Walker<'_> {
     /// Whether a call that changes names was done; `None` if that cannot be told.
     pub(super) fn is_done(&self, name: &str, call: &SyscallInFlight) -> Option<bool> {
         let Operation { function, vfs, effect, name, new, linked } = operation(name, call)?;
-        let phase = self.phase(function, |callee| phase_of(callee, vfs, effect))?;
+        let phase = self.phase(function, |callee| phase_of(callee, vfs, effect));
         if phase == Phase::Before {
             return Some(false);
         }
@@ -237,7 +237,7 @@ impl Walker<'_> {
             "getname" | "getname_flags" | "get_unused_fd_flags" | "build_open_flags" => Phase::Before,
             _ => Phase::Between,
         };
-        match self.phase("do_sys_openat2", phase_of)? {
+        match self.phase("do_sys_openat2", phase_of) {
             Phase::Before => Some(false),
             Phase::Within => {
                 let made = self.pointers().any(|addr| self.is_new_file(addr, flags).unwrap_or(false));
@@ -254,15 +254,16 @@ impl Walker<'_> {
         Some(file.f_count == 1 && file.f_mode & FMODE_CREATED != 0 && same && !(self.is_open)(addr))
     }
 
-    /// By what `function` has called. `None` if the stack does not say that it was in there, or says several things.
-    fn phase(&self, function: &str, phase_of: impl Fn(&str) -> Phase) -> Option<Phase> {
+    /// By what `function` has called.
+    fn phase(&self, function: &str, phase_of: impl Fn(&str) -> Phase) -> Phase {
         let symbol = |addr| self.kernel.symbolize(addr);
         let callees = self.stack.iter().filter(|addr| {
             symbol(**addr).is_some_and(|(name, offset)| offset != 0 && is_part(name, function))
         });
         let mut phases = callees.filter_map(|addr| Some(phase_of(self.callee(*addr)?)));
-        if let Some(first) = phases.next() {
-            return phases.all(|other| other == first).then_some(first);
+        // Further down there may be remains of earlier calls.
+        if let Some(outermost) = phases.next_back() {
+            return outermost;
         }
         let all = || self.stack.iter().chain(self.registers);
         // The name is copied from the program first.
@@ -272,7 +273,7 @@ impl Walker<'_> {
         });
         // Where the result has not been stored, nothing has been done outside of these.
         let before = copies || inside.all(|addr| self.is_before_first_call(*addr));
-        Some(if before { Phase::Before } else { Phase::Between })
+        if before { Phase::Before } else { Phase::Between }
     }
 
     /// Whether a function has called nothing before it came to this address.
@@ -462,8 +463,9 @@ mod tests {
         }
         assert_eq!(verdict(Phase::After, Makes, Some(true), false), Some(true));
         assert_eq!(verdict(Phase::Between, Makes, Some(true), true), None, "EEXIST?");
-        assert_eq!(verdict(Phase::Between, Renames, Some(true), true), None, "an earlier one?");
-        for (effect, phase) in [(Removes, Phase::After), (Removes, Phase::Between), (Renames, Phase::After)] {
+        for (effect, phase) in
+            [Removes, Renames].iter().flat_map(|e| [(*e, Phase::After), (*e, Phase::Between)])
+        {
             assert_eq!(verdict(phase, effect, Some(true), true), Some(true));
             assert_eq!(verdict(phase, effect, Some(true), false), Some(false), "ENOENT");
         }
@@ -573,16 +575,16 @@ mod tests {
                 walker.phase("do_unlinkat", |callee| phase_of(callee, &["vfs_unlink"], Effect::Removes))
             })
         };
-        assert_eq!(phase(&[1, look_up, outer]), Some(Phase::Before));
-        assert_eq!(phase(&[unlink, 7, outer]), Some(Phase::Within));
-        assert_eq!(phase(&[put, outer]), Some(Phase::Between));
-        assert_eq!(phase(&[look_up, unlink, outer]), None, "two accounts");
+        assert_eq!(phase(&[1, look_up, outer]), Phase::Before);
+        assert_eq!(phase(&[unlink, 7, outer]), Phase::Within);
+        assert_eq!(phase(&[put, outer]), Phase::Between);
+        assert_eq!(phase(&[look_up, unlink, outer]), Phase::Within, "of an earlier call");
         // An interrupt's registers have the place itself on the stack.
-        assert_eq!(phase(&[start + 4]), Some(Phase::Before), "it has called nothing yet");
-        assert_eq!(phase(&[start + 30]), Some(Phase::Between));
-        assert_eq!(phase(&[sys + 2]), Some(Phase::Before));
-        assert_eq!(phase(&[sys + 20]), Some(Phase::Between), "it may have come back");
-        assert_eq!(phase(&[1, 2]), Some(Phase::Before), "not there yet");
+        assert_eq!(phase(&[start + 4]), Phase::Before, "it has called nothing yet");
+        assert_eq!(phase(&[start + 30]), Phase::Between);
+        assert_eq!(phase(&[sys + 2]), Phase::Before);
+        assert_eq!(phase(&[sys + 20]), Phase::Between, "it may have come back");
+        assert_eq!(phase(&[1, 2]), Phase::Before, "not there yet");
     }
 
     #[test]
@@ -658,6 +660,8 @@ mod tests {
         assert_eq!(created(&tree), Some(true));
         tree.synth.set("file", file, "f_flags", 0o100_002u32);
         assert_eq!(created(&tree), Some(true), "when it is open it forgets how");
+        let with_cloexec = tree.ask(&[], &[], |walker| walker.is_new_file(file, 0o2_000_302));
+        assert_eq!(with_cloexec, Some(true), "that is the descriptor's");
         tree.synth.set("file", file, "f_flags", 0o102_302u32);
         assert_eq!(created(&tree), Some(false), "another call's");
     }
