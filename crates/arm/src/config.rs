@@ -32,6 +32,9 @@ pub struct Config {
     #[allow(missing_docs)]
     pub fsck: Fsck,
     #[allow(missing_docs)]
+    #[serde(default)]
+    pub tmpfs: Tmpfs,
+    #[allow(missing_docs)]
     pub after: After,
     #[allow(missing_docs)]
     pub crash_kernel: CrashKernel,
@@ -54,6 +57,7 @@ struct File {
     deadlines: Deadlines,
     failure: Failure,
     fsck: Fsck,
+    tmpfs: Tmpfs,
     after: After,
     crash_kernel: CrashKernel,
     panic_on: PanicOn,
@@ -72,6 +76,7 @@ impl Default for File {
             deadlines: Deadlines::default(),
             failure: Failure::default(),
             fsck: Fsck::default(),
+            tmpfs: Tmpfs::default(),
             after: After::default(),
             crash_kernel: CrashKernel::default(),
             panic_on: PanicOn::default(),
@@ -154,6 +159,20 @@ pub enum FsckMode {
 pub struct Fsck {
     #[allow(missing_docs)]
     pub mode: FsckMode,
+}
+
+/// `[tmpfs]`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Tmpfs {
+    /// Absolute paths that are not filled again unless PID 1 comes back: programs that begin anew make them themselves.
+    pub leave_out: Vec<PathBuf>,
+}
+
+impl Default for Tmpfs {
+    fn default() -> Self {
+        Self { leave_out: ["/run/systemd", "/run/udev", "/run/initctl"].map(PathBuf::from).to_vec() }
+    }
 }
 
 /// `[after]`
@@ -348,6 +367,7 @@ impl Config {
             deadlines: file.deadlines,
             failure: file.failure,
             fsck: file.fsck,
+            tmpfs: file.tmpfs,
             after: file.after,
             crash_kernel: file.crash_kernel,
             panic_on: file.panic_on,
@@ -463,6 +483,10 @@ impl Config {
             let message = "the delay before the action must not be longer than 3600 seconds".to_owned();
             return Err(meaning(key_line("delay"), message, "shorten it"));
         }
+        if file.tmpfs.leave_out.iter().any(|path| !path.is_absolute()) {
+            let message = "[tmpfs] leave_out has a path that is not absolute".to_owned();
+            return Err(meaning(key_line("leave_out"), message, "write the whole path"));
+        }
         if !file.report.dir.is_absolute() {
             let message = "[report] dir is not an absolute path".to_owned();
             return Err(meaning(key_line("dir"), message, "write the whole path"));
@@ -517,6 +541,8 @@ mod tests {
             unit = "cron.service"
             [failure]
             action = "continue"
+            [tmpfs]
+            leave_out = ["/run/mine"]
             [after]
             start = ["/usr/local/sbin/agent"]
             [deadlines]
@@ -529,6 +555,8 @@ mod tests {
         assert_eq!(config.policy.never.len(), 1);
         assert_eq!(config.policy.users["alice"], 1000);
         assert_eq!(config.failure.action, FailureAction::Continue);
+        assert_eq!(config.tmpfs.leave_out, [Path::new("/run/mine")]);
+        assert!(error("[tmpfs]\nleave_out = [\"run\"]\n").contains("line 2: [tmpfs] leave_out"));
         assert_eq!((config.deadlines.whole, config.deadlines.fsck), (60, 120));
     }
 

@@ -141,6 +141,7 @@ impl Worker {
             generation: arm::generation(&arm::Root::default()).unwrap_or(0),
             failed_procedure: config.failed_procedure,
             block_devices: block_devices(snapshot, manifest),
+            leave_out: config.tmpfs.leave_out.clone(),
             own_places: vec![arm::STATE_DIR.into(), config.report.dir.clone()],
         };
         let memory = DeadMemory::new(kernel.vmcore());

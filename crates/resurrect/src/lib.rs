@@ -131,6 +131,8 @@ pub struct Options {
     pub block_devices: swap::BlockDevices,
     /// Where the caller keeps files of its own: what the disk has there is newer than what the dead kernel knew.
     pub own_places: Vec<std::path::PathBuf>,
+    /// What of file systems in memory is not made again, unless PID 1 comes back.
+    pub leave_out: Vec<std::path::PathBuf>,
 }
 
 impl Default for Options {
@@ -144,6 +146,7 @@ impl Default for Options {
             failed_procedure: FailedProcedure::default(),
             block_devices: swap::BlockDevices::new(),
             own_places: Vec::new(),
+            leave_out: Vec::new(),
         }
     }
 }
@@ -585,7 +588,8 @@ impl<'a> Run<'a> {
         }
         let with_system = wanted.contains(&first::PID);
         self.report.pools_short = hugetlb::fill_pools(self.snapshot, &processes);
-        self.report.places_lost = tmpfs::fill_all(self.snapshot, with_system, mem);
+        let leave_out = if with_system { &[][..] } else { &self.options.leave_out };
+        self.report.places_lost = tmpfs::fill_all(self.snapshot, leave_out, mem);
         let (pipes, failed) = autofs::mount_all(self.snapshot, &processes, mem, base);
         self.report.places_lost.extend(failed);
         // Before the namespaces: what is mounted there may be mounted on directories that the disk does not have yet.

@@ -15,14 +15,11 @@ use crate::{FileStale, mount, page_cache, sys, xattr};
 
 /// TMPFS_MAGIC, RAMFS_MAGIC and HUGETLBFS_MAGIC (include/uapi/linux/magic.h).
 const IN_MEMORY: [FsType; 3] = [FsType(0x0102_1994), FsType(0x8584_58f6), FsType(0x9584_58f6)];
-/// What the programs of the running system keep about themselves. When they begin anew, they make it themselves.
-const OF_THE_SYSTEM: [&str; 3] = ["/run/systemd", "/run/udev", "/run/initctl"];
 /// Of the memory that is free, the part that one file may take.
 const SHARE: u64 = 2;
 
-/// Fills all those that are mounted in the initial mount namespace. `with_system`: PID 1 comes back, and with it the programs that what
-/// is in `/run/systemd` is about. Returns the files that could not be made.
-pub(crate) fn fill_all(snapshot: &Snapshot, with_system: bool, mem: &dyn PhysMem) -> Vec<FileStale> {
+/// Fills all those that are mounted in the initial mount namespace, but for these places. Returns the files that could not be made.
+pub(crate) fn fill_all(snapshot: &Snapshot, left_out: &[PathBuf], mem: &dyn PhysMem) -> Vec<FileStale> {
     let mut lost = Vec::new();
     for m in snapshot.mounts.iter().filter(|m| m.root.as_bytes() == b"/") {
         let number = (m.dev_major, m.dev_minor);
@@ -37,7 +34,7 @@ pub(crate) fn fill_all(snapshot: &Snapshot, with_system: bool, mem: &dyn PhysMem
             });
             continue;
         }
-        let leave_out = |path: &Path| !with_system && OF_THE_SYSTEM.iter().any(|of| path.starts_with(of));
+        let leave_out = |path: &Path| left_out.iter().any(|of| path.starts_with(of));
         let read_only = m.flags.intersects(MountFlags::READ_ONLY | MountFlags::SB_READ_ONLY);
         if let Some(Err(e)) = read_only.then(|| mount::remount(m, false)) {
             lost.push(FileStale { path: m.mountpoint.clone(), why: format!("it cannot be written to: {e}") });
