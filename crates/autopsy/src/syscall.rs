@@ -201,6 +201,8 @@ trait Facts {
     fn is_removing_inode(&self) -> bool;
     /// Whether a call that makes, removes or changes a name has done so.
     fn is_name_changed(&self, name: &str, call: &SyscallInFlight) -> Option<bool>;
+    /// In which function the CPU was, for people; empty if that is not known.
+    fn place(&self) -> String;
     /// Whether an open(2) with O_EXCL has made its file.
     fn has_made_file(&self, call: &SyscallInFlight, flags_arg: usize) -> Option<bool>;
     /// Whether it is in the middle of what moves a file's bytes; an iterator outside of that is an earlier call's.
@@ -315,7 +317,10 @@ fn decide_by_class(thread: &Thread, facts: &dyn Facts, row: &Row) -> Resume {
                 }
                 // Whoever waits has not made the file yet.
                 None if parked => Resume::Restart,
-                _ => impossible(format!("{}: whether it has made the file cannot be told", row.name)),
+                _ => {
+                    let place = facts.place();
+                    impossible(format!("{}: whether it has made the file cannot be told{place}", row.name))
+                }
             }
         }
         Class::Open { .. } => Resume::Restart,
@@ -373,7 +378,7 @@ fn decide_by_class(thread: &Thread, facts: &dyn Facts, row: &Row) -> Resume {
             Some(false) => Resume::Restart,
             // Whoever waits has not changed it yet, as a rule.
             None if parked => Resume::Restart,
-            None => impossible(format!("{}: whether it was done cannot be told", row.name)),
+            None => impossible(format!("{}: whether it was done cannot be told{}", row.name, facts.place())),
         },
         Class::Clone => clone(thread, facts),
         Class::Exec => {
@@ -994,6 +999,11 @@ impl Facts for Dead<'_> {
         self.with_walker(|walker| walker.is_done(name, call))
     }
 
+    fn place(&self) -> String {
+        let symbol = self.ctx.instruction_pointer.and_then(|ip| self.kernel.symbolize(ip));
+        symbol.map_or_else(String::new, |(name, offset)| format!(" (in {name}+{offset:#x})"))
+    }
+
     fn has_made_file(&self, call: &SyscallInFlight, flags_arg: usize) -> Option<bool> {
         let path = flags_arg.checked_sub(1)?;
         let directory = path.checked_sub(1).map_or(namei::AT_FDCWD, |n| call.args[n] as i32);
@@ -1233,6 +1243,9 @@ mod tests {
         }
         fn is_name_changed(&self, _: &str, _: &SyscallInFlight) -> Option<bool> {
             self.renamed
+        }
+        fn place(&self) -> String {
+            String::new()
         }
         fn has_made_file(&self, _: &SyscallInFlight, _: usize) -> Option<bool> {
             self.made

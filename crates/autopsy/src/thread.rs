@@ -37,6 +37,8 @@ const USER_END: u64 = 1 << 56;
 /// Where `struct user_regs_struct` has the segment bases.
 const FS_BASE: usize = 21;
 const GS_BASE: usize = 22;
+/// IRQ_STACK_SIZE (arch/x86/include/asm/page_64_types.h); twice that with KASAN.
+const IRQ_STACK_SIZE: u64 = 16 << 10;
 /// A CPU's registers as its NT_PRSTATUS note has them: the words of `struct user_regs_struct`.
 pub(crate) type CpuRegisters = [u64; 27];
 /// `orig_ax` of who is in no system call.
@@ -182,7 +184,11 @@ impl Autopsy<'_> {
         let switching = instruction_pointer
             .and_then(|ip| self.kernel.symbolize(ip))
             .is_some_and(|(name, _)| ["__switch_to_asm", "__switch_to"].contains(&name));
-        let stack_pointer = if switching && !is_on_stack { Some(task.kernel_sp) } else { stack_pointer };
+        let stack_pointer = match (stack_pointer, thread.on_cpu) {
+            (Some(_), _) if switching && !is_on_stack => Some(task.kernel_sp),
+            (Some(sp), Some(cpu)) if !is_on_stack => self.interrupted_at(cpu, sp),
+            (sp, _) => sp,
+        };
         let context = syscall::Context {
             task: addr,
             registers: &thread.regs,
@@ -198,6 +204,22 @@ impl Autopsy<'_> {
             tasks: self.known_tasks.get().map_or(&[], Vec::as_slice),
         };
         Ok(syscall::resume(self.kernel, &context))
+    }
+
+    /// The stack pointer of what an interrupt has come upon, if the CPU was on the stack for interrupts: the first thing on that one
+    /// (in_irq_stack(), arch/x86/kernel/dumpstack_64.c, 6.1 and 6.12). The registers are below it, where the interrupt has put them.
+    fn interrupted_at(&self, cpu: u32, sp: u64) -> Option<u64> {
+        let kernel = self.kernel;
+        let pointer = match kernel.symbol_opt("pcpu_hot") {
+            Some(hot) => {
+                let offset = kernel.offset_of("pcpu_hot", "hardirq_stack_ptr").ok()?;
+                kernel.per_cpu(hot, cpu).ok()?.wrapping_add(offset)
+            }
+            None => kernel.per_cpu(kernel.symbol_opt("hardirq_stack_ptr")?, cpu).ok()?,
+        };
+        let top = kernel.read_u64(pointer).ok()?;
+        let is_on_it = sp <= top && top - sp < IRQ_STACK_SIZE;
+        is_on_it.then(|| kernel.read_u64(top).ok()).flatten()
     }
 
     /// Everybody who slept with a timeout.
