@@ -12,7 +12,7 @@ use lab::{Channel, Guest, Key, Lab, MachineConfig, Panic, Program, Series, Snaps
 use crate::crash_runs::Tally;
 use crate::guest::{self, AGENT_COMMAND, Installation, Processes};
 use crate::in_guest::{Place, STEP_DEADLINE, file, of_user, shell, until};
-use crate::survive::claims_after;
+use crate::survive::{CHECK_EXT4, claims_after};
 use crate::{Global, build, crash, ui};
 
 const DIR: &str = "/home/demo/durability";
@@ -267,6 +267,7 @@ fn once(
     ui::note("looking at what is there");
     let acked = acknowledged(&mut guest.agent)?;
     let rows = judge(&mut guest.agent, &acked, seed);
+    guest.agent.shell(CHECK_EXT4, BOOT_DEADLINE).context("e2fsck finds faults")?;
     guest::keep_table(&guest, &rows, rows.iter().any(|row| !row.good))?;
     Ok(rows)
 }

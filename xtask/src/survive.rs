@@ -33,7 +33,7 @@ const FILES: [&str; 2] = ["names-files", "names-large"];
 /// The kind of survivors that are about what is on the disk.
 const NAMES: &str = "names";
 /// Makes the root read-only, and looks whether it is without a fault.
-const CHECK_EXT4: &str = "echo u > /proc/sysrq-trigger
+pub const CHECK_EXT4: &str = "echo u > /proc/sysrq-trigger
     for i in $(seq 100); do grep -q ' / ext4 ro' /proc/mounts && break; sleep 0.1; done
     grep -q ' / ext4 ro' /proc/mounts && e2fsck -fn $(findmnt -no SOURCE /) 2>&1";
 /// The same for the second disk, which nobody uses any more.
