@@ -68,7 +68,7 @@ impl LiveFpu {
             config: format!("live_fpu = \"{value}\"\n\n{}", usual.config),
             saver,
             memory: false,
-            prepare: "",
+            prepare: String::new(),
         }
     }
 }

@@ -28,14 +28,14 @@ pub struct Installation {
     /// Whether a file and a disk are swap areas, and huge pages are set aside.
     pub memory: bool,
     /// Commands before it is armed.
-    pub prepare: &'static str,
+    pub prepare: String,
 }
 
 impl Installation {
     /// Resurrects what the unprivileged user runs, with the register saver.
     pub fn for_demo() -> Self {
         let config = format!("[[select]]\nuser = \"demo\"\n\n[after]\nstart = [\"{AGENT_COMMAND}\"]\n");
-        Self { config, saver: true, memory: false, prepare: "" }
+        Self { config, saver: true, memory: false, prepare: String::new() }
     }
 
     /// Resurrects what runs this program, whoever runs it, and what the unprivileged user runs.
@@ -49,7 +49,7 @@ impl Installation {
         let config = format!(
             "mode = \"programs\"\n\n[[never]]\nexe = \"/usr/local/lib/lab/agent\"\n\n[after]\nstart = [\"{AGENT_COMMAND}\"]\n"
         );
-        Self { config, saver: true, memory: false, prepare: "" }
+        Self { config, saver: true, memory: false, prepare: String::new() }
     }
 }
 
@@ -58,7 +58,7 @@ pub fn armed(lab: &Lab, parent: &Snapshot, installation: &Installation) -> Resul
     let files = files(lab, parent.config.series, installation)?;
     let mut inputs = Key::new("installation")
         .with(if installation.memory { MEMORY } else { "" })
-        .with(installation.prepare);
+        .with(&installation.prepare);
     for (path, data) in &files {
         inputs = inputs.with(path).with_bytes(data);
     }
@@ -68,7 +68,7 @@ pub fn armed(lab: &Lab, parent: &Snapshot, installation: &Installation) -> Resul
         if installation.memory {
             agent.shell(MEMORY, ARM_DEADLINE)?;
         }
-        agent.shell(installation.prepare, ARM_DEADLINE)?;
+        agent.shell(&installation.prepare, ARM_DEADLINE)?;
         agent.shell("otherworld arm", ARM_DEADLINE)?;
         Ok(())
     });

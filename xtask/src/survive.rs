@@ -43,6 +43,11 @@ const MAKE_XFS: &str = "mkfs.xfs -q /dev/vdb && mkdir /srv/data && mount /dev/vd
     echo '/dev/vdb /srv/data xfs defaults 0 2' >> /etc/fstab &&
     mkdir /srv/data/root && install -d -o demo /srv/data/demo &&
     ln -s /srv/data/root /root/survivors && ln -s /srv/data/demo /home/demo/survivors";
+/// A swap area in compressed memory; and huge pages, as beside the usual ones.
+const MAKE_ZRAM: &str =
+    "sysctl -qw vm.nr_hugepages=12 && modprobe zram && echo ALGORITHM > /sys/block/zram0/comp_algorithm &&
+    echo 192M > /sys/block/zram0/disksize && mkswap -q /dev/zram0 && swapon /dev/zram0";
+/// MiB of a disk that has room for the large ones.
 const XFS_MIB: u32 = 3072;
 /// MiB of a machine that has a GiB in its page cache.
 const LARGE_MIB: u32 = 3584;
@@ -77,6 +82,9 @@ pub struct Survivors {
     /// The file system under the survivors of names and files, which are the only ones that can be chosen with another than ext4.
     #[arg(long, value_enum, default_value_t)]
     fs: FileSystem,
+    /// Swaps to memory that is compressed like that (zram: lzo-rle, lz4, zstd), instead of a file and a disk.
+    #[arg(long, conflicts_with = "fs")]
+    zram: Option<String>,
     /// Leave the register saver module out.
     #[arg(long)]
     no_saver: bool,
@@ -102,6 +110,7 @@ impl Survivors {
             names: Vec::new(),
             damage: false,
             fs: FileSystem::default(),
+            zram: None,
             no_saver: false,
         }
     }
@@ -126,12 +135,16 @@ impl Survivors {
             let mut config = MachineConfig::new(series, global.accel());
             let mut installation =
                 Installation { saver: !self.no_saver, memory: true, ..Installation::for_programs(PROGRAM) };
+            if let Some(algorithm) = &self.zram {
+                (installation.memory, installation.prepare) =
+                    (false, MAKE_ZRAM.replace("ALGORITHM", algorithm));
+            }
             if chosen.iter().any(|survivor| survivor.name == FILES[1]) {
                 config.memory_mib = LARGE_MIB;
             }
             if self.fs == FileSystem::Xfs {
                 config.scratch_mib = XFS_MIB;
-                (installation.memory, installation.prepare) = (false, MAKE_XFS);
+                (installation.memory, installation.prepare) = (false, MAKE_XFS.into());
             }
             let armed = guest::armed(&lab, &lab.booted(&config)?, &installation)?;
             for n in 1..=self.crashes {

@@ -64,6 +64,7 @@ mod vt;
 mod writeback;
 mod xattr;
 mod xfs;
+mod zram;
 
 pub use error::{Error, Result};
 pub use process::TaskSummary;

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use ktypes::KernelType;
-use snapshot::{Severity, SwapArea, SwapExtent};
+use snapshot::{Severity, SwapArea, SwapExtent, Zram};
 
 use crate::error::{Result, corrupt};
 use crate::fs::device;
@@ -109,6 +109,8 @@ struct Contents {
     zeroes: Vec<u8>,
     cached: HashMap<u32, Slot>,
     compressed: HashSet<u32>,
+    /// If it is in compressed memory, those that are to be found there.
+    stored: Option<HashSet<u32>>,
 }
 
 impl Contents {
@@ -122,6 +124,8 @@ impl Contents {
             Slot::Zero
         } else if self.compressed.contains(&slot) {
             Slot::Lost("were swapped out into compressed memory (zswap)")
+        } else if self.stored.as_ref().is_some_and(|stored| !stored.contains(&slot)) {
+            Slot::Lost("are not to be found in compressed memory (zram)")
         } else {
             Slot::Frame(SwapArea::frame(index, slot))
         }
@@ -237,15 +241,18 @@ impl Autopsy<'_> {
             slots: info.max,
             extents,
             flags: flags(info),
-            unsupported: self.area_obstacle(info, &device_of)?,
+            zram: self.zram_of(&device_of)?,
+            unsupported: self.area_obstacle(info)?,
         };
         let zeroes = match info.zeromap {
             Some(map) if map != 0 => self.kernel.read_bytes(map, (info.max as usize).div_ceil(8))?,
             _ => Vec::new(),
         };
+        let stored = area.zram.as_ref().map(|zram| zram.slots.keys().copied().collect());
         let contents = Contents {
             slots: info.max,
             zeroes,
+            stored,
             cached: self.swap_cache(index, info.max)?,
             compressed: self.zswap(index)?,
         };
@@ -253,13 +260,16 @@ impl Autopsy<'_> {
     }
 
     /// Why an area's slots are not on a disk that the crash kernel could read.
-    fn area_obstacle(&self, info: &SwapInfo, device: &BlockDevice) -> Result<Option<String>> {
-        if info.flags & SWP_FS_OPS != 0 {
-            return Ok(Some("its file system is one of the network: not read by this version".into()));
-        }
+    fn area_obstacle(&self, info: &SwapInfo) -> Result<Option<String>> {
+        let is_remote = info.flags & SWP_FS_OPS != 0;
+        Ok(is_remote.then(|| "its file system is one of the network: not read by this version".into()))
+    }
+
+    /// What is in an area that is compressed memory.
+    fn zram_of(&self, device: &BlockDevice) -> Result<Option<Zram>> {
         let name = device.bd_disk.wrapping_add(self.kernel.offset_of("gendisk", "disk_name")?);
         let is_compressed = self.kernel.read_cstr(name, DISK_NAME_LEN)?.starts_with(b"zram");
-        Ok(is_compressed.then(|| "it is compressed memory (zram): not read by this version".into()))
+        is_compressed.then(|| self.zram(device.bd_disk)).transpose()
     }
 
     /// The slots of an area whose pages are in memory as well, up to date; and in which frames.
@@ -367,6 +377,7 @@ mod tests {
             slots: 100,
             zeroes: vec![0, 0b1000_0010],
             cached: [(9, Slot::Frame(0x777))].into(),
+            stored: None,
             compressed: [10, 15].into(),
         };
         assert_eq!(contents.slot(1, 9), Slot::Frame(0x777), "in the cache, zero when it was last written");

@@ -54,6 +54,7 @@ mod inotify;
 mod ipc;
 mod lock;
 mod lost_found;
+mod lzo;
 mod memfd;
 mod memory;
 mod mount;
@@ -88,6 +89,7 @@ mod unix;
 mod vfork;
 mod vt;
 mod xattr;
+mod zram;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::AsRawFd;

@@ -10,9 +10,9 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use snapshot::{PAGE_SIZE, PhysMap, PhysMem, PhysMemError, PhysRange, Snapshot, SwapArea};
+use snapshot::{PAGE_SIZE, PhysMap, PhysMem, PhysMemError, PhysRange, Snapshot, SwapArea, Zram};
 
-use crate::FileStale;
+use crate::{FileStale, zram};
 
 /// What ends the first page of an area (`union swap_header`, include/linux/swap.h), unless the machine is hibernating in it.
 const MAGIC: &[u8; 10] = b"SWAPSPACE2";
@@ -31,11 +31,17 @@ pub(crate) struct Memory<'a> {
     bytes: Cell<u64>,
 }
 
-/// An area, and the device that it is on.
+/// What slots are that have no page: whoever maps some maps those between them as well, and does not look at these.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Between {
+    Zero,
+    Absent,
+}
+
+/// An area, and the device that it is on; none if it is in compressed memory.
 struct Open {
     area: SwapArea,
-    device: File,
-    node: PathBuf,
+    device: Option<(File, PathBuf)>,
 }
 
 impl<'a> Memory<'a> {
@@ -60,9 +66,10 @@ impl<'a> Memory<'a> {
         for area in &snapshot.swap_areas {
             let open = self.areas.iter().find(|open| open.area.index == area.index);
             let outcome = match (open, &area.unsupported) {
-                (Some(open), _) => {
-                    swapon(open.path(), area.flags).map_err(|errno| format!("swapon: {errno}"))
-                }
+                (Some(open), _) => match open.path() {
+                    Some(path) => swapon(path, area.flags).map_err(|errno| format!("swapon: {errno}")),
+                    None => Err("it was compressed memory (zram), which begins anew at the next boot".into()),
+                },
                 (None, Some(why)) => Err(why.clone()),
                 (None, None) => continue,
             };
@@ -91,7 +98,7 @@ impl PhysMem for Memory<'_> {
     fn map(&self, addr: u64, len: usize) -> Result<PhysMap<'_>, PhysMemError> {
         let Some(open) = self.area_of(addr) else { return self.memory.map(addr, len) };
         let mut bytes = vec![0; len];
-        open.read(addr, &mut bytes)?;
+        open.read(addr, &mut bytes, self.memory, Between::Zero)?;
         self.bytes.set(self.bytes.get() + len as u64);
         PhysMap::owned(bytes, 0..len).ok_or(PhysMemError::NotPresent { addr, len: len as u64 })
     }
@@ -100,7 +107,7 @@ impl PhysMem for Memory<'_> {
         match self.area_of(addr) {
             Some(open) => {
                 self.bytes.set(self.bytes.get() + buf.len() as u64);
-                open.read(addr, buf)
+                open.read(addr, buf, self.memory, Between::Absent)
             }
             None => self.memory.read(addr, buf),
         }
@@ -114,40 +121,62 @@ impl PhysMem for Memory<'_> {
 impl Open {
     /// The error is for people.
     fn new(area: &SwapArea, devices: &BlockDevices) -> Result<Self, String> {
+        if let Some(zram) = &area.zram {
+            if !zram::is_known(&zram.algorithm) {
+                return Err(format!("it is compressed with {}: not read by this version", zram.algorithm));
+            }
+            return Ok(Self { area: area.clone(), device: None });
+        }
         let node = devices.get(&(area.dev_major, area.dev_minor)).ok_or(
             "its device is not here: it was not known when the crash kernel was armed, or is not a plain disk",
         )?;
         let device = File::open(node).map_err(|e| format!("open {}: {e}", node.display()))?;
-        let open = Self { area: area.clone(), device, node: node.clone() };
-        open.check_header()?;
+        let open = Self { area: area.clone(), device: Some((device, node.clone())) };
+        open.check_header(node)?;
         Ok(open)
     }
 
     /// The device under its present name, or the file.
-    fn path(&self) -> &Path {
-        if self.area.is_device { &self.node } else { self.area.path.as_path() }
+    fn path(&self) -> Option<&Path> {
+        let (_, node) = self.device.as_ref()?;
+        Some(if self.area.is_device { node } else { self.area.path.as_path() })
     }
 
     /// Another disk with the same number would have something else there.
-    fn check_header(&self) -> Result<(), String> {
+    fn check_header(&self, node: &Path) -> Result<(), String> {
         let mut header = [0; PAGE_SIZE as usize];
         let start = SwapArea::frame(self.area.index, 0) * PAGE_SIZE;
-        self.read(start, &mut header).map_err(|e| e.to_string())?;
+        self.read_blocks(start, &mut header).map_err(|e| e.to_string())?;
         if !header.ends_with(MAGIC) {
-            return Err(format!("{} has no swap area there", self.node.display()));
+            return Err(format!("{} has no swap area there", node.display()));
         }
         let last_page =
             header.get(LAST_PAGE..).and_then(|tail| tail.first_chunk()).map(|n| u32::from_le_bytes(*n));
         match last_page {
             Some(last) if last.checked_add(1).is_none_or(|slots| slots >= self.area.slots) => Ok(()),
-            _ => Err(format!("the swap area on {} is another one: it has fewer slots", self.node.display())),
+            _ => Err(format!("the swap area on {} is another one: it has fewer slots", node.display())),
         }
     }
 
-    /// Reads from an address on, extent by extent.
-    fn read(&self, addr: u64, mut buf: &mut [u8]) -> Result<(), PhysMemError> {
+    /// Reads from an address on.
+    fn read(
+        &self,
+        addr: u64,
+        buf: &mut [u8],
+        memory: &dyn PhysMem,
+        between: Between,
+    ) -> Result<(), PhysMemError> {
+        match &self.area.zram {
+            Some(zram) => read_pages(zram, addr, buf, memory, between),
+            None => self.read_blocks(addr, buf),
+        }
+    }
+
+    /// Extent by extent, from the device.
+    fn read_blocks(&self, addr: u64, mut buf: &mut [u8]) -> Result<(), PhysMemError> {
         let (range, len) = (self.area.range(), buf.len() as u64);
         let absent = || PhysMemError::NotPresent { addr, len };
+        let (device, _) = self.device.as_ref().ok_or_else(absent)?;
         let mut at = addr.checked_sub(range.start).ok_or_else(absent)?;
         if at.checked_add(len).is_none_or(|end| end > range.len) {
             return Err(absent());
@@ -165,12 +194,39 @@ impl Open {
             let from = extent.block.checked_mul(PAGE_SIZE).and_then(|start| start.checked_add(within));
             let (now, rest) = buf.split_at_mut(here);
             let failed = |source: io::Error| PhysMemError::Io { addr, len, source };
-            self.device.read_exact_at(now, from.ok_or_else(absent)?).map_err(failed)?;
+            device.read_exact_at(now, from.ok_or_else(absent)?).map_err(failed)?;
             at += here as u64;
             buf = rest;
         }
         Ok(())
     }
+}
+
+/// Reads from an address on, page by page, out of compressed memory.
+fn read_pages(
+    zram: &Zram,
+    addr: u64,
+    mut buf: &mut [u8],
+    memory: &dyn PhysMem,
+    between: Between,
+) -> Result<(), PhysMemError> {
+    let mut at = addr;
+    while !buf.is_empty() {
+        let within = (at % PAGE_SIZE) as usize;
+        let here = (PAGE_SIZE as usize - within).min(buf.len());
+        let (now, rest) = buf.split_at_mut(here);
+        let absent = PhysMemError::NotPresent { addr: at, len: here as u64 };
+        let (_, slot) = SwapArea::slot_of(at / PAGE_SIZE).ok_or(absent)?;
+        if zram.slots.contains_key(&slot) || between == Between::Absent {
+            let page = zram::page(zram, slot, memory)?;
+            now.copy_from_slice(page.get(within..within + here).unwrap_or_default());
+        } else {
+            now.fill(0);
+        }
+        at += here as u64;
+        buf = rest;
+    }
+    Ok(())
 }
 
 fn swapon(path: &Path, flags: i32) -> Result<(), Errno> {
@@ -217,6 +273,7 @@ mod tests {
             slots: 8,
             extents: extents.map(|(slot, count, block)| SwapExtent { slot, count, block }).into(),
             flags: 0,
+            zram: None,
             unsupported: None,
         }
     }

@@ -846,6 +846,7 @@ mod tests {
                 slots: 100,
                 extents: Vec::new(),
                 flags: 0,
+                zram: None,
                 unsupported: unsupported.map(Into::into),
             };
             reasons(|s| {

@@ -97,7 +97,7 @@ pub use seccomp::{Seccomp, SeccompFilter, SeccompFilterId};
 pub use signal::{AltStack, PendingSignal, SigAction, SignalState};
 pub use signalfd::SignalFd;
 pub use socket::{ProtocolOption, SocketOptions};
-pub use swap::{FIRST_BLOCK_FRAME, FIRST_SWAP_FRAME, SwapArea, SwapExtent};
+pub use swap::{FIRST_BLOCK_FRAME, FIRST_SWAP_FRAME, SwapArea, SwapExtent, Zram, ZramSlot};
 pub use syscall::{Exec, Resume, SyscallInFlight};
 pub use thread::{Fpu, FpuSource, Registers, Rseq, Scheduling, Thread, ThreadState};
 pub use timer::{IntervalTimer, MAX_TIMER_ID, PosixExpiry, PosixTimer, Timers, timer_of};

@@ -35,8 +35,37 @@ pub struct SwapArea {
     pub extents: Vec<SwapExtent>,
     /// As swapon(2) takes them: the priority that an administrator gave it, and whether freed slots are discarded.
     pub flags: i32,
+    /// Where its pages are, if it is in compressed memory.
+    #[serde(default)]
+    pub zram: Option<Zram>,
     /// Why it cannot be read, for people.
     pub unsupported: Option<String>,
+}
+
+/// A swap area in compressed memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Zram {
+    /// How its pages are compressed, as `/sys/block/zram0/comp_algorithm` has it.
+    pub algorithm: String,
+    /// Those that it has.
+    pub slots: BTreeMap<u32, ZramSlot>,
+}
+
+/// Where a page in compressed memory is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ZramSlot {
+    /// It is this word over and over.
+    Same(u64),
+    /// In physical memory.
+    Stored {
+        /// Where it begins.
+        addr: u64,
+        /// Where it goes on, if the page in which it begins does not have all of it.
+        next: u64,
+        /// Bytes; a whole page is not compressed.
+        size: u16,
+    },
 }
 
 /// Consecutive slots in consecutive blocks of a device.

@@ -67,7 +67,7 @@ pub fn run(global: &Global, kernel: Option<lab::Series>, runs: usize, json: bool
             scratch_mib: DISK_MIB,
             ..MachineConfig::new(series, global.accel())
         };
-        let installation = Installation { prepare: PREPARE, ..Installation::for_programs(PROGRAM) };
+        let installation = Installation { prepare: PREPARE.into(), ..Installation::for_programs(PROGRAM) };
         let armed = guest::armed(&lab, &lab.booted(&config)?, &installation)?;
         let runs = (0..runs).map(|_| once(&lab, &armed)).collect::<Result<_>>()?;
         let measured = Measured { kernel: series.to_string(), runs };

@@ -267,7 +267,7 @@ impl Walker<'_> {
         }
         let all = || self.stack.iter().chain(self.registers);
         // The name is copied from the program first.
-        let copies = all().any(|addr| symbol(*addr).is_some_and(|(name, _)| name == "getname_flags"));
+        let copies = all().any(|addr| symbol(*addr).is_some_and(|(name, _)| is_part(name, "getname_flags")));
         let mut inside = all().filter(|addr| {
             symbol(**addr).is_some_and(|(name, _)| is_part(name, function) || name.starts_with(WRAPPER))
         });
