@@ -13,8 +13,8 @@ use crate::fs::{Dentry, children};
 pub(super) const MAX_PATH: usize = 4096;
 /// Directories within directories.
 const MAX_DEPTH: usize = 2048;
-/// A call on a CPU has not begun longer ago than that (nanoseconds; the times of inodes are those of the last tick).
-const RECENT: i64 = 20_000_000;
+/// A call on a CPU has not changed something longer ago than that (nanoseconds), even if its machine is a virtual one that has to wait for its turn.
+const RECENT: i64 = 200_000_000;
 /// A call with a 32-bit relative target, the only one that the compiler makes of a call by name.
 const CALL: u8 = 0xe8;
 const CALL_LEN: u64 = 5;
