@@ -152,7 +152,7 @@ impl Apps {
             if self.damage { &["exe = \"/nobody\""][..] } else { &["user = \"demo\"", "user = \"mysql\""] };
         let selected: String = selected.iter().map(|who| format!("[[select]]\n{who}\n\n")).collect();
         let config = format!("{selected}[after]\nstart = [\"{AGENT_COMMAND}\"]\n");
-        Installation { config, saver: true, memory: false, prepare: String::new() }
+        Installation { config, saver: true, ..Installation::default() }
     }
 
     fn once(

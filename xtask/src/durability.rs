@@ -175,7 +175,7 @@ impl Durability {
 
 fn installation() -> Installation {
     let config = format!("[[select]]\nexe = \"{SENTINEL}\"\n\n[after]\nstart = [\"{AGENT_COMMAND}\"]\n");
-    Installation { config, saver: false, memory: false, prepare: String::new() }
+    Installation { config, ..Installation::default() }
 }
 
 /// A guest in which all of them run.

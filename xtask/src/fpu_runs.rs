@@ -67,8 +67,7 @@ impl LiveFpu {
         Installation {
             config: format!("live_fpu = \"{value}\"\n\n{}", usual.config),
             saver,
-            memory: false,
-            prepare: String::new(),
+            ..Installation::default()
         }
     }
 }

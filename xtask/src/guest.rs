@@ -19,7 +19,7 @@ pub const AGENT_COMMAND: &str = "/usr/local/lib/lab/agent serve";
 const MEMORY: &str = "sysctl -qw vm.nr_hugepages=12 && fallocate -l 64M /swapfile && chmod 600 /swapfile && for area in /swapfile /dev/vdb; do mkswap -q $area && swapon -p 5 $area || exit 1; done";
 
 /// What is installed in a guest.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Installation {
     /// Contents of `/etc/otherworld.toml`.
     pub config: String,
@@ -35,7 +35,7 @@ impl Installation {
     /// Resurrects what the unprivileged user runs, with the register saver.
     pub fn for_demo() -> Self {
         let config = format!("[[select]]\nuser = \"demo\"\n\n[after]\nstart = [\"{AGENT_COMMAND}\"]\n");
-        Self { config, saver: true, memory: false, prepare: String::new() }
+        Self { config, saver: true, ..Self::default() }
     }
 
     /// Resurrects what runs this program, whoever runs it, and what the unprivileged user runs.
@@ -49,7 +49,7 @@ impl Installation {
         let config = format!(
             "mode = \"programs\"\n\n[[never]]\nexe = \"/usr/local/lib/lab/agent\"\n\n[after]\nstart = [\"{AGENT_COMMAND}\"]\n"
         );
-        Self { config, saver: true, memory: false, prepare: String::new() }
+        Self { config, saver: true, ..Self::default() }
     }
 }
 

@@ -184,7 +184,7 @@ impl RealPrograms {
             }
         };
         let config = format!("{selected}\n[after]\nstart = [\"{AGENT_COMMAND}\"]\n");
-        Installation { config, saver: true, memory: false, prepare: String::new() }
+        Installation { config, saver: true, ..Installation::default() }
     }
 }
 

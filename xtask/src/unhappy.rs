@@ -173,8 +173,7 @@ fn installed(lab: &Lab, parent: &Snapshot, series: Series) -> Result<Snapshot> {
     for file in binaries.survivors.iter().chain([&binaries.otherworld]) {
         inputs = inputs.with_bytes(&fs::read(file)?);
     }
-    let installation =
-        Installation { config: String::new(), saver: false, memory: false, prepare: String::new() };
+    let installation = Installation::default();
     let snapshot = lab.derive(parent, "installed", &inputs, |agent, _| {
         lab.note("installing otherworld (once per build)");
         guest::install(lab, agent, series, &installation)

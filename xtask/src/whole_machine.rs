@@ -139,7 +139,7 @@ impl WholeMachine {
         let config = format!(
             "mode = \"all\"\n\n[[never]]\nexe = \"{AGENT}\"\n\n{left_out}[after]\nstart = [\"{AGENT_COMMAND}\"]\n"
         );
-        Installation { config, saver: true, memory: true, prepare: String::new() }
+        Installation { config, saver: true, memory: true, ..Installation::default() }
     }
 
     fn once(&self, lab: &Lab, armed: &Snapshot, name: &str, draw: &mut fastrand::Rng) -> Result<Tally> {

@@ -757,6 +757,12 @@ impl<'a> Dead<'a> {
         }
     }
 
+    /// The pointer that a member of a structure is, unless it is NULL.
+    fn follow(&self, from: u64, kind: &str, member: &str) -> Option<u64> {
+        let at = from.wrapping_add(self.kernel.offset_of(kind, member).ok()?);
+        self.kernel.read_u64(at).ok().filter(|to| *to != 0)
+    }
+
     fn descriptors(&self) -> Option<FdTable> {
         let fdt = self.task?.files.wrapping_add(self.kernel.offset_of("files_struct", "fdt").ok()?);
         self.kernel.read(self.kernel.read_u64(fdt).ok()?).ok()
@@ -818,15 +824,12 @@ impl<'a> Dead<'a> {
     /// With what is known of this thread for [`namei`]; `None` if its live stack is not known.
     fn with_walker<T>(&self, ask: impl FnOnce(&namei::Walker<'_>) -> Option<T>) -> Option<T> {
         let (_, stack) = self.stack.as_ref()?;
-        let follow = |from: u64, kind: &str, member: &str| {
-            let at = from.wrapping_add(self.kernel.offset_of(kind, member).ok()?);
-            self.kernel.read_u64(at).ok().filter(|to| *to != 0)
-        };
         let directory = |fd| match fd {
-            namei::AT_FDCWD => follow(follow(self.ctx.task, "task_struct", "fs")?, "fs_struct", "pwd.dentry"),
-            _ => follow(self.file_pointer(fd)?, "file", "f_path.dentry"),
+            namei::AT_FDCWD => {
+                self.follow(self.follow(self.ctx.task, "task_struct", "fs")?, "fs_struct", "pwd.dentry")
+            }
+            _ => self.follow(self.file_pointer(fd)?, "file", "f_path.dentry"),
         };
-        let open = self.open_files();
         ask(&namei::Walker {
             kernel: self.kernel,
             task: self.ctx.task,
@@ -835,7 +838,7 @@ impl<'a> Dead<'a> {
             now_ns: self.ctx.now.realtime_ns,
             path: &|addr| self.user_path(addr),
             directory: &directory,
-            is_open: &|addr| open.contains(&addr),
+            is_open: &|addr| self.open_files().contains(&addr),
         })
     }
 
@@ -898,13 +901,9 @@ impl<'a> Dead<'a> {
         const LONGEST: usize = 16;
         let kernel = self.kernel;
         let area = self.mapping_at(self.ctx.registers.rip)??;
-        let follow = |from: u64, kind: &str, member: &str| {
-            let at = from.wrapping_add(kernel.offset_of(kind, member).ok()?);
-            kernel.read_u64(at).ok().filter(|to| *to != 0)
-        };
-        let file = follow(area, "vm_area_struct", "vm_file")?;
-        let dentry = follow(file, "file", "f_path.dentry")?;
-        let name = kernel.read_cstr(follow(dentry, "dentry", "d_name.name")?, LONGEST).ok()?;
+        let file = self.follow(area, "vm_area_struct", "vm_file")?;
+        let dentry = self.follow(file, "file", "f_path.dentry")?;
+        let name = kernel.read_cstr(self.follow(dentry, "dentry", "d_name.name")?, LONGEST).ok()?;
         Some(NAMES.iter().any(|known| name.starts_with(known)))
     }
 
