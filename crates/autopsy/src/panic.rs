@@ -1,6 +1,6 @@
 //! Which kernel died, and its last words: the log, the panic message, the stack of the CPU that panicked.
 
-mod orc;
+pub(crate) mod orc;
 mod printk;
 
 use ktypes::KernelType;
@@ -142,7 +142,7 @@ impl Autopsy<'_> {
             );
             return Vec::new();
         };
-        let state = orc::State::from_prstatus(status);
+        let state = orc::State::new(&status.regs);
         match orc::Unwinder::new(self.kernel) {
             Ok(unwinder) => unwinder.unwind(state),
             Err(error) => {

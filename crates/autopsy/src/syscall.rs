@@ -18,6 +18,7 @@
 //! these places.
 
 mod exec;
+mod flow;
 mod iov_iter;
 mod namei;
 mod table;
@@ -25,9 +26,12 @@ mod timers;
 
 use std::ops::Range;
 
+use crate::panic::orc::{self, Place};
+use crate::thread::CpuRegisters;
 use ktypes::{Kernel, KernelType};
 use snapshot::{Clocks, Exec, Pid, Registers, Resume, SyscallInFlight};
 
+use flow::Phase;
 use iov_iter::{Buffers, Layout, Progress, Search, Stack, Wanted};
 pub use table::name;
 use table::{Class, Row, Shape, Transfer, row_of};
@@ -36,6 +40,8 @@ pub use timers::{Expiry, Timers};
 
 /// A kernel stack has 16 KiB (32 with KASAN).
 const MAX_STACK: u64 = 32 << 10;
+/// What the functions of a transfer have on the stack, outside of the file's own.
+const MAX_FRAME: u64 = 1024;
 /// fs.nr_open, as a rule.
 const MAX_FDS: u32 = 1 << 20;
 /// vm.max_map_count is 65,530 as a rule.
@@ -69,6 +75,7 @@ const NR_CLONE3: i64 = 435;
 const NR_SENDFILE: i64 = 40;
 const NR_RECVFROM: i64 = 45;
 const NR_RECVMSG: i64 = 47;
+const NR_WAITID: i64 = 247;
 const NR_EXECVEAT: i64 = 322;
 const NR_PWRITEV2: i64 = 328;
 
@@ -83,6 +90,8 @@ const RWF_APPEND: u64 = 0x10;
 const MSG_WAITALL: u64 = 0x100;
 /// task_struct.__state (include/linux/sched.h).
 const TASK_INTERRUPTIBLE: u32 = 1;
+/// task_struct.exit_state.
+const EXIT_ZOMBIE: u32 = 0x20;
 const CLONE_THREAD: u64 = 0x1_0000;
 
 /// What the caller knows about the thread and its machine.
@@ -102,8 +111,8 @@ pub struct Context<'a> {
     pub stack_pointer: Option<u64>,
     /// The kernel's instruction pointer, from the same note; `None` if it was switched out.
     pub instruction_pointer: Option<u64>,
-    /// The kernel's registers, from the same note; empty if it was switched out.
-    pub cpu_registers: &'a [u64],
+    /// The kernel's registers, from the same note; `None` if it was switched out, or has left none.
+    pub cpu_registers: Option<&'a CpuRegisters>,
     /// The clocks at the end.
     pub now: Clocks,
     /// All sleepers.
@@ -207,10 +216,14 @@ trait Facts {
     fn has_made_file(&self, call: &SyscallInFlight, flags_arg: usize) -> Option<bool>;
     /// Whether it is in the middle of what moves a file's bytes; an iterator outside of that is an earlier call's.
     fn is_moving(&self, file: &File, write: bool) -> bool;
+    /// Of a thread on a CPU: where it was on its way to the file and back.
+    fn phase(&self) -> Option<Phase>;
+    /// Of a thread on a CPU that has come back from the file: what it had transferred, by the remains of it.
+    fn transferred(&self, wanted: Wanted<'_>) -> Option<Progress>;
     /// Whether the thread has written to `/proc/sysrq-trigger`.
     fn is_trigger(&self) -> bool;
-    /// Whether the thread, a parent that waits, is taking a child down.
-    fn is_reaping(&self) -> bool;
+    /// Whether the thread, a parent on a CPU that waits for this child or for any, has taken one off the list.
+    fn has_reaped(&self, awaited: Option<Pid>) -> Option<bool>;
     /// The started child (or, with CLONE_THREAD, thread) of the clone in flight.
     fn child(&self, thread: bool) -> Option<Pid>;
     /// Whether an execve has begun to take the old program apart; `None` if that cannot be told.
@@ -303,9 +316,10 @@ fn decide_by_class(thread: &Thread, facts: &dyn Facts, row: &Row) -> Resume {
     let parked = !thread.on_cpu;
     match row.class {
         Class::Again | Class::NewDescriptor => Resume::Restart,
-        Class::Wait if !parked && facts.is_reaping() => impossible(format!(
-            "{}: a child was being taken off the list, which one cannot be told",
-            row.name
+        Class::Wait if !parked && facts.has_reaped(awaited(thread)).is_none() => impossible(format!(
+            "{}: whether it had taken a child off the list, and which one, cannot be told{}",
+            row.name,
+            facts.place()
         )),
         Class::Wait => Resume::Restart,
         Class::Open { flags_arg } if thread.arg(flags_arg) & O_EXCLUSIVE == O_EXCLUSIVE => {
@@ -403,6 +417,17 @@ fn decide_by_class(thread: &Thread, facts: &dyn Facts, row: &Row) -> Resume {
         },
         Class::Impossible => impossible(format!("{}: {}", row.name, row.why)),
     }
+}
+
+/// The only child that a wait4 or waitid asks for.
+fn awaited(thread: &Thread) -> Option<Pid> {
+    const P_PID: u64 = 1;
+    let pid = match thread.call.nr {
+        NR_WAITID if thread.arg(0) != P_PID => return None,
+        NR_WAITID => thread.arg(1),
+        _ => thread.arg(0),
+    };
+    Some(pid as Pid).filter(|pid| *pid > 0)
 }
 
 fn exit(thread: &Thread) -> Resume {
@@ -574,10 +599,20 @@ fn transfer(thread: &Thread, facts: &dyn Facts, transfer: Transfer) -> Resume {
         file: transfer.kiocb.then_some(file.addr),
         socket: file.kind == Kind::Socket,
     };
+    // An iterator that there may be is an earlier call's.
+    if thread.on_cpu && facts.phase() == Some(Phase::Before) {
+        return Resume::Restart;
+    }
     match facts.transfer(wanted) {
         // A read that never got to its file, or a file with a `read` of its own, which waits before it takes.
         Search::Nothing if !thread.on_cpu => Resume::Restart,
-        Search::Nothing => impossible("a transfer on a CPU, before its beginning or after its end"),
+        Search::Nothing => match facts.transferred(wanted) {
+            Some(Progress { done: 0, .. }) => Resume::Restart,
+            Some(Progress { done, total, .. }) if !append && file.kind != Kind::Tty => {
+                finish(done as i64, format!("{done} of {total} bytes had been transferred"))
+            }
+            _ => on_the_edge(facts),
+        },
         // Other accounts are those of earlier calls.
         Search::Contradiction if !transfer.write && file.waits_for_first && !waits_for_all(thread) => {
             Resume::Restart
@@ -589,8 +624,12 @@ fn transfer(thread: &Thread, facts: &dyn Facts, transfer: Transfer) -> Resume {
         Search::Found(_) if transfer.write && file.is_message_socket => {
             impossible("a message was being sent on a CPU: whether it has been cannot be told")
         }
-        Search::Found(_) if thread.on_cpu && !facts.is_moving(&file, transfer.write) => {
-            impossible("a transfer on a CPU, before its beginning or after its end")
+        Search::Found(_)
+            if thread.on_cpu
+                && !facts.is_moving(&file, transfer.write)
+                && facts.phase() != Some(Phase::After) =>
+        {
+            on_the_edge(facts)
         }
         Search::Found(progress) if append => appended(thread, file.size, progress),
         Search::Found(progress) if file.kind == Kind::Tty && transfer.write => {
@@ -600,6 +639,10 @@ fn transfer(thread: &Thread, facts: &dyn Facts, transfer: Transfer) -> Resume {
             finish(done as i64, format!("{done} of {total} bytes had been transferred"))
         }
     }
+}
+
+fn on_the_edge(facts: &dyn Facts) -> Resume {
+    impossible(format!("a transfer on a CPU, before its beginning or after its end{}", facts.place()))
 }
 
 /// MSG_WAITALL.
@@ -738,6 +781,8 @@ struct Dead<'a> {
     task: Option<Task>,
     /// The stack pointer, and what lies from there to the user's registers.
     stack: Option<(u64, Vec<u64>)>,
+    /// The frames of that stack, the deepest first, if it was on a CPU.
+    frames: Vec<Place>,
 }
 
 impl<'a> Dead<'a> {
@@ -747,7 +792,8 @@ impl<'a> Dead<'a> {
             let bytes = kernel.read_bytes(sp, len as usize).ok()?;
             Some((sp, words(&bytes)))
         });
-        Dead { kernel, ctx, task: kernel.read(ctx.task).ok(), stack: live }
+        let frames = ctx.cpu_registers.map_or_else(Vec::new, |registers| orc::places(kernel, registers));
+        Dead { kernel, ctx, task: kernel.read(ctx.task).ok(), stack: live, frames }
     }
 
     fn live(&self) -> Stack<'_> {
@@ -834,7 +880,7 @@ impl<'a> Dead<'a> {
             kernel: self.kernel,
             task: self.ctx.task,
             stack,
-            registers: self.ctx.cpu_registers,
+            registers: self.ctx.cpu_registers.map_or(&[], CpuRegisters::as_slice),
             now_ns: self.ctx.now.realtime_ns,
             path: &|addr| self.user_path(addr),
             directory: &directory,
@@ -1017,12 +1063,60 @@ impl Facts for Dead<'_> {
             || self.is_within(if write { "pipe_write" } else { "pipe_read" })
     }
 
+    fn phase(&self) -> Option<Phase> {
+        flow::phase(self.kernel, &self.frames, &flow::TO_THE_FILE).map(|(phase, _)| phase)
+    }
+
+    fn transferred(&self, wanted: Wanted<'_>) -> Option<Progress> {
+        let (Phase::After, place) = flow::phase(self.kernel, &self.frames, &flow::TO_THE_FILE)? else {
+            return None;
+        };
+        // The frames of what it has called lie below its own, with what they had in them.
+        let base = place.sp.checked_sub(MAX_FRAME)?.max(self.ctx.stack.start) & !7;
+        let len = self.ctx.stack.end.checked_sub(base).filter(|len| *len <= MAX_STACK)?;
+        let words = words(&self.kernel.read_bytes(base, len as usize).ok()?);
+        let layout = Layout::read(self.kernel).ok()?;
+        let read = |addr, count: usize| Some(self::words(&self.kernel.read_bytes(addr, count * 8).ok()?));
+        let found = iov_iter::find(&layout, Stack { base, words: &words }, wanted, &read);
+        let Search::Found(progress) = found else { return None };
+        // It is also what the call returns: a register has it, or, meanwhile, the live stack.
+        let mut live = self.ctx.cpu_registers.into_iter().flatten().chain(self.live().words);
+        live.any(|word| *word == progress.done).then_some(progress)
+    }
+
     fn is_trigger(&self) -> bool {
         self.is_within("write_sysrq_trigger")
     }
 
-    fn is_reaping(&self) -> bool {
-        self.is_within("release_task")
+    fn has_reaped(&self, awaited: Option<Pid>) -> Option<bool> {
+        if self.is_within("release_task") {
+            return None;
+        }
+        if matches!(flow::phase(self.kernel, &self.frames, &flow::TO_THE_CHILD), Some((Phase::Before, _))) {
+            return Some(false);
+        }
+        // It goes to sleep, or comes back, when there is nothing to take (do_wait(), kernel/exit.c).
+        let sleeps = |frame: &Place| {
+            let symbol = self.kernel.symbolize(frame.address);
+            symbol.is_some_and(|(name, _)| ["schedule", "add_wait_queue"].contains(&name))
+        };
+        if self.frames.iter().any(sleeps) {
+            return Some(false);
+        }
+        let exit_state = self.kernel.offset_of("task_struct", "exit_state").ok()?;
+        let is_zombie = |child: &KnownTask| {
+            self.kernel.read_u32(child.addr.wrapping_add(exit_state)).is_ok_and(|state| state == EXIT_ZOMBIE)
+        };
+        let tgid = self.task?.tgid;
+        let mut children = self.ctx.tasks.iter().filter(|other| {
+            other.tid == other.tgid && other.tgid != tgid && self.is_ours(other.parent, tgid)
+        });
+        // What it would take is still there.
+        let left = match awaited {
+            Some(pid) => children.any(|child| child.tid == pid),
+            None => children.any(is_zombie),
+        };
+        left.then_some(false)
     }
 
     fn child(&self, thread: bool) -> Option<Pid> {
@@ -1201,6 +1295,8 @@ mod tests {
         trigger: bool,
         /// The iterator is an earlier call's.
         leftover: bool,
+        phase: Option<Phase>,
+        transferred: Option<Progress>,
         child: Option<Pid>,
         past: Option<bool>,
         program: Option<Exec>,
@@ -1252,11 +1348,17 @@ mod tests {
         fn is_moving(&self, _: &File, _: bool) -> bool {
             !self.leftover
         }
+        fn phase(&self) -> Option<Phase> {
+            self.phase
+        }
+        fn transferred(&self, _: Wanted<'_>) -> Option<Progress> {
+            self.transferred
+        }
         fn is_trigger(&self) -> bool {
             self.trigger
         }
-        fn is_reaping(&self) -> bool {
-            self.reaping
+        fn has_reaped(&self, _: Option<Pid>) -> Option<bool> {
+            (!self.reaping).then_some(false)
         }
         fn child(&self, _: bool) -> Option<Pid> {
             self.child
@@ -1650,6 +1752,27 @@ mod tests {
             let known = Fake { past: Some(true), program: Some(program.clone()), ..Fake::default() };
             assert_eq!(go(&thread(call, &[0x1000]), &known), Resume::Exec(program));
         }
+    }
+
+    #[test]
+    fn on_a_cpu_the_code_says_on_which_side_of_the_file_a_transfer_was() {
+        let read = on_cpu(thread("read", &[0, 0x1000, 100]));
+        let edge = |phase, transferred: Option<u64>| {
+            let transferred = transferred.map(|done| Progress { done, total: 100, ki_pos: None });
+            Fake { phase, transferred, leftover: true, ..Fake::with_file(Kind::Stream, false, 0) }
+        };
+        assert_eq!(go(&read, &edge(Some(Phase::Before), None)), Resume::Restart);
+        assert_eq!(
+            go(&read, &edge(Some(Phase::Before), None).found(40, 100, 0)),
+            Resume::Restart,
+            "an earlier one's"
+        );
+        assert_eq!(returns(&go(&read, &edge(Some(Phase::After), None).found(40, 100, 0))), Some(40));
+        assert!(is_impossible(&go(&read, &edge(Some(Phase::Within), None).found(40, 100, 0))));
+        assert!(is_impossible(&go(&read, &edge(None, None))));
+        assert_eq!(returns(&go(&read, &edge(Some(Phase::After), Some(40)))), Some(40), "what is left of it");
+        assert_eq!(go(&read, &edge(Some(Phase::After), Some(0))), Resume::Restart);
+        assert_eq!(go(&thread("read", &[0, 0x1000, 100]), &edge(None, None)), Resume::Restart, "it waits");
     }
 
     #[test]

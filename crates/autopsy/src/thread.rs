@@ -198,7 +198,7 @@ impl Autopsy<'_> {
             stack,
             stack_pointer,
             instruction_pointer,
-            cpu_registers: live.as_ref().map_or(&[], |registers| registers.as_slice()),
+            cpu_registers: live.as_ref(),
             now: *self.now(),
             timers: self.timers(),
             tasks: self.known_tasks.get().map_or(&[], Vec::as_slice),

@@ -11,6 +11,7 @@ use vmcore::PrStatus;
 
 use crate::Result;
 use crate::error::corrupt;
+use crate::thread::CpuRegisters;
 
 #[derive(KernelType)]
 #[kernel("orc_entry")]
@@ -79,6 +80,17 @@ impl OrcEntry {
     }
 }
 
+/// A frame of a kernel stack.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    /// Where the CPU was, or a return address.
+    pub address: u64,
+    /// The stack pointer there.
+    pub sp: u64,
+    /// The CPU was there.
+    pub exact: bool,
+}
+
 /// Where an unwinding stands.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct State {
@@ -94,14 +106,14 @@ pub(super) struct State {
 }
 
 impl State {
-    /// Where a CPU was when it saved its registers for the dump.
-    pub(super) fn from_prstatus(status: &PrStatus) -> State {
+    /// Where a CPU was when it saved these registers for the dump.
+    pub(super) fn new(registers: &CpuRegisters) -> State {
         /// Place of rbp in `struct user_regs_struct`.
         const RBP: usize = 4;
         State {
-            ip: status.regs[PrStatus::RIP],
-            sp: status.regs[PrStatus::RSP],
-            bp: status.regs[RBP],
+            ip: registers[PrStatus::RIP],
+            sp: registers[PrStatus::RSP],
+            bp: registers[RBP],
             regs: None,
             exact: true,
             guessed: false,
@@ -139,18 +151,17 @@ impl<'k> Unwinder<'k> {
     }
 
     /// The frames from `state` outwards, until user mode, the bottom of the stack, or something that cannot be followed.
-    pub(super) fn unwind(&self, mut state: State) -> Vec<Frame> {
-        let mut frames = vec![frame(self.kernel, state.ip, state.guessed)];
-        while frames.len() < MAX_FRAMES {
-            let before = state.sp;
-            match self.step(state) {
-                // Upwards within a stack; an exception frame may lead to another stack, anywhere.
-                Ok(Some(next)) if next.sp > before || next.regs.is_some() => state = next,
-                _ => break,
-            }
-            frames.push(frame(self.kernel, state.ip, state.guessed));
-        }
-        frames
+    pub(super) fn unwind(&self, state: State) -> Vec<Frame> {
+        self.states(state).map(|state| frame(self.kernel, state.ip, state.guessed)).collect()
+    }
+
+    fn states(&self, state: State) -> impl Iterator<Item = State> {
+        let caller = |state: &State| {
+            let next = self.step(*state).ok()??;
+            // Upwards within a stack; an exception frame may lead to another stack, anywhere.
+            (next.sp > state.sp || next.regs.is_some()).then_some(next)
+        };
+        std::iter::successors(Some(state), caller).take(MAX_FRAMES)
     }
 
     /// The caller of `state`; `None` at the end.
@@ -261,6 +272,13 @@ impl<'k> Unwinder<'k> {
 
 /// No function is longer; an address that far behind a symbol does not belong to it.
 const MAX_FUNCTION: u64 = 1 << 20;
+
+/// The frames of a CPU's stack from the registers that it saved for the dump, as far as nothing is guessed; none if there are no unwind tables.
+pub(crate) fn places(kernel: &Kernel, registers: &CpuRegisters) -> Vec<Place> {
+    let Ok(unwinder) = Unwinder::new(kernel) else { return Vec::new() };
+    let certain = unwinder.states(State::new(registers)).take_while(|state| !state.guessed);
+    certain.map(|state| Place { address: state.ip, sp: state.sp, exact: state.exact }).collect()
+}
 
 /// Without unwind tables: every word of the stack that points into the kernel's text, in order.
 pub(super) fn scan(kernel: &Kernel, state: State) -> Vec<Frame> {

@@ -1,0 +1,308 @@
+//! Where a CPU was in a system call: before, within or behind the part that has an effect, by the code of the kernel itself.
+//!
+//! On its way there and back a call goes through a few functions, each of which makes one call that matters: ksys_read() that of
+//! vfs_read(), vfs_read() that of the file's `read_iter`. From the instruction at which such a function was, that
+//! call can still be reached or it cannot: the machine code says.
+
+use std::collections::BTreeSet;
+
+use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, OpKind};
+use ktypes::Kernel;
+
+use crate::panic::orc::Place;
+
+/// The longest instruction.
+const MAX_INSTRUCTION: usize = 15;
+/// Instructions of one function that are looked at.
+const MAX_INSTRUCTIONS: usize = 4096;
+/// A call through a pointer; also by way of a thunk, where the kernel has mitigations for Spectre.
+const INDIRECT: &str = "";
+const THUNK: &str = "__x86_indirect_";
+
+/// Functions, and the calls in them that lead on.
+pub(super) type Way = [(&'static str, &'static [&'static str])];
+
+/// From read, write and their kin to what the file does (fs/read_write.c, 6.1 and 6.12).
+pub(super) const TO_THE_FILE: [(&str, &[&str]); 17] = [
+    ("vfs_read", &["new_sync_read", INDIRECT]),
+    ("vfs_write", &["new_sync_write", INDIRECT]),
+    ("new_sync_read", &[INDIRECT]),
+    ("new_sync_write", &[INDIRECT]),
+    ("do_iter_readv_writev", &[INDIRECT]),
+    ("do_iter_read", &["do_iter_readv_writev", "do_loop_readv_writev", INDIRECT]),
+    ("do_iter_write", &["do_iter_readv_writev", "do_loop_readv_writev", INDIRECT]),
+    ("vfs_readv", &["do_iter_read", "do_iter_readv_writev", "do_loop_readv_writev", INDIRECT]),
+    ("vfs_writev", &["do_iter_write", "do_iter_readv_writev", "do_loop_readv_writev", INDIRECT]),
+    ("do_readv", &["vfs_readv"]),
+    ("do_writev", &["vfs_writev"]),
+    ("ksys_read", &["vfs_read"]),
+    ("ksys_write", &["vfs_write"]),
+    ("__x64_sys_read", &["ksys_read"]),
+    ("__x64_sys_write", &["ksys_write"]),
+    ("__x64_sys_readv", &["do_readv"]),
+    ("__x64_sys_writev", &["do_writev"]),
+];
+/// From wait4 and waitid to where a child is taken off the list (kernel/exit.c, 6.1 and 6.12).
+pub(super) const TO_THE_CHILD: [(&str, &[&str]); 9] = [
+    ("wait_task_zombie", &["release_task"]),
+    ("wait_consider_task", &["wait_task_zombie", "release_task"]),
+    ("kernel_wait4", &["do_wait"]),
+    ("kernel_waitid", &["do_wait"]),
+    ("__do_sys_wait4", &["kernel_wait4"]),
+    ("__do_sys_waitid", &["kernel_waitid"]),
+    ("__se_sys_waitid", &["kernel_waitid", "__do_sys_waitid"]),
+    ("__x64_sys_wait4", &["kernel_wait4", "__do_sys_wait4"]),
+    ("__x64_sys_waitid", &["kernel_waitid", "__do_sys_waitid", "__se_sys_waitid"]),
+];
+
+/// Where a call was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// Nothing has been done.
+    Before,
+    /// In the call that leads on.
+    Within,
+    /// Back from it, or on the way out without it.
+    After,
+}
+
+/// By the frames of the thread's kernel stack, the deepest first; and the frame of the function on the way that says it. `None` if that cannot be
+/// told.
+pub(super) fn phase(kernel: &Kernel, frames: &[Place], way: &Way) -> Option<(Phase, Place)> {
+    let on_the_way = |place: &Place| {
+        // The instruction behind a call that does not return may be another function's.
+        let (name, _) = kernel.symbolize(place.address.wrapping_sub(u64::from(!place.exact)))?;
+        way.iter().find(|(function, _)| is_part(name, function)).map(|(_, calls)| (*place, *calls))
+    };
+    let (place, calls) = frames.iter().find_map(on_the_way)?;
+    let code = Code { kernel, calls };
+    if !place.exact && code.returns_from_wanted(place.address) {
+        return Some((Phase::Within, place));
+    }
+    let ahead = code.reachable(place.address)?;
+    if ahead.wanted.is_empty() {
+        return Some((Phase::After, place));
+    }
+    // In a loop it is ahead and behind.
+    let mut behind = false;
+    for next in ahead.wanted {
+        behind |= code.reachable(next)?.seen.contains(&place.address);
+    }
+    (!behind).then_some((Phase::Before, place))
+}
+
+/// The machine code of one function, and the calls that are wanted of it.
+struct Code<'a> {
+    kernel: &'a Kernel,
+    calls: &'a [&'a str],
+}
+
+/// What can be reached from an instruction.
+struct Reachable {
+    seen: BTreeSet<u64>,
+    /// Behind the wanted calls.
+    wanted: Vec<u64>,
+}
+
+impl Code<'_> {
+    fn instruction(&self, at: u64) -> Option<Instruction> {
+        let bytes = self.kernel.read_bytes(at, MAX_INSTRUCTION).ok()?;
+        let instruction = Decoder::with_ip(64, &bytes, at, DecoderOptions::NONE).decode();
+        (!instruction.is_invalid()).then_some(instruction)
+    }
+
+    /// The function whose first instruction is at an address.
+    fn function(&self, at: u64) -> Option<&str> {
+        self.kernel.symbolize(at).filter(|(_, offset)| *offset == 0).map(|(name, _)| name)
+    }
+
+    fn is_wanted(&self, instruction: &Instruction) -> bool {
+        let target = match instruction.op0_kind() {
+            OpKind::NearBranch64 => self.function(instruction.near_branch_target()),
+            _ => Some(INDIRECT),
+        };
+        target.is_some_and(|name| self.calls.contains(&if name.starts_with(THUNK) { INDIRECT } else { name }))
+    }
+
+    /// Whether the instruction before a return address is a wanted call.
+    fn returns_from_wanted(&self, address: u64) -> bool {
+        let call = |length| {
+            let call = self.instruction(address.wrapping_sub(length))?;
+            (call.next_ip() == address && is_call(&call)).then_some(call)
+        };
+        // A call by name; the last bytes of its instruction may look like another one.
+        let by_name = call(5).filter(|call| {
+            call.flow_control() == FlowControl::Call && self.function(call.near_branch_target()).is_some()
+        });
+        match by_name {
+            Some(call) => self.is_wanted(&call),
+            // By way of a thunk, with a prefix; `call *%rax` and its like.
+            None => [6, 3, 2].into_iter().filter_map(call).any(|call| self.is_wanted(&call)),
+        }
+    }
+
+    /// Everything that can come after the instruction at `from`, within its function; `None` if it cannot be followed.
+    fn reachable(&self, from: u64) -> Option<Reachable> {
+        let (function, _) = self.kernel.symbolize(from)?;
+        let function = function.split('.').next()?;
+        let mut reachable = Reachable { seen: BTreeSet::new(), wanted: Vec::new() };
+        let mut to_do = vec![from];
+        while let Some(at) = to_do.pop() {
+            let inside = self.kernel.symbolize(at).is_some_and(|(name, _)| is_part(name, function));
+            if !inside || !reachable.seen.insert(at) {
+                continue;
+            }
+            if reachable.seen.len() > MAX_INSTRUCTIONS {
+                return None;
+            }
+            let instruction = self.instruction(at)?;
+            match instruction.flow_control() {
+                FlowControl::Next => to_do.push(instruction.next_ip()),
+                // A part of the function, or the last call of it.
+                FlowControl::UnconditionalBranch => {
+                    if self.is_wanted(&instruction) {
+                        reachable.wanted.push(instruction.next_ip());
+                    }
+                    to_do.push(instruction.near_branch_target());
+                }
+                FlowControl::ConditionalBranch => {
+                    to_do.extend([instruction.next_ip(), instruction.near_branch_target()]);
+                }
+                FlowControl::Call | FlowControl::IndirectCall => {
+                    if self.is_wanted(&instruction) {
+                        reachable.wanted.push(instruction.next_ip());
+                    }
+                    to_do.push(instruction.next_ip());
+                }
+                FlowControl::Return | FlowControl::Exception => {}
+                // Jump tables: none of these functions has one.
+                _ => return None,
+            }
+        }
+        Some(reachable)
+    }
+}
+
+fn is_call(instruction: &Instruction) -> bool {
+    matches!(instruction.flow_control(), FlowControl::Call | FlowControl::IndirectCall)
+}
+
+/// The compiler moves parts of a function elsewhere, under names like `vfs_read.cold`.
+fn is_part(name: &str, function: &str) -> bool {
+    name.strip_prefix(function).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+}
+
+#[cfg(test)]
+mod tests {
+    use synth::{Record, Synth, U64, array};
+
+    use super::*;
+    use crate::testing::open;
+
+    const WAY: [(&str, &[&str]); 2] = [("outer", &["inner"]), ("inner", &[INDIRECT])];
+    const CALL_LEN: u64 = 5;
+
+    /// Functions one after the other, of 128 bytes each.
+    struct Text {
+        synth: Synth,
+        start: u64,
+    }
+
+    impl Text {
+        fn new() -> Self {
+            let mut synth = Synth::new();
+            synth.structure("functions", Record::new().field("text", array(U64, 128)));
+            let start = synth.variable("text", "functions") + 128;
+            for (n, name) in
+                ["outer", "inner", "look_up", "put", "__x86_indirect_thunk_rax"].iter().enumerate()
+            {
+                synth.symbol(name, start + n as u64 * 128);
+            }
+            Self { synth, start }
+        }
+
+        fn at(&self, name: &str, offset: u64) -> u64 {
+            let names = ["outer", "inner", "look_up", "put", "__x86_indirect_thunk_rax"];
+            self.start + names.iter().position(|own| *own == name).unwrap_or(9) as u64 * 128 + offset
+        }
+
+        /// Writes code; a name is a call of that function.
+        fn code(&mut self, function: &str, code: &[Result<&[u8], &str>]) {
+            let mut at = self.at(function, 0);
+            for part in code {
+                let bytes = match part {
+                    Ok(bytes) => bytes.to_vec(),
+                    Err(callee) => {
+                        let relative = self.at(callee, 0).wrapping_sub(at + CALL_LEN) as i32;
+                        [&[0xe8][..], &relative.to_le_bytes()].concat()
+                    }
+                };
+                self.synth.write(at, &bytes);
+                at += bytes.len() as u64;
+            }
+        }
+
+        fn phase(&self, frames: &[(u64, bool)]) -> Option<Phase> {
+            let frames: Vec<Place> = frames
+                .iter()
+                .map(|(address, exact)| Place { address: *address, sp: 0, exact: *exact })
+                .collect();
+            phase(&open(&self.synth), &frames, &WAY).map(|(phase, _)| phase)
+        }
+    }
+
+    /// push rbx | look_up | test eax,eax | js +5 | inner | put | pop rbx; ret
+    fn straight() -> Text {
+        let mut text = Text::new();
+        let (test, leave): (&[u8], &[u8]) = (&[0x85, 0xc0, 0x78, 0x05], &[0x5b, 0xc3]);
+        text.code("outer", &[Ok(&[0x53]), Err("look_up"), Ok(test), Err("inner"), Err("put"), Ok(leave)]);
+        let thunk = "__x86_indirect_thunk_rax";
+        text.code("inner", &[Ok(&[0x90]), Err(thunk), Ok(&[0xc3])]);
+        text
+    }
+
+    #[test]
+    fn what_can_still_be_reached_has_not_happened() {
+        let text = straight();
+        let outer = |offset, exact| text.phase(&[(text.at("outer", offset), exact)]);
+        assert_eq!(outer(0, true), Some(Phase::Before));
+        assert_eq!(outer(6, false), Some(Phase::Before), "back from look_up");
+        assert_eq!(outer(10, true), Some(Phase::Before), "at the call itself");
+        assert_eq!(outer(15, false), Some(Phase::Within));
+        assert_eq!(outer(15, true), Some(Phase::After));
+        assert_eq!(outer(20, false), Some(Phase::After), "back from put");
+        assert_eq!(outer(20, true), Some(Phase::After));
+    }
+
+    #[test]
+    fn the_deepest_function_on_the_way_counts() {
+        let text = straight();
+        let (outer, look_up) = ((text.at("outer", 15), false), (text.at("look_up", 3), true));
+        let inner = |offset, exact| text.phase(&[look_up, (text.at("inner", offset), exact), outer]);
+        assert_eq!(inner(1, true), Some(Phase::Before));
+        assert_eq!(inner(6, false), Some(Phase::Within), "through a thunk");
+        assert_eq!(inner(6, true), Some(Phase::After));
+        assert_eq!(text.phase(&[look_up]), None);
+    }
+
+    #[test]
+    fn in_a_loop_nobody_knows() {
+        let mut text = Text::new();
+        // look_up | inner | test eax,eax | jne back to inner | ret
+        let back: &[u8] = &[0x85, 0xc0, 0x75, 0xf7, 0xc3];
+        text.code("outer", &[Err("look_up"), Err("inner"), Ok(back)]);
+        let outer = |offset| text.phase(&[(text.at("outer", offset), true)]);
+        assert_eq!(outer(0), Some(Phase::Before));
+        assert_eq!(outer(5), None, "once more, or for the first time");
+        assert_eq!(outer(10), None);
+        assert_eq!(outer(14), Some(Phase::After));
+    }
+
+    #[test]
+    fn code_that_is_none_says_nothing() {
+        let mut text = straight();
+        let broken = text.at("outer", 1);
+        text.synth.write(broken, &[0x06, 0x06, 0x06, 0x06, 0x06]);
+        assert_eq!(text.phase(&[(text.at("outer", 0), true)]), None);
+    }
+}
