@@ -14,6 +14,7 @@ use serde_json::json;
 
 use crate::channel::Channel;
 use crate::error::{Error, FileContext as _, Result};
+use crate::gdb::Gdb;
 use crate::image::Flavour;
 use crate::kernel::Series;
 use crate::protocol::PORT_NAME;
@@ -23,6 +24,7 @@ use crate::serial::Console;
 const START_DEADLINE: Duration = Duration::from_secs(20);
 const MONITOR_DEADLINE: Duration = Duration::from_secs(60);
 const MIGRATION_DEADLINE: Duration = Duration::from_secs(120);
+const GDB_SOCKET: &str = "gdb.sock";
 const POLL: Duration = Duration::from_millis(5);
 
 /// What runs the guest's instructions.
@@ -104,6 +106,8 @@ pub struct Machine {
     pub start: Instant,
     /// Where its sockets and logs are.
     pub dir: PathBuf,
+    /// RAM in MiB.
+    pub memory_mib: u32,
 }
 
 /// What a new machine does first.
@@ -125,7 +129,7 @@ impl Machine {
     ) -> Result<Self> {
         let log_path = dir.join("qemu.log");
         let log = File::create(&log_path).at(&log_path)?;
-        for socket in ["qmp.sock", "control.sock", "ttyS1.sock"] {
+        for socket in ["qmp.sock", "control.sock", "ttyS1.sock", GDB_SOCKET] {
             let _ = fs::remove_file(dir.join(socket));
         }
         let mut qemu = Command::new("qemu-system-x86_64");
@@ -174,6 +178,8 @@ impl Machine {
             "-mon",
             "chardev=monitor,mode=control",
         ]);
+        let stub = format!("socket,id=gdb,path={GDB_SOCKET},server=on,wait=off");
+        qemu.args(["-chardev", &stub, "-gdb", "chardev:gdb"]);
         if let Begin::Resume(state) = begin {
             qemu.args(["-incoming", &format!("exec:cat {}", state.display())]);
         }
@@ -209,7 +215,7 @@ impl Machine {
         };
         let qmp = Qmp::new(socket, MONITOR_DEADLINE)?;
         let child = child.0.take().ok_or_else(|| Error::Qemu("no process".into()))?;
-        let mut machine = Self { child, qmp, console, start, dir: dir.into() };
+        let mut machine = Self { child, qmp, console, start, dir: dir.into(), memory_mib: config.memory_mib };
         if let Begin::Resume(_) = begin {
             machine.wait_for_state(|status| status != "inmigrate", "loading the snapshot")?;
             machine.qmp.command("cont", json!({}))?;
@@ -240,6 +246,16 @@ impl Machine {
     /// A connection to the second serial line (ttyS1); QEMU serves one at a time.
     pub fn second_serial(&self) -> Result<UnixStream> {
         connect(&self.dir, "ttyS1.sock").at(self.dir.join("ttyS1.sock"))
+    }
+
+    /// Stops the guest, and connects to gdb's stub.
+    pub fn gdb(&self) -> Result<Gdb> {
+        Gdb::new(connect(&self.dir, GDB_SOCKET).at(self.dir.join(GDB_SOCKET))?)
+    }
+
+    /// Whether QEMU has ended.
+    pub fn has_ended(&mut self) -> bool {
+        !matches!(self.child.try_wait(), Ok(None))
     }
 
     /// Sends a non-maskable interrupt to all CPUs.

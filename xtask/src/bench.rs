@@ -211,7 +211,8 @@ fn crashed(
     let mut guest = lab.start(armed, name)?;
     guest::seed(&mut guest, n as u64)?;
     let survivors = survivors.iter().filter_map(|name| survivors::find(name)).collect::<Vec<_>>();
-    let mut pids: Vec<i32> = survive::start(&mut guest, &survivors, None, false)?.into_values().collect();
+    let mut pids: Vec<i32> =
+        survive::start(&mut guest.agent, &survivors, None, false)?.into_values().collect();
     let programs = workload::start(&mut guest.agent)?;
     pids.extend(lasting.iter().map(|&n| programs[n]));
     let panic = Panic { after_us: WORK.as_micros() as u64, alive: pids.clone(), ..Panic::default() };

@@ -147,8 +147,8 @@ impl FpuRuns {
         let (sleep, compute) = (find("fpu-sleep")?, find("fpu-loop")?);
         let mut guest = lab.start(armed, name)?;
         guest::seed(&mut guest, seed)?;
-        let mut pids = survive::start(&mut guest, &[sleep], None, false)?;
-        pids.extend(survive::start(&mut guest, &[compute], Some(1 - cpu), false)?);
+        let mut pids = survive::start(&mut guest.agent, &[sleep], None, false)?;
+        pids.extend(survive::start(&mut guest.agent, &[compute], Some(1 - cpu), false)?);
         let panic = Panic { after_us, cpu: Some(cpu), alive: pids.values().copied().collect() };
         let claims = survive::through(&mut guest, &panic).inspect_err(|_| _ = guest.keep_artifacts())?;
         let mut trouble = Vec::new();

@@ -6,6 +6,7 @@
 mod apps;
 mod bench;
 mod build;
+mod campaign;
 mod crash;
 mod crash_runs;
 mod demo;
@@ -87,6 +88,8 @@ enum Command {
     Test(test::Test),
     /// Panics a guest at random moments, many times, and counts the programs whose output is right.
     CrashRuns(crash_runs::CrashRuns),
+    /// Kills kernels in a thousand ways, and counts what became of the programs.
+    Campaign(campaign::Campaign),
     /// Takes one small program per kind of kernel state through a panic.
     Survivors(survive::Survivors),
     /// Takes real programs, as Debian ships them, through panics at random moments.
@@ -121,6 +124,7 @@ fn main() -> ExitCode {
         Command::Demo(command) => command.run(&cli.global),
         Command::Test(command) => command.run(&cli.global),
         Command::CrashRuns(command) => command.run(&cli.global),
+        Command::Campaign(command) => command.run(&cli.global),
         Command::Survivors(command) => command.run(&cli.global),
         Command::RealPrograms(command) => command.run(&cli.global),
         Command::Durability(command) => command.run(&cli.global),

@@ -49,19 +49,21 @@ pub struct RealPrograms {
 }
 
 /// One program.
-struct Real {
-    name: &'static str,
+pub struct Real {
+    /// Its name.
+    pub name: &'static str,
     /// What is looked at afterwards.
     shows: &'static str,
     /// Starts it, with its clients; the processes by which the report names it.
     start: fn(&mut Channel) -> Result<Vec<i32>>,
     /// What it shows just before the panic, for comparison.
-    look: fn(&mut Channel) -> Result<String>,
+    pub look: fn(&mut Channel) -> Result<String>,
     /// That it goes on as if nothing had happened.
-    check: fn(&mut Channel, &str) -> Result<()>,
+    pub check: fn(&mut Channel, &str) -> Result<()>,
 }
 
-const PROGRAMS: &[Real] = &[
+/// All of them, in the order in which they are started.
+pub const PROGRAMS: &[Real] = &[
     Real {
         name: "bash",
         shows: "interactive in tmux: a pipeline that runs, a stopped job",
@@ -173,16 +175,8 @@ impl RealPrograms {
     }
 
     fn installation(&self) -> Installation {
-        let selected = match self.damage {
-            true => "[[select]]\nexe = \"/nobody\"\n".to_owned(),
-            false => {
-                let users = ["demo", "postgres", "mysql", "redis"];
-                let users = users.map(|user| format!("[[select]]\nuser = \"{user}\"\n"));
-                let programs = ["/usr/sbin/nginx", "/usr/bin/mariadb"];
-                let programs = programs.map(|exe| format!("[[select]]\nexe = \"{exe}\"\n"));
-                users.concat() + &programs.concat()
-            }
-        };
+        let selected =
+            if self.damage { "[[select]]\nexe = \"/nobody\"\n".to_owned() } else { selection(&[]) };
         let config = format!("{selected}\n[after]\nstart = [\"{AGENT_COMMAND}\"]\n");
         Installation { config, saver: true, ..Installation::default() }
     }
@@ -191,15 +185,31 @@ impl RealPrograms {
 /// A guest in which all of them run, and by which processes the report names them.
 fn running(lab: &Lab, config: &MachineConfig) -> Result<(Snapshot, Processes)> {
     let booted = lab.booted(config)?;
-    // Whatever this file does is done again when it changes.
-    let mut inputs = Key::new("real-programs").with(include_str!("real_programs.rs"));
-    for (_, text) in FILES {
-        inputs = inputs.with(text);
-    }
-    guest::running(lab, &booted, "real-programs", &inputs, start_all)
+    guest::running(lab, &booted, "real-programs", &inputs(), start_all)
+}
+
+/// The configuration that selects them all, and these programs as well.
+pub fn selection(others: &[&str]) -> String {
+    let users = ["demo", "postgres", "mysql", "redis"];
+    let users = users.map(|user| format!("[[select]]\nuser = \"{user}\"\n"));
+    let programs = ["/usr/sbin/nginx", "/usr/bin/mariadb"];
+    let programs = programs.iter().chain(others).map(|exe| format!("[[select]]\nexe = \"{exe}\"\n"));
+    users.into_iter().chain(programs).collect()
+}
+
+/// What starting them depends on.
+pub fn inputs() -> Key {
+    FILES.iter().fold(Key::new("real-programs").with(include_str!("real_programs.rs")), |key, (_, text)| {
+        key.with(text)
+    })
 }
 
 fn start_all(agent: &mut Channel) -> Result<Processes> {
+    start(agent, |_| true)
+}
+
+/// Starts those that are wanted, and by which processes the report names them.
+pub fn start(agent: &mut Channel, is_wanted: impl Fn(&str) -> bool) -> Result<Processes> {
     shell(agent, &format!("mkdir -p {DIR} && chmod 755 /home/demo"))?;
     for (name, text) in FILES {
         agent.write_file(format!("{DIR}/{name}"), 0o644, text.as_bytes())?;
@@ -207,7 +217,7 @@ fn start_all(agent: &mut Channel) -> Result<Processes> {
     shell(agent, &format!("chown -R demo: {DIR} && chmod 777 {DIR}"))?;
     // A service's own lingering user processes are not what this is about.
     let mut processes = BTreeMap::new();
-    for real in PROGRAMS {
+    for real in PROGRAMS.iter().filter(|real| is_wanted(real.name)) {
         ui::note(&format!("starting {}", real.name));
         let pids = (real.start)(agent).with_context(|| format!("start {}", real.name))?;
         processes.insert(real.name.to_owned(), pids);

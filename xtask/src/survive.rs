@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use lab::image::DEMO_UID;
-use lab::{Guest, Lab, MachineConfig, Panic, Program, Series, Snapshot};
+use lab::{Channel, Guest, Lab, MachineConfig, Panic, Program, Series, Snapshot};
 use survivors::{Expect, Needs, Survivor, TABLE};
 
 use crate::crash::{self, Quiet};
@@ -210,13 +210,13 @@ impl Survivors {
         let (swaps, others): (Vec<&Survivor>, Vec<&Survivor>) =
             chosen.iter().copied().partition(|survivor| survivor.needs == Needs::Swap);
         if !swaps.is_empty() {
-            pids.extend(start(&mut guest, &swaps, None, self.damage)?);
+            pids.extend(start(&mut guest.agent, &swaps, None, self.damage)?);
             guest.agent.shell(EMPTY_SWAP_CACHE, READY_DEADLINE).context("emptying the swap cache")?;
         }
         for computing in [false, true] {
             let these: Vec<_> =
                 others.iter().copied().filter(|survivor| survivor.is_computing() == computing).collect();
-            pids.extend(start(&mut guest, &these, computing.then_some(COMPUTING_CPU), self.damage)?);
+            pids.extend(start(&mut guest.agent, &these, computing.then_some(COMPUTING_CPU), self.damage)?);
         }
         let panic = Panic {
             after_us: draw.u64(..MOMENTS_US),
@@ -279,7 +279,7 @@ fn choose(names: &[String]) -> Result<Vec<&'static Survivor>> {
 
 /// Starts survivors, those that can as the unprivileged user, and waits until they are ready; their process ids by name.
 pub fn start(
-    guest: &mut Guest,
+    agent: &mut Channel,
     these: &[&Survivor],
     cpu: Option<usize>,
     damage: bool,
@@ -304,7 +304,7 @@ pub fn start(
         }
         argv.extend(names.iter().map(|&name| name.to_owned()));
         let program = Program::new(argv).uid(if root { 0 } else { DEMO_UID });
-        let output = guest.agent.run(&program, READY_DEADLINE)?;
+        let output = agent.run(&program, READY_DEADLINE)?;
         for line in output.lines() {
             let mut words = line.split_whitespace();
             if let (Some("ready"), Some(name), Some(Ok(pid))) =

@@ -1,0 +1,93 @@
+//! CPUs and tasks that go on no more. The kernel's watchdogs have to notice.
+
+use std::time::Duration;
+
+use fastrand::Rng;
+use serde_json::json;
+
+use super::{place_in, reach, start_in_guest};
+use crate::error::{Error, Result};
+use crate::gdb::Register;
+use crate::live::{Live, Symbols};
+use crate::snapshot::Guest;
+
+const WAIT: Duration = Duration::from_secs(8);
+/// Interrupts are let through (EFLAGS.IF).
+const INTERRUPTS: u64 = 0x200;
+/// `jmp .`
+const LOOP: [u8; 2] = [0xeb, 0xfe];
+/// As much of the kernel's code as such two bytes are looked for in.
+const MAX_TEXT: u64 = 4 << 20;
+const PIECE: u64 = 64 << 10;
+/// QEMU's name for the guest's disk.
+const DISK: &str = "virtio0";
+/// Writes that wait for the disk.
+const WRITE: &str =
+    "for n in 1 2 3 4 5 6 7 8; do dd if=/dev/zero of=/root/fault bs=64k count=64 conv=fsync; done";
+
+const SYSTEM_CALLS: &[&str] =
+    &["ksys_read", "ksys_write", "do_futex", "vfs_read", "do_sys_poll", "do_epoll_wait", "handle_mm_fault"];
+const SOFTIRQS: &[&str] = &["__do_softirq", "handle_softirqs", "run_timer_softirq", "rcu_core"];
+
+pub(super) fn inject(guest: &mut Guest, symbols: &Symbols, draw: &mut Rng) -> Result<Option<String>> {
+    match draw.u32(..4) {
+        0 => endless(guest, symbols, "endless loop", SYSTEM_CALLS, true, draw),
+        1 => endless(guest, symbols, "endless loop with interrupts off", SYSTEM_CALLS, false, draw),
+        2 => endless(guest, symbols, "endless loop in a softirq", SOFTIRQS, true, draw),
+        _ => {
+            throttle(guest, 1)?;
+            start_in_guest(guest, WRITE)?;
+            Ok(Some("tasks hang: the disk does one operation a second".into()))
+        }
+    }
+}
+
+pub(super) fn clear(guest: &mut Guest) -> Result<()> {
+    throttle(guest, 0)
+}
+
+/// `operations` per second; 0 for as many as it can.
+fn throttle(guest: &mut Guest, operations: u32) -> Result<()> {
+    let limits = json!({ "device": DISK, "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": operations, "iops_rd": 0, "iops_wr": 0 });
+    guest.machine.monitor().command("block_set_io_throttle", limits).map(drop)
+}
+
+fn endless(
+    guest: &mut Guest,
+    symbols: &Symbols,
+    what: &str,
+    functions: &[&str],
+    interrupts: bool,
+    draw: &mut Rng,
+) -> Result<Option<String>> {
+    let mut live = Live::stop(&guest.machine, symbols)?;
+    let mut places = Vec::new();
+    for _ in 0..4 {
+        places.push(place_in(&mut live, functions, draw)?);
+    }
+    let cpu = draw.usize(..live.gdb.cpus());
+    let Some(reached) = reach(&mut live, &places, Some(cpu), WAIT)? else {
+        live.leave()?;
+        return Ok(None);
+    };
+    let target = find_loop(&mut live)?;
+    live.gdb.set(reached.cpu, Register::Rip, target)?;
+    if !interrupts {
+        let flags = u64::from(reached.registers.eflags) & !INTERRUPTS;
+        live.gdb.set(reached.cpu, Register::Eflags, flags)?;
+    }
+    live.leave()?;
+    Ok(Some(format!("{what}, from {} on CPU {}", symbols.name(reached.at), reached.cpu)))
+}
+
+/// Two bytes of code that are an endless loop, wherever: only the one CPU is sent there.
+fn find_loop(live: &mut Live<'_>) -> Result<u64> {
+    let (start, end) = (live.symbols.address("_stext")?, live.symbols.address("_etext")?);
+    for at in (start..end.min(start + MAX_TEXT)).step_by(PIECE as usize) {
+        let bytes = live.read(at, PIECE.min(end - at) as usize)?;
+        if let Some(n) = bytes.windows(2).position(|pair| pair == LOOP) {
+            return Ok(at + n as u64);
+        }
+    }
+    Err(Error::Guest("no endless loop in its kernel's code".into()))
+}

@@ -1,0 +1,230 @@
+//! What runs while kernels are killed: saved guests with programs in them that check themselves.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use lab::live::Symbols;
+use lab::{Accel, Channel, Guest, Key, Lab, Series, Snapshot};
+use survivors::Survivor;
+
+use super::{Fate, Outcome};
+use crate::guest::{self, AGENT_COMMAND, Installation, Processes};
+use crate::real_programs::{self, PROGRAMS};
+use crate::survive::{self, Claim, PROGRAM};
+use crate::ui;
+
+/// From the resurrection to all verdicts.
+const VERDICT_DEADLINE: Duration = Duration::from_secs(90);
+/// Of so many crashes one is with the large programs.
+const LARGE_EVERY: u32 = 4;
+/// The CPU of computing survivors.
+const COMPUTING_CPU: usize = 1;
+/// Warnings kill, as BUGs do, and the watchdogs bark soon.
+const SYSCTLS: &str = "sysctl -q kernel.panic_on_warn=1 kernel.watchdog_thresh=4 kernel.hung_task_panic=1 kernel.hung_task_timeout_secs=10
+    echo 10 > /sys/module/rcupdate/parameters/rcu_cpu_stall_timeout; exit 0";
+
+/// One or two of each kind. Those that wait for a certain time are not among them: a saved guest's clock is set when it goes on.
+const SURVIVORS: &[&str] = &[
+    "memory-small",
+    "memory-fork",
+    "memory-shared-anonymous",
+    "memory-file-private",
+    "memory-file-shared",
+    "memory-brk",
+    "memory-layout",
+    "fpu-sleep",
+    "fpu-loop",
+    "edge-calls",
+    "edge-faults",
+    "thread-tls",
+    "thread-mutex",
+    "thread-robust",
+    "thread-join",
+    "signal-handlers",
+    "signal-pending",
+    "rlimit-all",
+    "credentials-ids",
+    "credentials-capabilities",
+    "fs-context",
+    "file-offset",
+    "file-append",
+    "file-unsynced",
+    "file-new",
+    "file-deleted",
+    "memfd-content",
+    "ipc-shm",
+    "ipc-sem",
+    "lock-posix",
+    "lock-waiter",
+    "pidfd-child",
+    "inotify-watch",
+    "tmpfs-tree",
+    "pipe-content",
+    "pipe-reader",
+    "pipe-writer",
+    "process-wait",
+    "process-zombie",
+    "process-exec",
+    "process-exits",
+    "process-tree",
+    "process-stopped",
+    "epoll-pipe",
+    "epoll-waiter",
+    "eventfd-counter",
+    "unix-pair",
+    "unix-datagrams",
+    "unix-reader",
+    "unix-server",
+    "inet-listen",
+    "inet-udp",
+    "pty-pair",
+    "pty-reader",
+    "seccomp-filter",
+    "aio-contexts",
+];
+/// Real programs beside them.
+const SMALL: &[&str] = &["bash", "vim", "tmux", "python3", "redis", "nginx"];
+
+/// A saved guest.
+pub struct Load {
+    /// Its name.
+    pub name: &'static str,
+    /// With everything running, and armed.
+    pub snapshot: Snapshot,
+    /// Of its kernel.
+    pub symbols: Symbols,
+    processes: Processes,
+}
+
+/// The loads of one kernel, made when they are first drawn.
+pub struct Loads<'a> {
+    lab: &'a Lab,
+    series: Series,
+    accel: Accel,
+    small: Option<Load>,
+    large: Option<Load>,
+}
+
+impl<'a> Loads<'a> {
+    /// None yet.
+    pub fn new(lab: &'a Lab, series: Series, accel: Accel) -> Self {
+        Self { lab, series, accel, small: None, large: None }
+    }
+
+    /// One of them.
+    pub fn draw(&mut self, draw: &mut fastrand::Rng) -> Result<&Load> {
+        let large = draw.u32(..LARGE_EVERY) == 0;
+        let slot = if large { &mut self.large } else { &mut self.small };
+        if slot.is_none() {
+            *slot = Some(make(self.lab, self.series, self.accel, large)?);
+        }
+        slot.as_ref().context("no load")
+    }
+}
+
+fn make(lab: &Lab, series: Series, accel: Accel, large: bool) -> Result<Load> {
+    let config =
+        real_programs::selection(&[PROGRAM]) + &format!("\n[after]\nstart = [\"{AGENT_COMMAND}\"]\n");
+    let installation =
+        Installation { config, saver: true, prepare: SYSCTLS.into(), ..Installation::default() };
+    let booted = lab.booted(&guest::for_programs(series, accel))?;
+    let armed = guest::armed(lab, &booted, &installation)?;
+    let name = if large { "large" } else { "small" };
+    let inputs = Key::new(name).with(include_str!("load.rs")).with(&real_programs::inputs().text());
+    let label = format!("campaign-{name}");
+    let (snapshot, processes) = guest::running(lab, &armed, &label, &inputs, |agent| start(agent, large))?;
+    let symbols_dir = snapshot.dir.join("symbols");
+    if !symbols_dir.join("done").exists() {
+        // The kernel is where it is for as long as the guest is not booted again.
+        std::fs::create_dir_all(&symbols_dir)?;
+        let mut guest = lab.start(&snapshot, &format!("campaign-symbols-{name}-{series}"))?;
+        Symbols::save(&mut guest.agent, &symbols_dir)?;
+        std::fs::write(symbols_dir.join("done"), "")?;
+    }
+    Ok(Load { name, symbols: Symbols::load(&symbols_dir)?, snapshot, processes })
+}
+
+fn survivors() -> impl Iterator<Item = &'static Survivor> {
+    SURVIVORS.iter().filter_map(|name| survivors::find(name))
+}
+
+fn start(agent: &mut Channel, large: bool) -> Result<Processes> {
+    let mut processes = real_programs::start(agent, |name| large || SMALL.contains(&name))?;
+    if !large {
+        for computing in [false, true] {
+            let these: Vec<_> = survivors().filter(|survivor| survivor.is_computing() == computing).collect();
+            ui::note(&format!("starting {} survivors", these.len()));
+            let started = survive::start(agent, &these, computing.then_some(COMPUTING_CPU), false)?;
+            processes.extend(started.into_iter().map(|(name, pid)| (name, vec![pid])));
+        }
+    }
+    Ok(processes)
+}
+
+impl Load {
+    /// What the programs show before.
+    pub fn watch(&self, guest: &mut Guest) -> Result<BTreeMap<&'static str, String>> {
+        let running = PROGRAMS.iter().filter(|real| self.processes.contains_key(real.name));
+        let look = |real: &real_programs::Real| {
+            let shown = (real.look)(&mut guest.agent).with_context(|| format!("look at {}", real.name));
+            Ok((real.name, shown?))
+        };
+        running.map(look).collect()
+    }
+
+    /// The same outcome for all.
+    pub fn all(&self, fate: Fate, words: &str) -> Vec<Outcome> {
+        let outcome =
+            |program: &String| Outcome { program: program.clone(), fate, passed: false, words: words.into() };
+        self.processes.keys().map(outcome).collect()
+    }
+
+    /// What became of each.
+    pub fn judge(
+        &self,
+        guest: &mut Guest,
+        watch: &BTreeMap<&'static str, String>,
+        claims: &BTreeMap<i32, Claim>,
+    ) -> Vec<Outcome> {
+        let told = |name: &str| -> Vec<Claim> {
+            let pids = self.processes.get(name).map_or(&[][..], Vec::as_slice);
+            pids.iter().map(|pid| claims.get(pid).cloned().unwrap_or_default()).collect()
+        };
+        let mut outcomes = Vec::new();
+        let mut add = |name: &str, trouble: Option<String>| {
+            let claims = told(name);
+            let fate = Fate::judge(trouble.is_none(), &claims);
+            let notable = claims.iter().filter(|claim| !claim.whole()).map(Claim::to_string);
+            let words: Vec<String> = trouble.clone().into_iter().chain(notable).collect();
+            let (program, passed) = (name.to_owned(), trouble.is_none());
+            outcomes.push(Outcome { program, fate, passed, words: words.join("; ") });
+        };
+        for real in PROGRAMS.iter().filter(|real| self.processes.contains_key(real.name)) {
+            ui::note(&format!("checking {}", real.name));
+            let before = watch.get(real.name).map_or("", String::as_str);
+            // Who is given up, or was gone before, shows nothing, and asking takes its time.
+            let trouble = match told(real.name).iter().find(|claim| !claim.lives()) {
+                Some(_) => Some("it is not there".to_owned()),
+                None => (real.check)(&mut guest.agent, before).err().map(|error| format!("{error:#}")),
+            };
+            add(real.name, trouble);
+        }
+        let running: Vec<_> =
+            survivors().filter(|survivor| self.processes.contains_key(survivor.name)).collect();
+        let pids: Vec<i32> = running
+            .iter()
+            .flat_map(|survivor| self.processes.get(survivor.name).into_iter().flatten())
+            .copied()
+            .collect();
+        // Who does not end has come to no verdict.
+        _ = guest.agent.wait(&pids, if pids.is_empty() { Duration::ZERO } else { VERDICT_DEADLINE });
+        for survivor in running {
+            let line = survive::verdict(guest, survivor);
+            let passed = line == format!("pass {}", survivor.name);
+            let words = || if line.is_empty() { "no verdict".to_owned() } else { line.clone() };
+            add(survivor.name, (!passed).then(words));
+        }
+        outcomes
+    }
+}
