@@ -17,13 +17,10 @@ use sha2::{Digest, Sha256};
 
 pub mod channel;
 pub mod error;
-pub mod fault;
-pub mod gdb;
 pub mod host;
 pub mod image;
 mod initramfs;
 pub mod kernel;
-pub mod live;
 pub mod machine;
 pub mod protocol;
 pub mod qmp;

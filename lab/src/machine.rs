@@ -14,7 +14,6 @@ use serde_json::json;
 
 use crate::channel::Channel;
 use crate::error::{Error, FileContext as _, Result};
-use crate::gdb::Gdb;
 use crate::image::Flavour;
 use crate::kernel::Series;
 use crate::protocol::PORT_NAME;
@@ -248,9 +247,9 @@ impl Machine {
         connect(&self.dir, "ttyS1.sock").at(self.dir.join("ttyS1.sock"))
     }
 
-    /// Stops the guest, and connects to gdb's stub.
-    pub fn gdb(&self) -> Result<Gdb> {
-        Gdb::new(connect(&self.dir, GDB_SOCKET).at(self.dir.join(GDB_SOCKET))?)
+    /// A connection to gdb's stub; the guest stands still from then on.
+    pub fn gdb(&self) -> Result<UnixStream> {
+        connect(&self.dir, GDB_SOCKET).at(self.dir.join(GDB_SOCKET))
     }
 
     /// Whether QEMU has ended.

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use clap::Args;
-use lab::fault::{self, Kind};
+use faults::Kind;
 use lab::{Error, Guest, Lab, Line, Series};
 use serde::{Deserialize, Serialize};
 
@@ -282,7 +282,7 @@ impl Campaign {
             resurrected_ms: 0,
             programs: Vec::new(),
         };
-        let Some(what) = fault::inject(&mut guest, &load.symbols, kind, &mut draw)
+        let Some(what) = faults::inject(&mut guest, &load.symbols, kind, &mut draw)
             .with_context(|| format!("injecting a fault ({kind}, seed {seed})"))?
         else {
             return Ok(crash);
@@ -296,7 +296,7 @@ impl Campaign {
                 crash.panic_ms = line.ms.saturating_sub(injected);
                 crash.panic = reason(&guest, from);
                 // The device may be gone with the machine.
-                _ = fault::clear(&mut guest, kind);
+                _ = faults::clear(&mut guest, kind);
                 resurrected(&mut guest, &line).err()
             }
         };

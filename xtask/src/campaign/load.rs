@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use lab::live::Symbols;
+use faults::live::Symbols;
 use lab::{Accel, Channel, Guest, Key, Lab, Series, Snapshot};
 use survivors::Survivor;
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use lab::fault::Kind;
+use faults::Kind;
 
 use super::{Crash, Fate, Outcome};
 

@@ -4,9 +4,9 @@ use std::fmt;
 
 use fastrand::Rng;
 
-use crate::error::{Error, Result};
 use crate::live::{Live, Symbols};
-use crate::snapshot::Guest;
+use lab::Guest;
+use lab::{Error, Result};
 
 /// Writes at a time.
 const FAULTS: usize = 8;

@@ -7,11 +7,11 @@ use std::time::Duration;
 use fastrand::Rng;
 use iced_x86::FlowControl;
 
-use super::reach;
-use crate::error::Result;
 use crate::gdb::Register;
 use crate::live::{Live, Symbols, is_conditional};
-use crate::snapshot::Guest;
+use crate::reach;
+use lab::Guest;
+use lab::Result;
 
 /// Checks that wait to be made, at a time.
 const SITES: usize = 48;

@@ -9,7 +9,9 @@
 mod check;
 mod data;
 mod fatal;
+pub mod gdb;
 mod hang;
+pub mod live;
 mod panic;
 mod text;
 
@@ -19,10 +21,10 @@ use std::time::Duration;
 use fastrand::Rng;
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, Result};
 use crate::gdb::{Register, Registers};
 use crate::live::{Live, Symbols};
-use crate::snapshot::Guest;
+use lab::Guest;
+use lab::{Error, Result};
 
 /// A way to kill a kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -182,5 +184,5 @@ fn place_in(live: &mut Live<'_>, functions: &[&str], draw: &mut Rng) -> Result<u
 
 /// Runs a script in the guest that need not come back.
 fn start_in_guest(guest: &mut Guest, script: &str) -> Result<()> {
-    guest.agent.spawn(&crate::Program::shell(script)).map(drop)
+    guest.agent.spawn(&lab::Program::shell(script)).map(drop)
 }

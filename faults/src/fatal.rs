@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use fastrand::Rng;
 
-use super::{place_in, reach, start_in_guest};
-use crate::error::Result;
 use crate::gdb::Register;
 use crate::live::{Live, Symbols};
-use crate::snapshot::Guest;
+use crate::{place_in, reach, start_in_guest};
+use lab::Guest;
+use lab::Result;
 
 const WAIT: Duration = Duration::from_secs(8);
 /// THREAD_SIZE, to which stacks are aligned (CONFIG_VMAP_STACK).

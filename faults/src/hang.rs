@@ -5,11 +5,11 @@ use std::time::Duration;
 use fastrand::Rng;
 use serde_json::json;
 
-use super::{place_in, reach, start_in_guest};
-use crate::error::{Error, Result};
 use crate::gdb::Register;
 use crate::live::{Live, Symbols};
-use crate::snapshot::Guest;
+use crate::{place_in, reach, start_in_guest};
+use lab::Guest;
+use lab::{Error, Result};
 
 const WAIT: Duration = Duration::from_secs(8);
 /// Interrupts are let through (EFLAGS.IF).

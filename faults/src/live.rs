@@ -7,9 +7,8 @@ use std::path::Path;
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction};
 use ktypes::Btf;
 
-use crate::error::{Error, FileContext as _, Result};
 use crate::gdb::Gdb;
-use crate::{Channel, Machine};
+use lab::{Channel, Error, Machine, Result};
 
 const KALLSYMS: &str = "kallsyms";
 const BTF: &str = "btf";
@@ -32,7 +31,7 @@ impl Symbols {
     pub fn save(agent: &mut Channel, dir: &Path) -> Result<()> {
         for (from, name) in [("/proc/kallsyms", KALLSYMS), ("/sys/kernel/btf/vmlinux", BTF)] {
             let path = dir.join(name);
-            fs::write(&path, agent.read_file(from)?).at(&path)?;
+            fs::write(&path, agent.read_file(from)?).map_err(|source| Error::File { path, source })?;
         }
         Ok(())
     }
@@ -40,10 +39,11 @@ impl Symbols {
     /// Reads them from there.
     pub fn load(dir: &Path) -> Result<Self> {
         let path = dir.join(KALLSYMS);
-        let text = fs::read_to_string(&path).at(&path)?;
+        let text = fs::read_to_string(&path).map_err(|source| Error::File { path, source })?;
         let path = dir.join(BTF);
-        let btf = Btf::parse(fs::read(&path).at(&path)?, None)
-            .map_err(|error| Error::Host(format!("{}: {error}", path.display())))?;
+        let bytes = fs::read(&path).map_err(|source| Error::File { path: path.clone(), source })?;
+        let btf =
+            Btf::parse(bytes, None).map_err(|error| Error::Host(format!("{}: {error}", path.display())))?;
         Ok(Self::new(&text, btf))
     }
 
@@ -129,7 +129,7 @@ pub struct Live<'a> {
 impl<'a> Live<'a> {
     /// Stops a machine.
     pub fn stop(machine: &Machine, symbols: &'a Symbols) -> Result<Self> {
-        let gdb = machine.gdb()?;
+        let gdb = Gdb::new(machine.gdb()?)?;
         let mut live = Self { gdb, symbols, phys_base: 0, page_offset: 0, levels: 4 };
         live.find_image()?;
         live.page_offset = live.variable("page_offset_base")?;

@@ -5,10 +5,10 @@ use std::time::Duration;
 use fastrand::Rng;
 use serde_json::json;
 
-use super::{call, place_in, reach, start_in_guest};
-use crate::error::Result;
 use crate::live::{Live, Symbols};
-use crate::snapshot::Guest;
+use crate::{call, place_in, reach, start_in_guest};
+use lab::Guest;
+use lab::Result;
 
 const WAIT: Duration = Duration::from_secs(8);
 /// What panic() prints: a text without anything to be formatted.

@@ -3,10 +3,10 @@
 use fastrand::Rng;
 use iced_x86::{FlowControl, Instruction, Mnemonic, OpKind, Register};
 
-use super::instruction_of;
-use crate::error::{Error, Result};
+use crate::instruction_of;
 use crate::live::{Live, Symbols};
-use crate::snapshot::Guest;
+use lab::Guest;
+use lab::{Error, Result};
 
 /// Faults at a time, as in the literature: many are never reached, or do no harm.
 const FAULTS: usize = 8;

@@ -7,7 +7,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use crate::error::{Error, Result};
+use lab::{Error, Result};
 
 /// QEMU's packets have 4096 bytes, two for each byte of memory.
 const PIECE: usize = 1024;
@@ -50,7 +50,8 @@ impl Gdb {
     pub(crate) fn new(stream: UnixStream) -> Result<Self> {
         let mut gdb = Self { stream, received: Vec::new(), cpus: Vec::new() };
         gdb.command("qSupported:")?;
-        gdb.expect("QStartNoAckMode", "OK")?;
+        // Only who has asked which registers there are may write a single one.
+        gdb.command("qXfer:features:read:target.xml:0,ff0")?;
         gdb.expect("Qqemu.PhyMemMode:1", "OK")?;
         let mut list = gdb.command("qfThreadInfo")?;
         while let Some(names) = list.strip_prefix('m') {
@@ -170,7 +171,14 @@ impl Gdb {
 
     fn command(&mut self, command: &str) -> Result<String> {
         self.send(command)?;
-        self.receive(ANSWER)?.ok_or_else(|| Error::Qemu(format!("gdb: no answer to {command}")))
+        loop {
+            let answer = self.receive(ANSWER)?;
+            let answer = answer.ok_or_else(|| Error::Qemu(format!("gdb: no answer to {command}")))?;
+            // That the guest stood still when we came is told unasked; no answer looks like that.
+            if !answer.starts_with(STOP) {
+                return Ok(answer);
+            }
+        }
     }
 
     fn send(&mut self, command: &str) -> Result<()> {
@@ -183,6 +191,8 @@ impl Gdb {
         let deadline = Instant::now() + timeout;
         loop {
             if let Some(packet) = self.take_packet() {
+                // Not that it could get lost on a socket; but the stub sends it again otherwise.
+                self.stream.write_all(b"+").map_err(lost)?;
                 return Ok(Some(packet));
             }
             let left = deadline.saturating_duration_since(Instant::now());
