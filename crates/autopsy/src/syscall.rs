@@ -277,9 +277,7 @@ fn decide(thread: &Thread, facts: &dyn Facts) -> (SyscallInFlight, Resume) {
         return (call, impossible("a system call of the x32 ABI"));
     }
     let unfinished = matches!(-thread.result, ENOSYS | ERESTARTSYS | ERESTARTNOINTR | ERESTARTNOHAND);
-    if thread.result == -ERESTART_RESTARTBLOCK
-        || unfinished && call.nr == NR_RESTART_SYSCALL && !thread.panicked
-    {
+    if thread.result == -ERESTART_RESTARTBLOCK || unfinished && call.nr == NR_RESTART_SYSCALL {
         return continue_restart_block(thread, facts);
     }
     let resume = match -thread.result {
@@ -294,12 +292,12 @@ fn decide(thread: &Thread, facts: &dyn Facts) -> (SyscallInFlight, Resume) {
     (call, resume)
 }
 
-/// The call during which the kernel died: issued again, it would bring down the next one.
+/// The call during which the kernel died. As a rule it has only come upon what was broken: it goes on like any other that was on a CPU, and where that
+/// cannot be, it fails. Should it bring down the second kernel too, the machine reboots, as it would have done without that.
 fn finish_panicked(thread: &Thread, facts: &dyn Facts) -> Resume {
-    let class = row_of(thread.call.nr).map(|row| row.class);
-    match class {
-        Some(Class::Exit) => exit(thread),
-        // What it had asked for has happened. Of any other write nobody knows.
+    let row = row_of(thread.call.nr);
+    match row.map(|row| row.class) {
+        // What it had asked for has happened.
         Some(Class::Transfer(transfer)) if transfer.write && facts.is_trigger() => {
             let total = buffers(thread, facts, transfer.shape).total();
             let total = total.or((transfer.shape == Shape::Flat).then(|| thread.arg(2)));
@@ -308,7 +306,13 @@ fn finish_panicked(thread: &Thread, facts: &dyn Facts) -> Resume {
                 None => finish(-EIO, "the call during which the kernel died"),
             }
         }
-        _ => finish(-EIO, "the call during which the kernel died"),
+        _ => match row.map(|row| decide_by_class(thread, facts, row)) {
+            None => finish(-EIO, "the call during which the kernel died"),
+            Some(Resume::Impossible { why }) => {
+                finish(-EIO, format!("the call during which the kernel died; {why}"))
+            }
+            Some(resume) => resume,
+        },
     }
 }
 
@@ -428,10 +432,6 @@ fn awaited(thread: &Thread) -> Option<Pid> {
         _ => thread.arg(0),
     };
     Some(pid as Pid).filter(|pid| *pid > 0)
-}
-
-fn exit(thread: &Thread) -> Resume {
-    Resume::Exit { status: ((thread.arg(0) & 0xff) << 8) as i32 }
 }
 
 /// Issued again with the time left on the timer. Without a timer the time has not begun to run.
@@ -1674,33 +1674,24 @@ mod tests {
     }
 
     #[test]
-    fn the_call_that_killed_the_kernel_is_never_issued_again() {
+    fn the_call_that_killed_the_kernel_is_like_others_on_a_cpu() {
+        let died = |name, args: &[u64], fake: &Fake| {
+            go(&on_cpu(Thread { panicked: true, ..thread(name, args) }), fake)
+        };
         for row in TABLE {
-            for result in [-ENOSYS, 0] {
-                let call = SyscallInFlight { nr: row.nr, args: [1; 6] };
-                let thread = Thread { call, result, panicked: true, ..thread("read", &[]) };
-                let how = go(&thread, &Fake::default());
-                let again = matches!(
-                    how,
-                    Resume::Restart
-                        | Resume::RestartTimed { .. }
-                        | Resume::RestartUpdated { .. }
-                        | Resume::UserMode
-                );
-                assert!(!again, "{}: {how:?}", row.name);
-            }
+            let how = died(row.name, &[1; 6], &Fake::default());
+            assert!(!is_impossible(&how), "{}: it fails rather than end its process: {how:?}", row.name);
         }
-        let died =
-            |name, args: &[u64], fake: &Fake| go(&Thread { panicked: true, ..thread(name, args) }, fake);
         let file = || Fake::with_file(Kind::Positioned, false, 0);
-        assert_eq!(returns(&died("write", &[1, 0x1000, 2], &file())), Some(-EIO), "who knows");
+        let pipe = || Fake { leftover: true, ..Fake::with_file(Kind::Stream, false, 0) };
+        assert_eq!(died("write", &[1, 0x1000, 2], &file()), Resume::Restart);
+        assert_eq!(returns(&died("write", &[1, 0x1000, 2], &pipe())), Some(-EIO), "who knows");
         let trigger = Fake { trigger: true, ..file() };
         assert_eq!(returns(&died("write", &[1, 0x1000, 2], &trigger)), Some(2));
         let vector = Fake { words: HashMap::from([(0x1000, vec![0x2000, 3, 0x3000, 4])]), ..trigger };
         assert_eq!(returns(&died("writev", &[1, 0x1000, 2], &vector)), Some(7));
-        assert_eq!(returns(&died("read", &[1, 0x1000, 2], &vector)), Some(-EIO));
-        assert_eq!(returns(&died("ioctl", &[1, 0x1000, 2], &vector)), Some(-EIO));
-        assert_eq!(died("exit_group", &[3], &vector), Resume::Exit { status: 3 << 8 });
+        assert_eq!(died("read", &[1, 0x1000, 2], &vector), Resume::Restart);
+        assert_eq!(died("exit_group", &[3], &vector), Resume::Restart);
     }
 
     #[test]
