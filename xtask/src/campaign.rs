@@ -30,7 +30,9 @@ const BOOT_DEADLINE: Duration = Duration::from_secs(90);
 /// A guest that answers is alive.
 const PING: Duration = Duration::from_secs(15);
 /// A kernel that answers no more and has not panicked has watchdogs.
-const WATCHDOGS: Duration = Duration::from_secs(60);
+const WATCHDOGS: Duration = Duration::from_secs(30);
+/// From the NMI that a processor's performance counter would send (the hard lockup detector; emulated processors have none) to the panic.
+const NMI: Duration = Duration::from_secs(15);
 /// Faults that are drawn for each that counts, at most.
 const MAX_DRAWS: u32 = 8;
 
@@ -346,17 +348,23 @@ fn died(guest: &mut Guest, from: usize, kind: Kind) -> Result<Death> {
         return Ok(Death::Lives);
     }
     // The agent may be dead, and the kernel not.
-    Ok(match wait(WATCHDOGS) {
+    if let Ok(line) = wait(WATCHDOGS) {
+        return Ok(Death::Panic(line));
+    }
+    if guest.machine.has_ended() {
+        return Ok(Death::Unseen("the machine was reset without a panic".into()));
+    }
+    guest.machine.inject_nmi()?;
+    Ok(match wait(NMI) {
         Ok(line) => Death::Panic(line),
-        Err(_) if guest.machine.has_ended() => Death::Unseen("the machine was reset without a panic".into()),
-        Err(_) => Death::Unseen("the kernel answers no more, and no watchdog has noticed".into()),
+        Err(_) => Death::Unseen("the kernel answers no more, not even to an NMI".into()),
     })
 }
 
 /// The first line that tells why the kernel died.
 fn reason(guest: &Guest, from: usize) -> String {
     const STARTS: [&str; 7] =
-        ["BUG:", "kernel BUG at", "WARNING:", "Oops:", "traps:", "watchdog:", "Kernel panic - not syncing"];
+        ["BUG:", "kernel BUG at", "WARNING:", "Oops:", "watchdog:", "NMI: ", "Kernel panic - not syncing"];
     let lines = guest.machine.console.lines(from);
     let told = lines.iter().find_map(|line| {
         let at = STARTS.iter().filter_map(|start| line.text.find(start)).min()?;
