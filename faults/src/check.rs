@@ -5,6 +5,8 @@
 use std::time::Duration;
 
 use fastrand::Rng;
+
+use crate::Injected;
 use iced_x86::FlowControl;
 
 use crate::gdb::Register;
@@ -14,14 +16,14 @@ use lab::Guest;
 use lab::Result;
 
 /// Checks that wait to be made, at a time.
-const SITES: usize = 48;
+const SITES: usize = 96;
 /// So often others are drawn.
 const ROUNDS: usize = 6;
 const WAIT: Duration = Duration::from_millis(1500);
 /// From the jump's target to the `ud2` there may be a few instructions that load what is printed.
 const MAX_BLOCK: usize = 8;
 /// Entries that are looked at to find a site whose jump can be told.
-const MAX_DRAWS: usize = 400;
+const MAX_DRAWS: usize = 800;
 
 /// A jump that leads to the `ud2` of a site.
 #[derive(Clone, Copy)]
@@ -31,7 +33,7 @@ struct Site {
     ud2: u64,
 }
 
-pub(super) fn inject(guest: &mut Guest, symbols: &Symbols, draw: &mut Rng) -> Result<Option<String>> {
+pub(super) fn inject(guest: &mut Guest, symbols: &Symbols, draw: &mut Rng) -> Result<Injected> {
     let mut live = Live::stop(&guest.machine, symbols)?;
     let table = addresses(&mut live)?;
     for _ in 0..ROUNDS {
@@ -49,10 +51,10 @@ pub(super) fn inject(guest: &mut Guest, symbols: &Symbols, draw: &mut Rng) -> Re
         live.gdb.set(reached.cpu, Register::Rip, site.target)?;
         let what = format!("the check at {} fails on CPU {}", symbols.name(site.ud2), reached.cpu);
         live.leave()?;
-        return Ok(Some(what));
+        return Ok(Injected::Done(what));
     }
     live.leave()?;
-    Ok(None)
+    Ok(Injected::Not(format!("{ROUNDS} times {SITES} checks")))
 }
 
 /// Where the `ud2` of each entry is (CONFIG_GENERIC_BUG_RELATIVE_POINTERS).

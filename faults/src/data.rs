@@ -4,6 +4,8 @@ use std::fmt;
 
 use fastrand::Rng;
 
+use crate::Injected;
+
 use crate::live::{Live, Symbols};
 use lab::Guest;
 use lab::{Error, Result};
@@ -46,7 +48,7 @@ impl fmt::Display for Area {
     }
 }
 
-pub(super) fn inject(guest: &mut Guest, symbols: &Symbols, draw: &mut Rng) -> Result<String> {
+pub(super) fn inject(guest: &mut Guest, symbols: &Symbols, draw: &mut Rng) -> Result<Injected> {
     let frames = u64::from(guest.machine.memory_mib) << 8;
     let mut live = Live::stop(&guest.machine, symbols)?;
     let area = draw.choice(AREAS).unwrap_or(Area::SlabObject);
@@ -73,9 +75,9 @@ pub(super) fn inject(guest: &mut Guest, symbols: &Symbols, draw: &mut Rng) -> Re
     }
     live.leave()?;
     if done.is_empty() {
-        return Err(Error::Guest(format!("no place to write to in {area}")));
+        return Ok(Injected::Not(format!("no place to write to in {area}")));
     }
-    Ok(format!("{} writes into {area}: {}", done.len(), done.join(", ")))
+    Ok(Injected::Done(format!("{} writes into {area}: {}", done.len(), done.join(", "))))
 }
 
 /// Addresses of all processes' `task_struct`s.
@@ -171,22 +173,30 @@ fn struct_page(live: &mut Live<'_>, frames: u64, draw: &mut Rng) -> Result<u64> 
 
 /// In a page of some file.
 fn page_cache(live: &mut Live<'_>, frames: u64, draw: &mut Rng) -> Result<u64> {
+    /// `struct page`s that are read at a time.
+    const MANY: u64 = 64;
+    let (base, size) = (live.variable("vmemmap_base")?, live.symbols.size("page")?);
+    let (offset, _) = live.symbols.member("page", "mapping")?;
     for _ in 0..MAX_DRAWS {
-        let page = struct_page(live, frames, draw)?;
-        let Ok(mapping) = member(live, "page", "mapping", page) else { continue };
-        // The lowest bits are set for anonymous memory; what a file's pages belong to has an inode that leads back to it.
-        if !live.is_direct(mapping) || mapping % 8 != 0 {
-            continue;
+        let first = draw.u64(..frames / MANY) * MANY;
+        // There are holes.
+        let Ok(bytes) = live.read(base + first * size, (MANY * size) as usize) else { continue };
+        let pages = bytes.chunks_exact(size as usize).zip(first..);
+        let mapping =
+            |page: &[u8]| page.get(offset as usize..)?.first_chunk().map(|word| u64::from_le_bytes(*word));
+        let mapped: Vec<(u64, u64)> =
+            pages.filter_map(|(page, frame)| Some((frame, mapping(page)?))).collect();
+        for (frame, mapping) in mapped {
+            // The lowest bits are set for anonymous memory; what a file's pages belong to has an inode that leads back to it.
+            if !live.is_direct(mapping) || mapping % 8 != 0 {
+                continue;
+            }
+            let Ok(inode) = member(live, "address_space", "host", mapping) else { continue };
+            let leads_back = |live: &mut Live<'_>| member(live, "inode", "i_mapping", inode);
+            if live.is_direct(inode) && leads_back(live).is_ok_and(|back| back == mapping) {
+                return Ok(live.page_offset() + frame * PAGE + draw.u64(..PAGE / 8) * 8);
+            }
         }
-        let Ok(inode) = member(live, "address_space", "host", mapping) else { continue };
-        if !live.is_direct(inode)
-            || !member(live, "inode", "i_mapping", inode).is_ok_and(|back| back == mapping)
-        {
-            continue;
-        }
-        let base = live.variable("vmemmap_base")?;
-        let frame = (page - base) / live.symbols.size("page")?;
-        return Ok(live.page_offset() + frame * PAGE + draw.u64(..PAGE / 8) * 8);
     }
     Err(nowhere("page of a file"))
 }

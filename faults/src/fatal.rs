@@ -6,7 +6,7 @@ use fastrand::Rng;
 
 use crate::gdb::Register;
 use crate::live::{Live, Symbols};
-use crate::{place_in, reach, start_in_guest};
+use crate::{Injected, places_in, reach, start_in_guest};
 use lab::Guest;
 use lab::Result;
 
@@ -30,24 +30,21 @@ const PLACES: &[&str] = &[
     "path_openat",
 ];
 
-pub(super) fn inject(guest: &mut Guest, symbols: &Symbols, draw: &mut Rng) -> Result<Option<String>> {
+pub(super) fn inject(guest: &mut Guest, symbols: &Symbols, draw: &mut Rng) -> Result<Injected> {
     let overflow = match draw.u32(..3) {
         0 => true,
         1 => false,
         _ => {
             start_in_guest(guest, EXHAUST)?;
-            return Ok(Some("memory is used up (vm.panic_on_oom)".into()));
+            return Ok(Injected::Done("memory is used up (vm.panic_on_oom)".into()));
         }
     };
     let mut live = Live::stop(&guest.machine, symbols)?;
-    let mut places = Vec::new();
-    for _ in 0..4 {
-        places.push(place_in(&mut live, PLACES, draw)?);
-    }
+    let places = places_in(&mut live, PLACES, draw)?;
     let cpu = draw.usize(..live.gdb.cpus());
     let Some(reached) = reach(&mut live, &places, Some(cpu), WAIT)? else {
         live.leave()?;
-        return Ok(None);
+        return Ok(Injected::Not("stack".into()));
     };
     let stack = reached.registers.general[Register::Rsp as usize];
     let (what, pointer) = match overflow {
@@ -56,5 +53,6 @@ pub(super) fn inject(guest: &mut Guest, symbols: &Symbols, draw: &mut Rng) -> Re
     };
     live.gdb.set(reached.cpu, Register::Rsp, pointer)?;
     live.leave()?;
-    Ok(Some(format!("{what} in {} on CPU {}", symbols.name(reached.at), reached.cpu)))
+    let at = symbols.name(reached.at);
+    Ok(Injected::Done(format!("{what} in {at} on CPU {}", reached.cpu)))
 }

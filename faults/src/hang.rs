@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::gdb::Register;
 use crate::live::{Live, Symbols};
-use crate::{place_in, reach, start_in_guest};
+use crate::{Injected, places_in, reach, start_in_guest};
 use lab::Guest;
 use lab::{Error, Result};
 
@@ -29,7 +29,7 @@ const SYSTEM_CALLS: &[&str] =
     &["ksys_read", "ksys_write", "do_futex", "vfs_read", "do_sys_poll", "do_epoll_wait", "handle_mm_fault"];
 const SOFTIRQS: &[&str] = &["__do_softirq", "handle_softirqs", "run_timer_softirq", "rcu_core"];
 
-pub(super) fn inject(guest: &mut Guest, symbols: &Symbols, draw: &mut Rng) -> Result<Option<String>> {
+pub(super) fn inject(guest: &mut Guest, symbols: &Symbols, draw: &mut Rng) -> Result<Injected> {
     match draw.u32(..4) {
         0 => endless(guest, symbols, "endless loop", SYSTEM_CALLS, true, draw),
         1 => endless(guest, symbols, "endless loop with interrupts off", SYSTEM_CALLS, false, draw),
@@ -37,7 +37,7 @@ pub(super) fn inject(guest: &mut Guest, symbols: &Symbols, draw: &mut Rng) -> Re
         _ => {
             throttle(guest, 1)?;
             start_in_guest(guest, WRITE)?;
-            Ok(Some("tasks hang: the disk does one operation a second".into()))
+            Ok(Injected::Done("tasks hang: the disk does one operation a second".into()))
         }
     }
 }
@@ -59,16 +59,13 @@ fn endless(
     functions: &[&str],
     interrupts: bool,
     draw: &mut Rng,
-) -> Result<Option<String>> {
+) -> Result<Injected> {
     let mut live = Live::stop(&guest.machine, symbols)?;
-    let mut places = Vec::new();
-    for _ in 0..4 {
-        places.push(place_in(&mut live, functions, draw)?);
-    }
+    let places = places_in(&mut live, functions, draw)?;
     let cpu = draw.usize(..live.gdb.cpus());
     let Some(reached) = reach(&mut live, &places, Some(cpu), WAIT)? else {
         live.leave()?;
-        return Ok(None);
+        return Ok(Injected::Not(what.into()));
     };
     let target = find_loop(&mut live)?;
     live.gdb.set(reached.cpu, Register::Rip, target)?;
@@ -77,7 +74,8 @@ fn endless(
         live.gdb.set(reached.cpu, Register::Eflags, flags)?;
     }
     live.leave()?;
-    Ok(Some(format!("{what}, from {} on CPU {}", symbols.name(reached.at), reached.cpu)))
+    let at = symbols.name(reached.at);
+    Ok(Injected::Done(format!("{what}, from {at} on CPU {}", reached.cpu)))
 }
 
 /// Two bytes of code that are an endless loop, wherever: only the one CPU is sent there.

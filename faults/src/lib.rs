@@ -72,13 +72,22 @@ impl fmt::Display for Kind {
     }
 }
 
-/// Injects a fault; what was done, in words, or none if its place was not reached in time. The guest runs on.
-pub fn inject(guest: &mut Guest, symbols: &Symbols, kind: Kind, draw: &mut Rng) -> Result<Option<String>> {
+/// What has become of a fault.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Injected {
+    /// What was done, in words.
+    Done(String),
+    /// Its place was not reached in time, or there was none: what was to be done.
+    Not(String),
+}
+
+/// Injects a fault. The guest runs on.
+pub fn inject(guest: &mut Guest, symbols: &Symbols, kind: Kind, draw: &mut Rng) -> Result<Injected> {
     match kind {
         Kind::Check => check::inject(guest, symbols, draw),
         Kind::Panic => panic::inject(guest, symbols, draw),
-        Kind::Text => text::inject(guest, symbols, draw).map(Some),
-        Kind::Data => data::inject(guest, symbols, draw).map(Some),
+        Kind::Text => text::inject(guest, symbols, draw),
+        Kind::Data => data::inject(guest, symbols, draw),
         Kind::Hang => hang::inject(guest, symbols, draw),
         Kind::Fatal => fatal::inject(guest, symbols, draw),
     }
@@ -171,7 +180,12 @@ fn instruction_of(live: &mut Live<'_>, function: &str, draw: &mut Rng) -> Result
     Ok(draw.choice(real))
 }
 
-/// A place in one of several functions, of those that this kernel has.
+/// Places in some of several functions, of those that this kernel has: not every instruction is reached.
+fn places_in(live: &mut Live<'_>, functions: &[&str], draw: &mut Rng) -> Result<Vec<u64>> {
+    const PLACES: usize = 12;
+    (0..PLACES).map(|_| place_in(live, functions, draw)).collect()
+}
+
 fn place_in(live: &mut Live<'_>, functions: &[&str], draw: &mut Rng) -> Result<u64> {
     let known: Vec<&str> =
         functions.iter().copied().filter(|name| live.symbols.find(name).is_some()).collect();

@@ -6,7 +6,7 @@ use fastrand::Rng;
 use serde_json::json;
 
 use crate::live::{Live, Symbols};
-use crate::{call, place_in, reach, start_in_guest};
+use crate::{Injected, call, places_in, reach, start_in_guest};
 use lab::Guest;
 use lab::Result;
 
@@ -105,42 +105,33 @@ const CONTEXTS: [Context; 15] = [
     },
 ];
 
-pub(super) fn inject(guest: &mut Guest, symbols: &Symbols, draw: &mut Rng) -> Result<Option<String>> {
-    let Some(context) = draw.choice(&CONTEXTS) else { return Ok(None) };
+pub(super) fn inject(guest: &mut Guest, symbols: &Symbols, draw: &mut Rng) -> Result<Injected> {
+    let Some(context) = draw.choice(&CONTEXTS) else { return Ok(Injected::Not("no context".into())) };
     if !context.script.is_empty() {
         start_in_guest(guest, context.script)?;
     }
     if context.nmi {
         // It comes as soon as the guest goes on.
-        let mut live = Live::stop(&guest.machine, symbols)?;
-        let place = place_in(&mut live, context.functions, draw)?;
-        let entry = symbols.extent(place).map_or(place, |(start, _)| start);
+        let live = Live::stop(&guest.machine, symbols)?;
+        let entries: Vec<u64> = context.functions.iter().filter_map(|name| symbols.find(name)).collect();
         guest.machine.monitor().command("inject-nmi", json!({}))?;
-        return strike(live, context, &[entry], None);
+        return strike(live, context, &entries, None);
     }
     let mut live = Live::stop(&guest.machine, symbols)?;
-    // Some instructions are never reached.
-    let mut places = Vec::new();
-    for _ in 0..4 {
-        places.push(place_in(&mut live, context.functions, draw)?);
-    }
+    let places = places_in(&mut live, context.functions, draw)?;
     let cpu = draw.usize(..live.gdb.cpus());
     strike(live, context, &places, Some(cpu))
 }
 
-fn strike(
-    mut live: Live<'_>,
-    context: &Context,
-    places: &[u64],
-    cpu: Option<usize>,
-) -> Result<Option<String>> {
+fn strike(mut live: Live<'_>, context: &Context, places: &[u64], cpu: Option<usize>) -> Result<Injected> {
     let symbols = live.symbols;
     let Some(reached) = reach(&mut live, places, cpu, WAIT)? else {
         live.leave()?;
-        return Ok(None);
+        return Ok(Injected::Not(context.name.into()));
     };
     let message = symbols.address(MESSAGE)?;
     call(&mut live, &reached, "panic", message)?;
     live.leave()?;
-    Ok(Some(format!("{}: panic in {} on CPU {}", context.name, symbols.name(reached.at), reached.cpu)))
+    let at = symbols.name(reached.at);
+    Ok(Injected::Done(format!("{}: panic in {at} on CPU {}", context.name, reached.cpu)))
 }

@@ -1,15 +1,17 @@
 //! Instructions that are changed: the fault models of Rio and Nooks.
 
 use fastrand::Rng;
+
+use crate::Injected;
 use iced_x86::{FlowControl, Instruction, Mnemonic, OpKind, Register};
 
 use crate::instruction_of;
 use crate::live::{Live, Symbols};
 use lab::Guest;
-use lab::{Error, Result};
+use lab::Result;
 
 /// Faults at a time, as in the literature: many are never reached, or do no harm.
-const FAULTS: usize = 8;
+const FAULTS: usize = 16;
 const MAX_DRAWS: usize = 400;
 const NOP: u8 = 0x90;
 
@@ -167,7 +169,7 @@ const MODELS: [Model; 7] = [
     Model::RemovedInitialisation,
 ];
 
-pub(super) fn inject(guest: &mut Guest, symbols: &Symbols, draw: &mut Rng) -> Result<String> {
+pub(super) fn inject(guest: &mut Guest, symbols: &Symbols, draw: &mut Rng) -> Result<Injected> {
     let mut live = Live::stop(&guest.machine, symbols)?;
     let mut done = Vec::new();
     for _ in 0..MAX_DRAWS {
@@ -188,11 +190,7 @@ pub(super) fn inject(guest: &mut Guest, symbols: &Symbols, draw: &mut Rng) -> Re
         done.push(format!("{model:?} at {}", symbols.name(at)));
     }
     live.leave()?;
-    if done.is_empty() {
-        Err(Error::Guest("no instruction that could be changed".into()))
-    } else {
-        Ok(done.join(", "))
-    }
+    Ok(Injected::Done(done.join(", ")))
 }
 
 /// Changes an instruction's bytes; none if the model does not fit it.

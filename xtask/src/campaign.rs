@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use clap::Args;
-use faults::Kind;
+use faults::{Injected, Kind};
 use lab::{Error, Guest, Lab, Line, Series};
 use serde::{Deserialize, Serialize};
 
@@ -143,8 +143,10 @@ struct Crash {
     seed: u64,
     load: String,
     kind: Kind,
-    /// What was done to the kernel; none if the fault was never reached, or did not kill it in time.
-    fault: Option<String>,
+    /// What was done to the kernel, or was to be done.
+    what: String,
+    /// It was done, and killed the kernel in time.
+    killed: bool,
     /// What the kernel said when it died.
     panic: String,
     /// The console's time from the fault to the panic, and from there to the agent's first words, in milliseconds.
@@ -155,7 +157,7 @@ struct Crash {
 
 impl Crash {
     fn counts(&self) -> bool {
-        self.fault.is_some()
+        self.killed
     }
 
     fn survived(&self) -> bool {
@@ -278,16 +280,20 @@ impl Campaign {
             seed,
             load: load.name.into(),
             kind,
-            fault: None,
+            what: String::new(),
+            killed: false,
             panic: String::new(),
             panic_ms: 0,
             resurrected_ms: 0,
             programs: Vec::new(),
         };
-        let Some(what) = faults::inject(&mut guest, &load.symbols, kind, &mut draw)
-            .with_context(|| format!("injecting a fault ({kind}, seed {seed})"))?
-        else {
-            return Ok(crash);
+        let injected = faults::inject(&mut guest, &load.symbols, kind, &mut draw);
+        crash.what = match injected.with_context(|| format!("injecting a fault ({kind}, seed {seed})"))? {
+            Injected::Done(what) => what,
+            Injected::Not(what) => {
+                crash.what = what;
+                return Ok(crash);
+            }
         };
         let injected = guest.machine.now_ms();
         let died = died(&mut guest, from, kind)?;
@@ -302,7 +308,7 @@ impl Campaign {
                 resurrected(&mut guest, &line).err()
             }
         };
-        crash.fault = Some(what);
+        crash.killed = true;
         crash.programs = match trouble {
             Some((fate, words)) => load.all(fate, &words),
             None => {
@@ -387,19 +393,20 @@ fn resurrected(guest: &mut Guest, panic: &Line) -> Result<(), (Fate, String)> {
 }
 
 fn tell(series: Series, crash: &Crash) {
-    let Some(fault) = &crash.fault else {
-        ui::line(format!("  {series} {:13} {:15} never reached, or it lives on", crash.seed, crash.kind));
-        return;
-    };
+    if !crash.killed {
+        let Crash { seed, kind, what, .. } = crash;
+        return ui::line(format!("  {series} {seed:13} {kind:15} never reached, or it lives on: {what}"));
+    }
     let survived = crash.programs.iter().filter(|outcome| outcome.survived()).count();
     let line = format!(
-        "  {series} {:13} {:15} {:9} {survived} of {} survived, {:.1} + {:.1} s: {fault}; {}",
+        "  {series} {:13} {:15} {:9} {survived} of {} survived, {:.1} + {:.1} s: {}; {}",
         crash.seed,
         crash.kind,
         crash.load,
         crash.programs.len(),
         crash.panic_ms as f64 / 1000.0,
         crash.resurrected_ms as f64 / 1000.0,
+        crash.what,
         crash.panic,
     );
     if crash.survived() {
