@@ -16,7 +16,8 @@ const STACK: u64 = 16 << 10;
 /// An address that none can be.
 const NOWHERE: u64 = 0xdead_0000_0000_0000;
 /// Takes all memory there is.
-const EXHAUST: &str = "sysctl -q vm.panic_on_oom=2; exec tail /dev/zero";
+const EXHAUST: &str =
+    "sysctl -q vm.panic_on_oom=2; exec python3 -c \"b = [bytearray(b'x') * (64 << 20) for n in range(999)]\"";
 
 const PLACES: &[&str] = &[
     "ksys_read",

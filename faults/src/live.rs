@@ -169,7 +169,7 @@ impl<'a> Live<'a> {
         const PRESENT: u64 = 1;
         const LARGE: u64 = 1 << 7;
         const FRAME: u64 = 0x000f_ffff_ffff_f000;
-        if address >= KERNEL_MAP && address < KERNEL_MAP + (1 << 30) {
+        if (KERNEL_MAP..KERNEL_MAP + (1 << 30)).contains(&address) {
             return Ok((address - KERNEL_MAP).wrapping_add(self.phys_base));
         }
         let top =

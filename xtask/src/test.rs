@@ -6,6 +6,7 @@ use lab::Series;
 use lab::image::Flavour;
 
 use crate::apps::{self, Apps};
+use crate::campaign::Campaign;
 use crate::crash_runs::{CrashRuns, Tally};
 use crate::ground_truth::GroundTruth;
 use crate::libotherworld::Library;
@@ -14,6 +15,8 @@ use crate::unhappy::Unhappy;
 use crate::whole_machine::WholeMachine;
 use crate::{Global, build, fuzz, ui};
 
+/// The campaign's crashes that are the same each time.
+const FAULTS_SEED: u64 = 6;
 /// Inputs for each fuzz target.
 const FUZZ_RUNS: u64 = 1_000_000;
 
@@ -90,6 +93,9 @@ impl Test {
         add("survivors", Survivors::new(series).count(global));
         add("unhappy paths", Unhappy::new(series).count(global));
         add("the whole machine", WholeMachine::new(series).count(global));
+        let (fixed, fresh) = if self.quick { (2, 1) } else { (10, 5) };
+        add("kernels killed in drawn ways", Campaign::new(series, fixed, Some(FAULTS_SEED)).count(global));
+        add("kernels killed in fresh ways", Campaign::new(series, fresh, None).count(global));
         add("applications", Apps::new(series).count(global));
         add("ground truth", GroundTruth::new(series).count(global));
         sum
