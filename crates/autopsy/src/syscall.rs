@@ -587,6 +587,10 @@ fn transfer(thread: &Thread, facts: &dyn Facts, transfer: Transfer) -> Resume {
     if transfer.write && file.is_message_socket && !thread.on_cpu {
         return Resume::Restart;
     }
+    // An iterator that there may be is an earlier call's.
+    if thread.on_cpu && facts.phase() == Some(Phase::Before) {
+        return Resume::Restart;
+    }
     if !facts.has_stack() {
         return impossible(
             "a transfer on a CPU whose registers were not saved: how far it had come cannot be told",
@@ -599,10 +603,6 @@ fn transfer(thread: &Thread, facts: &dyn Facts, transfer: Transfer) -> Resume {
         file: transfer.kiocb.then_some(file.addr),
         socket: file.kind == Kind::Socket,
     };
-    // An iterator that there may be is an earlier call's.
-    if thread.on_cpu && facts.phase() == Some(Phase::Before) {
-        return Resume::Restart;
-    }
     match facts.transfer(wanted) {
         // A read that never got to its file, or a file with a `read` of its own, which waits before it takes.
         Search::Nothing if !thread.on_cpu => Resume::Restart,
@@ -787,12 +787,16 @@ struct Dead<'a> {
 
 impl<'a> Dead<'a> {
     fn new(kernel: &'a Kernel, ctx: &'a Context<'a>) -> Self {
-        let live = ctx.stack_pointer.filter(|sp| ctx.stack.contains(sp) && sp % 8 == 0).and_then(|sp| {
+        let frames = ctx.cpu_registers.map_or_else(Vec::new, |registers| orc::places(kernel, registers));
+        let is_on_stack = |sp: &u64| ctx.stack.contains(sp) && sp.is_multiple_of(8);
+        // An exception with a stack of its own (a double fault) has left its registers there.
+        let pointer = ctx.stack_pointer.filter(is_on_stack);
+        let pointer = pointer.or_else(|| frames.iter().map(|frame| frame.sp).find(is_on_stack));
+        let live = pointer.and_then(|sp| {
             let len = ctx.stack.end.checked_sub(sp).filter(|len| *len <= MAX_STACK)?;
             let bytes = kernel.read_bytes(sp, len as usize).ok()?;
             Some((sp, words(&bytes)))
         });
-        let frames = ctx.cpu_registers.map_or_else(Vec::new, |registers| orc::places(kernel, registers));
         Dead { kernel, ctx, task: kernel.read(ctx.task).ok(), stack: live, frames }
     }
 

@@ -93,6 +93,11 @@ impl Stat {
     }
 }
 
+/// Whether the process of a `/proc/PID/stat` is stopped by job control, or runs no more.
+pub(crate) fn has_stopped(path: &str) -> bool {
+    Stat::read(path).is_none_or(|stat| matches!(stat.state, 'T' | 'Z' | 'X'))
+}
+
 /// What is compared of a mapping: labels such as `[heap]` are derived from addresses that are set elsewhere.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Shown {

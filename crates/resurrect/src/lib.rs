@@ -1077,6 +1077,9 @@ impl<'a> Run<'a> {
         let hurry = Hurry::begin();
         for build in builds {
             let released = build.release();
+            if released.is_ok() && matches!(build.process.state, ProcessState::Stopped { .. }) {
+                build.await_stop(self.process_deadline());
+            }
             back.extend(self.note_release(build, released));
         }
         families.begin();

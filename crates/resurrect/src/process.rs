@@ -517,6 +517,16 @@ impl<'a> Build<'a> {
         self.main()?.observe()
     }
 
+    /// Waits until it has been on a CPU, and stands still or is gone: nobody is to see it run.
+    pub(crate) fn await_stop(&self, deadline: Deadline) {
+        /// Nothing tells of the stop of another one's child.
+        const LOOK_AGAIN: Duration = Duration::from_micros(200);
+        let path = format!("/proc/{}/stat", self.process.pid);
+        while !check::has_stopped(&path) && !deadline.is_over() {
+            std::thread::sleep(LOOK_AGAIN);
+        }
+    }
+
     fn stop_again(&self) {
         if let ProcessState::Stopped { .. } = self.process.state {
             // Stops before its first instruction, whatever it does with other stopping signals. Its parent is told (again).
