@@ -54,6 +54,7 @@ struct File {
     never_defaults: bool,
     live_fpu: LiveFpu,
     failed_procedure: FailedProcedure,
+    integrity: Integrity,
     deadlines: Deadlines,
     failure: Failure,
     fsck: Fsck,
@@ -73,6 +74,7 @@ impl Default for File {
             never_defaults: true,
             live_fpu: LiveFpu::default(),
             failed_procedure: FailedProcedure::default(),
+            integrity: Integrity::default(),
             deadlines: Deadlines::default(),
             failure: Failure::default(),
             fsck: Fsck::default(),
@@ -83,6 +85,13 @@ impl Default for File {
             report: Report::default(),
         }
     }
+}
+
+/// What doubt about a process's state leads to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Integrity {
+    policy: snapshot::Integrity,
 }
 
 /// How long each step of a resurrection may take, seconds.
@@ -491,7 +500,14 @@ impl Config {
             let message = "[report] dir is not an absolute path".to_owned();
             return Err(meaning(key_line("dir"), message, "write the whole path"));
         }
-        let policy = Policy { mode: file.mode, select, never, live_fpu: file.live_fpu, users: wanted_users };
+        let policy = Policy {
+            mode: file.mode,
+            select,
+            never,
+            live_fpu: file.live_fpu,
+            integrity: file.integrity.policy,
+            users: wanted_users,
+        };
         Ok(Self::from_file(file, policy))
     }
 }
@@ -547,11 +563,14 @@ mod tests {
             start = ["/usr/local/sbin/agent"]
             [deadlines]
             whole = 60
+            [integrity]
+            policy = "permissive"
             "#,
         )
         .unwrap();
         assert_eq!(config.policy.mode, Mode::Programs);
         assert_eq!(config.policy.live_fpu, LiveFpu::ResumeAnyway);
+        assert_eq!(config.policy.integrity, snapshot::Integrity::Permissive);
         assert_eq!(config.policy.never.len(), 1);
         assert_eq!(config.policy.users["alice"], 1000);
         assert_eq!(config.failure.action, FailureAction::Continue);

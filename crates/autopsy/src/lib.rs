@@ -17,6 +17,7 @@
 mod aio;
 mod autofs;
 mod cgroup;
+mod check;
 mod clock;
 mod crashproc;
 mod credentials;
@@ -126,6 +127,10 @@ pub struct Autopsy<'k> {
     xfs_buffers: RefCell<BTreeMap<u64, BTreeMap<u64, u64>>>,
     pub(crate) known_tasks: OnceCell<Vec<syscall::KnownTask>>,
     pub(crate) now: OnceCell<Clocks>,
+    pub(crate) caches: check::Caches,
+    pub(crate) page_layout: OnceCell<Option<check::page::Layout>>,
+    /// What was noticed about address spaces while they were read, for all who use them.
+    pub(crate) memory_doubts: RefCell<BTreeMap<AddressSpaceId, check::Doubts>>,
 }
 
 impl<'k> Autopsy<'k> {
@@ -162,6 +167,9 @@ impl<'k> Autopsy<'k> {
             xfs_buffers: RefCell::default(),
             known_tasks: OnceCell::new(),
             now: OnceCell::new(),
+            caches: check::Caches::default(),
+            page_layout: OnceCell::new(),
+            memory_doubts: RefCell::default(),
         }
     }
 
@@ -229,8 +237,11 @@ impl<'k> Autopsy<'k> {
 
     /// Notes something about the process that is being read, or about the machine.
     pub(crate) fn find(&self, severity: Severity, object: &str, text: impl Into<String>) {
-        let finding =
-            Finding { severity, pid: self.subject.get(), object: object.to_owned(), text: text.into() };
+        self.note(Finding::new(severity, self.subject.get(), object, text));
+    }
+
+    fn note(&self, finding: Finding) {
+        let severity = finding.severity;
         let mut findings = self.findings.borrow_mut();
         // The same object can be met on several ways.
         let known = |f: &Finding| f.severity == severity && f.pid == finding.pid && f.text == finding.text;

@@ -14,6 +14,8 @@ use snapshot::{
 };
 use vmcore::{Entry, EntryKind, PAGE_SHIFT, PAGE_SIZE, PteFormat};
 
+use crate::check::memory::Belonging;
+use crate::check::page::Pages;
 use crate::error::{Result, corrupt};
 use crate::swap::{Slot, Swap};
 use crate::{Autopsy, syscall_name};
@@ -34,6 +36,7 @@ const VM_READ: u64 = 0x1;
 const VM_WRITE: u64 = 0x2;
 const VM_EXEC: u64 = 0x4;
 const VM_SHARED: u64 = 0x8;
+const VM_GROWSDOWN: u64 = 0x100;
 const VM_MAYSHARE: u64 = 0x80;
 const VM_UFFD_MISSING: u64 = 0x200;
 const VM_PFNMAP: u64 = 0x400;
@@ -58,7 +61,7 @@ const FLAGS: [(u64, VmaFlags); 18] = [
     (0x10, VmaFlags::MAYREAD),
     (0x20, VmaFlags::MAYWRITE),
     (0x40, VmaFlags::MAYEXEC),
-    (0x100, VmaFlags::GROWSDOWN),
+    (VM_GROWSDOWN, VmaFlags::GROWSDOWN),
     (VM_HUGETLB, VmaFlags::HUGETLB),
     (VM_LOCKED, VmaFlags::LOCKED),
     (0x8000, VmaFlags::SEQ_READ),
@@ -305,6 +308,8 @@ struct Collector<'a, 'k> {
     /// Only anonymous pages count: the others are the file's.
     file: bool,
     swap: &'a Swap,
+    /// Whether they belong there is looked at in passing.
+    check: Option<Pages<'k>>,
     pages: Vec<PageRun>,
     lost: u64,
     why_lost: Option<String>,
@@ -316,13 +321,21 @@ impl Collector<'_, '_> {
         let to = (entry.va + entry.size.bytes()).min(end);
         let count = to.saturating_sub(from) >> PAGE_SHIFT;
         let skip = (from - entry.va) >> PAGE_SHIFT;
-        match entry.kind(&self.frames.format) {
+        let kind = entry.kind(&self.frames.format);
+        // The page of an entry that waits for a migration is about to lose its owner.
+        let is_settled = matches!(kind, EntryKind::Present { .. } | EntryKind::ProtNone { .. });
+        match kind {
             EntryKind::Present { phys }
             | EntryKind::ProtNone { phys }
             | EntryKind::Migration { phys, .. }
             | EntryKind::DeviceExclusive { phys, .. } => {
                 let first = (phys >> PAGE_SHIFT) + skip;
                 for i in 0..count {
+                    if let Some(check) =
+                        self.check.as_mut().filter(|_| is_settled && !self.frames.is_zero(first + i))
+                    {
+                        check.see(from + (i << PAGE_SHIFT), first + i);
+                    }
                     self.page(from + (i << PAGE_SHIFT), first + i);
                 }
             }
@@ -453,6 +466,7 @@ impl Autopsy<'_> {
             addresses.push((first, last, vma));
             Ok(())
         })?;
+        let locked = mm.mmap_lock & RWSEM_WRITER_LOCKED != 0;
         let mut vmas: Vec<Vma> = Vec::with_capacity(addresses.len());
         let mut agree = mm.map_count == addresses.len() as i32;
         for (first, last, addr) in addresses {
@@ -467,10 +481,15 @@ impl Autopsy<'_> {
                 let why = format!("{:x}-{:x} cannot be the next mapping", area.vm_start, area.vm_end);
                 return Err(corrupt("vm_area_struct", addr, why));
             }
-            agree &= area.vm_start == first && area.vm_end == last.wrapping_add(1);
-            vmas.push(self.vma(id, mm, &area)?);
+            let range = (first, last.wrapping_add(1));
+            let bounds = (area.vm_start, area.vm_end);
+            agree &= bounds == range;
+            // A stack grows downwards in a page fault, with the lock held for reading only (until 6.4).
+            let grows = area.vm_flags & VM_GROWSDOWN != 0 && range.1 == bounds.1;
+            let belonging =
+                self.check_mapping(id, addr, range, bounds, !locked && !(grows && range != bounds));
+            vmas.push(self.vma(id, mm, &area, belonging, !locked)?);
         }
-        let locked = mm.mmap_lock & RWSEM_WRITER_LOCKED != 0;
         let holder = mm.mmap_lock_owner.filter(|_| locked).map(|owner| owner & !OWNER_FLAGS);
         // Without an owner it has just been taken, or is about to be released.
         let is_harmless = |holder| holder == 0 || call_of(holder).is_some_and(keeps_mappings_whole);
@@ -526,7 +545,15 @@ impl Autopsy<'_> {
         }
     }
 
-    fn vma(&self, id: AddressSpaceId, mm: &Mm, area: &VmArea) -> Result<Vma> {
+    /// `settled`: nobody was changing mappings.
+    fn vma(
+        &self,
+        id: AddressSpaceId,
+        mm: &Mm,
+        area: &VmArea,
+        belonging: Belonging,
+        settled: bool,
+    ) -> Result<Vma> {
         let flags = area.vm_flags;
         let on = |bit: u64| flags & bit != 0;
         let mut prot = Prot::empty();
@@ -551,7 +578,11 @@ impl Autopsy<'_> {
             _ => false,
         };
         if own_pages {
-            self.pages(id, mm, &mut vma)?;
+            // hugetlbfs counts in its own pages.
+            let check = (settled && flags & VM_HUGETLB == 0)
+                .then(|| self.pages_of(area.vm_start, area.vm_pgoff, belonging))
+                .flatten();
+            self.pages(id, mm, &mut vma, check)?;
         }
         Ok(vma)
     }
@@ -636,12 +667,19 @@ impl Autopsy<'_> {
     }
 
     /// The frames that belong to the mapping itself.
-    fn pages(&self, id: AddressSpaceId, mm: &Mm, vma: &mut Vma) -> Result<()> {
+    fn pages<'s>(
+        &'s self,
+        id: AddressSpaceId,
+        mm: &Mm,
+        vma: &mut Vma,
+        check: Option<Pages<'s>>,
+    ) -> Result<()> {
         let mut collector = Collector {
             frames: self.frames()?,
             ranges: self.kernel.phys().ranges(),
             file: matches!(vma.kind, VmaKind::File { .. }),
             swap: self.swap(),
+            check,
             pages: Vec::new(),
             lost: 0,
             why_lost: None,
@@ -665,6 +703,9 @@ impl Autopsy<'_> {
                     collector.lose(1, "may be missing: a CPU was changing their page table");
                 }
             }
+        }
+        if let Some(check) = collector.check {
+            self.note_memory_doubts(id, self.pages_doubts(check, (start, end)));
         }
         if let Some(why) = collector.why_lost {
             let text = format!("mapping {start:x}-{end:x}: {} pages {why}", collector.lost);

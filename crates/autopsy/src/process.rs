@@ -276,11 +276,11 @@ pub(crate) struct Member {
 }
 
 /// A thread group.
-struct Group {
-    leader: Task,
+pub(crate) struct Group {
+    pub leader: Task,
     signal: Signal,
     /// Leader first, then by TID.
-    members: Vec<Member>,
+    pub members: Vec<Member>,
 }
 
 impl Autopsy<'_> {
@@ -308,12 +308,14 @@ impl Autopsy<'_> {
     /// process can be read.
     pub fn processes(&self) -> Result<Vec<Process>> {
         let (mut processes, mut first_loss) = (Vec::new(), None);
-        for group in &self.groups()? {
+        let groups = self.groups()?;
+        for group in &groups {
             match self.process_of(group) {
                 Ok(process) => processes.extend(process),
                 Err(error) => first_loss = first_loss.or(Some(error)),
             }
         }
+        self.cross_check(&groups, &processes);
         finish_exits(&mut processes);
         // When nobody is left, it is not the processes that are broken.
         match first_loss {

@@ -16,7 +16,9 @@ use autopsy::Autopsy;
 use ktypes::Kernel;
 use resurrect::FileStale;
 use resurrect::block::Rescued;
-use snapshot::{Finding, PhysMap, PhysMem, PhysMemError, PhysRange, Reason, Severity, Snapshot, StableBytes};
+use snapshot::{
+    Action, Finding, PhysMap, PhysMem, PhysMemError, PhysRange, Reason, Severity, Snapshot, StableBytes,
+};
 use vmcore::Vmcore;
 
 use crate::protocol::{Channel, FromWorker, Survey, ToWorker};
@@ -152,10 +154,8 @@ impl Worker {
         let mut findings = snapshot.findings.clone();
         let mut tell = |object: &str, lost: Vec<FileStale>, text: fn(&FileStale) -> String| {
             let finding = |lost| Finding {
-                severity: Severity::Loss,
-                pid: None,
-                object: object.to_owned(),
-                text: text(&lost),
+                action: Action::Reported,
+                ..Finding::new(Severity::Loss, None, object, text(&lost))
             };
             findings.extend(lost.into_iter().map(finding));
         };

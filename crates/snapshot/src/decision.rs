@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    AddressSpaceId, Descriptor, EventFd, FileKind, Fpu, OpenFile, Pid, Process, ProcessState, Resume,
-    Severity, Snapshot, ThreadState, UnixSocket, VmaKind,
+    AddressSpaceId, Descriptor, EventFd, FileKind, FindingKind, Fpu, OpenFile, Pid, Process, ProcessState,
+    Resume, Severity, Snapshot, ThreadState, UnixSocket, VmaKind,
 };
 
 /// The kernel's return value of an interrupted call (-EINTR).
@@ -90,6 +90,17 @@ pub enum LiveFpu {
     ResumeAnyway,
 }
 
+/// What to do with a process when there is doubt about its own state: two sources disagree, and which of them is damaged cannot be told.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Integrity {
+    /// It enters its crash procedure, which is told of it, or is given up when it has none.
+    #[default]
+    Strict,
+    /// It goes on, and the report warns. Doubt about credentials still gives it up.
+    Permissive,
+}
+
 /// How much of the machine goes on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -115,6 +126,9 @@ pub struct Policy {
     pub never: Vec<Selector>,
     #[allow(missing_docs)]
     pub live_fpu: LiveFpu,
+    #[allow(missing_docs)]
+    #[serde(default)]
+    pub integrity: Integrity,
     /// User names of the selectors as numbers (from the main kernel's user database, resolved when arming).
     pub users: BTreeMap<String, u32>,
 }
@@ -167,6 +181,12 @@ pub fn decide(snapshot: &mut Snapshot, policy: &Policy) {
         if let Some(d) = decisions.remove(&process.pid) {
             process.decision = d;
         }
+    }
+    let known: BTreeMap<Pid, usize> =
+        snapshot.processes.iter().enumerate().map(|(i, p)| (p.pid, i)).collect();
+    for finding in &mut snapshot.findings {
+        let process = finding.pid.and_then(|pid| snapshot.processes.get(*known.get(&pid)?));
+        finding.action = finding.action_for(process);
     }
     snapshot.dead_files.clear();
     if policy.mode == Mode::All {
@@ -251,6 +271,7 @@ fn judge(
         match finding.severity {
             Severity::Note => {}
             Severity::Loss => losses.push(reason),
+            Severity::Doubt if doubt(process, finding.kind, policy.integrity) => losses.push(reason),
             Severity::Doubt | Severity::Broken => reasons.push(reason),
         }
     }
@@ -304,6 +325,15 @@ fn judge(
         }
     }
     conclude(reasons, losses)
+}
+
+/// Whether a process comes back although there is doubt about it: as `policy` says, but never with credentials that may be somebody else's.
+pub fn doubt(process: &Process, kind: FindingKind, policy: Integrity) -> bool {
+    match (kind, policy) {
+        (FindingKind::Credentials, _) => false,
+        (_, Integrity::Permissive) => true,
+        (_, Integrity::Strict) => process.crash_procedure.is_some(),
+    }
 }
 
 fn conclude(reasons: Vec<Reason>, losses: Vec<Reason>) -> Decision {
@@ -925,8 +955,7 @@ mod tests {
             }),
             ["lost-pages"]
         );
-        let doubt =
-            |severity| Finding { severity, pid: Some(500), object: "memory".into(), text: "x".into() };
+        let doubt = |severity| Finding::new(severity, Some(500), "memory", "x");
         assert_eq!(reasons(|s| s.findings.push(doubt(Severity::Doubt))), ["memory"]);
         assert!(reasons(|s| s.findings.push(doubt(Severity::Note))).is_empty());
     }
@@ -1086,6 +1115,45 @@ mod tests {
         assert!(matches!(decision(&s, 500), Decision::Continue { losses } if losses[0].code == "live-fpu"));
         decide(&mut s, &Policy { live_fpu: LiveFpu::GiveUp, ..all() });
         assert!(matches!(decision(&s, 500), Decision::GiveUp { .. }));
+    }
+
+    #[test]
+    fn doubt_follows_the_policy_and_says_what_was_done() {
+        let procedure = crate::CrashProcedure {
+            entry: 0x1000,
+            procedure: 0x2000,
+            data: 0,
+            stack_size: 1 << 16,
+            time_limit_ms: 1000,
+            threads_run: false,
+            regions: vec![],
+            locks: vec![],
+        };
+        // What becomes of the process, and what is said to have been done about the finding.
+        let outcome = |severity, kind, integrity, with_procedure: bool| {
+            let mut s = machine(vec![process(500, 1, 1000)]);
+            s.processes[0].crash_procedure = with_procedure.then(|| procedure.clone());
+            s.findings.push(Finding { kind, ..Finding::new(severity, Some(500), "memory", "x") });
+            decide(&mut s, &Policy { integrity, ..all() });
+            (decision(&s, 500).is_continue(), s.findings[0].action)
+        };
+        use FindingKind::{Credentials, Page};
+        use Integrity::{Permissive, Strict};
+        use Severity::{Broken, Doubt, Loss, Note};
+        assert_eq!(outcome(Doubt, Page, Strict, false), (false, Action::GivenUp));
+        assert_eq!(outcome(Doubt, Page, Strict, true), (true, Action::CrashProcedure));
+        assert_eq!(outcome(Doubt, Page, Permissive, false), (true, Action::Reported));
+        assert_eq!(outcome(Broken, Page, Permissive, true), (false, Action::GivenUp));
+        for (integrity, with_procedure) in [(Strict, true), (Permissive, false), (Permissive, true)] {
+            assert_eq!(outcome(Doubt, Credentials, integrity, with_procedure), (false, Action::GivenUp));
+        }
+        assert_eq!(outcome(Loss, Page, Strict, false), (true, Action::Reported));
+        assert_eq!(outcome(Note, Page, Strict, false), (true, Action::None));
+        let mut s = machine(vec![process(500, 1, 1000)]);
+        s.findings.push(Finding::new(Doubt, Some(500), "memory", "x"));
+        s.findings.push(Finding::new(Doubt, None, "memory", "x"));
+        decide(&mut s, &Policy::default());
+        assert!(s.findings.iter().all(|f| f.action == Action::None), "nobody asked for it");
     }
 
     #[test]

@@ -67,7 +67,9 @@ pub const RECENT_SECONDS: i64 = 120;
 
 pub use crashproc::{CrashProcedure, FailedProcedure, WatchedLock};
 pub use credentials::{Capabilities, Credentials};
-pub use decision::{Decision, LiveFpu, Mode, Policy, Reason, Selector, decide, swapped_out_of_reach};
+pub use decision::{
+    Decision, Integrity, LiveFpu, Mode, Policy, Reason, Selector, decide, doubt, swapped_out_of_reach,
+};
 pub use device::{Device, DeviceKind};
 pub use epoll::{Epoll, EpollItem};
 pub use eventfd::EventFd;
@@ -75,7 +77,7 @@ pub use file::{
     Descriptor, DoubtfulPage, Extent, FileId, FileKind, Inode, InodeId, MAX_DESCRIPTOR, OpenFile,
     PageCacheRun, Xattr,
 };
-pub use finding::{Finding, Severity};
+pub use finding::{Action, Finding, FindingKind, Severity};
 pub use fs::{FsContext, Mount, MountFlags, Timestamp};
 pub use hugetlb::HugePages;
 pub use inet::{InetProtocol, InetSocket, InetState};

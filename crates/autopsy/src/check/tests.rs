@@ -1,0 +1,1 @@
+//! Fake dead kernels, whole and with one thing damaged.
