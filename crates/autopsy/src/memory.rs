@@ -487,7 +487,7 @@ impl Autopsy<'_> {
             // A stack grows downwards in a page fault, with the lock held for reading only (until 6.4).
             let grows = area.vm_flags & VM_GROWSDOWN != 0 && range.1 == bounds.1;
             let belonging =
-                self.check_mapping(id, addr, range, bounds, !locked && !(grows && range != bounds));
+                self.check_mapping(id, addr, range, bounds, !(locked || grows && range != bounds));
             vmas.push(self.vma(id, mm, &area, belonging, !locked)?);
         }
         let holder = mm.mmap_lock_owner.filter(|_| locked).map(|owner| owner & !OWNER_FLAGS);

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
-use snapshot::{Bytes, Decision, Finding, Kernel, Panic, Pid, Process, ProcessState, Reason, Snapshot};
+use snapshot::{
+    Action, Bytes, Decision, Finding, Kernel, Panic, Pid, Process, ProcessState, Reason, Severity, Snapshot,
+};
 
 /// Everything about one panic and what came after it.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -249,6 +251,14 @@ impl Report {
         for failure in &self.failures {
             line(format!("Trouble: {failure}"));
         }
+        for doubt in self.findings.iter().filter(|f| f.severity >= Severity::Doubt) {
+            let whose = doubt.pid.map(|pid| format!(" of process {pid}")).unwrap_or_default();
+            let done = match doubt.action {
+                Action::None => String::new(),
+                action => format!(" ({})", crate::cmd::check::action(action)),
+            };
+            line(format!("Doubt: {}{whose}: {}{done}", doubt.object, doubt.text));
+        }
         // Nobody wants to read what was never asked for.
         let asked: Vec<&Fate> = self.processes.iter().filter(|p| p.fate != FateKind::NotSelected).collect();
         if !asked.is_empty() {
@@ -415,6 +425,9 @@ mod tests {
             fate(9, "cron", FateKind::NotSelected, &["no rule asks for it"]),
         ];
         r.failures.push("/srv: no such device".into());
+        let doubt = Finding::new(Severity::Doubt, Some(8), "file", "two sources disagree");
+        r.findings.push(Finding { action: Action::GivenUp, ..doubt });
+        r.findings.push(Finding::new(Severity::Note, None, "file", "a trifle"));
         let text = r.to_text();
         assert!(text.contains("      7  python3          lives\n"), "{text}");
         assert!(
@@ -424,6 +437,8 @@ mod tests {
         assert!(text.contains("its own net namespace"));
         assert!(!text.contains("cron"));
         assert!(text.contains("Trouble: /srv: no such device"));
+        assert!(text.contains("Doubt: file of process 8: two sources disagree (given up)\n"), "{text}");
+        assert!(!text.contains("a trifle"));
         assert!(text.ends_with("1 live, 1 given up, 0 failed, 1 not selected\n"));
     }
 }

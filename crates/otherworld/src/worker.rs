@@ -142,6 +142,7 @@ impl Worker {
             fallback: crate::init::steward::fallback(&config.after.start),
             generation: arm::generation(&arm::Root::default()).unwrap_or(0),
             failed_procedure: config.failed_procedure,
+            integrity: config.policy.integrity,
             block_devices: block_devices(snapshot, manifest),
             leave_out: config.tmpfs.leave_out.clone(),
             own_places: vec![arm::STATE_DIR.into(), config.report.dir.clone()],
@@ -152,6 +153,7 @@ impl Worker {
         let pour = Pour { bytes: report.poured_bytes, us: report.pour_time.as_micros() as u64 };
         let processes = std::mem::take(&mut report.outcomes).into_iter().map(fate).collect();
         let mut findings = snapshot.findings.clone();
+        findings.append(&mut report.findings);
         let mut tell = |object: &str, lost: Vec<FileStale>, text: fn(&FileStale) -> String| {
             let finding = |lost| Finding {
                 action: Action::Reported,

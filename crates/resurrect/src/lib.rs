@@ -80,6 +80,7 @@ mod sys;
 mod syscall;
 #[cfg(test)]
 mod testing;
+mod text;
 mod thread;
 mod timer;
 mod timerfd;
@@ -97,7 +98,8 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use snapshot::{
-    Bytes, Decision, FailedProcedure, MAX_DESCRIPTOR, PhysMem, Pid, Process, ProcessState, Reason, Snapshot,
+    Action, Bytes, Decision, FailedProcedure, Finding, FindingKind, Integrity, MAX_DESCRIPTOR, PhysMem, Pid,
+    Process, ProcessState, Reason, Severity, Snapshot,
 };
 
 use crate::company::Company;
@@ -112,6 +114,9 @@ use crate::plan::{Plan, Role};
 use crate::pour::{OwnerId, ReverseMap};
 use crate::process::{Build, Common, Failure, Own};
 use crate::skeleton::State;
+
+/// How long program text may be read from the disk for comparison.
+const TEXT_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Bounds for [`resurrect`].
 #[derive(Clone, Debug)]
@@ -129,6 +134,8 @@ pub struct Options {
     pub generation: u32,
     /// What becomes of a process whose crash procedure fails.
     pub failed_procedure: FailedProcedure,
+    /// What becomes of a process that has executed other text than its program's.
+    pub integrity: Integrity,
     /// Where the block devices are that swap areas are on.
     pub block_devices: swap::BlockDevices,
     /// Where the caller keeps files of its own: what the disk has there is newer than what the dead kernel knew.
@@ -146,6 +153,7 @@ impl Default for Options {
             fallback: Vec::new(),
             generation: 1,
             failed_procedure: FailedProcedure::default(),
+            integrity: Integrity::default(),
             block_devices: swap::BlockDevices::new(),
             own_places: Vec::new(),
             leave_out: Vec::new(),
@@ -256,6 +264,9 @@ pub struct Report {
     /// Swap areas that are not in use again.
     #[serde(default)]
     pub swap_off: Vec<FileStale>,
+    /// What was noticed only here, where there is a disk.
+    #[serde(default)]
+    pub findings: Vec<Finding>,
 }
 
 /// An amount of file contents, and how long it took.
@@ -462,6 +473,7 @@ impl<'a> Run<'a> {
         let processes = self.processes(&wanted);
         let mut files = Files::open(self.snapshot, &processes, &mem, base, prepared);
         self.refuse_files(&mut wanted, &files);
+        self.compare_text(&mut wanted, &files, &mem);
         self.report.files_written = files.written(self.snapshot);
         self.report.files_stale.extend(files.stale(self.snapshot));
         let mut reverse = ReverseMap::default();
@@ -776,6 +788,36 @@ impl<'a> Run<'a> {
             let failures = files.failures(self.snapshot, p);
             if !failures.is_empty() {
                 self.give_up(wanted, p.pid, failures);
+            }
+        }
+    }
+
+    /// Programs whose text in memory was not what their files have.
+    fn compare_text(&mut self, wanted: &mut BTreeSet<Pid>, files: &Files, mem: &dyn PhysMem) {
+        let processes = self.processes(wanted);
+        let deadline = self.deadline.or_after(TEXT_PATIENCE);
+        let differences = text::Differences::find(self.snapshot, &processes, files, mem, deadline);
+        let find = |severity, pid, text: &str| Finding {
+            kind: FindingKind::Text,
+            ..Finding::new(severity, pid, "memory", text)
+        };
+        if differences.is_incomplete {
+            let text = "not all program text has been compared with the disk: it takes too long";
+            self.report.findings.push(find(Severity::Note, None, text));
+        }
+        for p in processes {
+            let Some(why) = differences.of(self.snapshot, p) else { continue };
+            let comes_back = snapshot::doubt(p, FindingKind::Text, self.options.integrity);
+            let action = match (comes_back, p.crash_procedure.is_some()) {
+                (false, _) => Action::GivenUp,
+                (true, true) => Action::CrashProcedure,
+                (true, false) => Action::Reported,
+            };
+            self.report.findings.push(Finding { action, ..find(Severity::Doubt, Some(p.pid), &why) });
+            let reason = Reason::new("text", why);
+            match comes_back {
+                true => self.losses.entry(p.pid).or_default().push(reason),
+                false => self.give_up(wanted, p.pid, vec![reason]),
             }
         }
     }

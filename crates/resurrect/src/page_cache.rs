@@ -436,7 +436,7 @@ fn fill_huge(file: &File, page_size: u64, inode: &Inode, mem: &dyn PhysMem) -> i
     Ok(written)
 }
 
-fn verify(path: &Path, inode: &Inode, meta: &Metadata) -> Result<(), PageCacheError> {
+pub(crate) fn verify(path: &Path, inode: &Inode, meta: &Metadata) -> Result<(), PageCacheError> {
     let path = || path.display().to_string();
     if !meta.is_file() {
         return Err(PageCacheError::NotAFile { path: path() });
@@ -448,7 +448,7 @@ fn verify(path: &Path, inode: &Inode, meta: &Metadata) -> Result<(), PageCacheEr
 }
 
 /// The disk knows another modification time than the dead kernel did. File systems that keep whole seconds only say 0 nanoseconds.
-fn is_older(meta: &Metadata, inode: &Inode) -> bool {
+pub(crate) fn is_older(meta: &Metadata, inode: &Inode) -> bool {
     let nsec = meta.mtime_nsec();
     meta.mtime() != inode.mtime.sec || (nsec != 0 && nsec != i64::from(inode.mtime.nsec))
 }
