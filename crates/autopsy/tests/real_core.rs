@@ -7,7 +7,7 @@ use std::sync::Arc;
 use autopsy::ground_truth::{Record, compare};
 use autopsy::{Autopsy, autopsy};
 use ktypes::Kernel;
-use snapshot::{Severity, Snapshot};
+use snapshot::{FileKind, FindingKind, Severity, Snapshot, VmaKind};
 use vmcore::{Error, PhysMap, PhysRange, PhysicalMemory, Vmcore};
 
 fn env(name: &str) -> Option<PathBuf> {
@@ -26,7 +26,7 @@ fn core() -> Option<Kernel> {
 /// A core with some bytes changed.
 struct Damaged {
     core: Arc<Vmcore>,
-    patches: Vec<(u64, [u8; 8])>,
+    patches: Vec<(u64, Vec<u8>)>,
 }
 
 impl PhysicalMemory for Damaged {
@@ -55,11 +55,17 @@ impl PhysicalMemory for Damaged {
 
 /// The same core with 64-bit words at kernel addresses replaced.
 fn damage(patches: &[(u64, u64)]) -> Kernel {
+    let bytes: Vec<_> = patches.iter().map(|(va, value)| (*va, value.to_le_bytes().to_vec())).collect();
+    overwrite(&bytes)
+}
+
+/// The same core with bytes at kernel addresses replaced.
+fn overwrite(patches: &[(u64, Vec<u8>)]) -> Kernel {
     let path = std::env::var_os("OTHERWORLD_CORE").expect("checked before");
     let healthy = core().expect("checked before");
     let core = Arc::new(Vmcore::open(path.as_ref()).expect("a core"));
     let patches =
-        patches.iter().map(|(va, value)| (healthy.virt_to_phys(*va).expect("mapped"), value.to_le_bytes()));
+        patches.iter().map(|(va, bytes)| (healthy.virt_to_phys(*va).expect("mapped"), bytes.clone()));
     let memory = Damaged { core: core.clone(), patches: patches.collect() };
     let (info, notes) = (core.info().clone(), core.prstatus().to_vec());
     Kernel::open(Vmcore::from_memory(Box::new(memory), info, notes)).expect("a kernel")
@@ -161,4 +167,164 @@ fn the_edge_of_the_kernel_has_names() {
         assert!(text.contains(&addr), "{name}");
         assert_eq!(kernel.symbolize(addr), Some((name, 0)));
     }
+}
+
+/// Each structure is cross-checked: one wrong value anywhere raises a doubt about the process, and about nobody else.
+#[test]
+fn planted_damage_is_found() {
+    let Some(kernel) = core() else { return };
+    let healthy = autopsy(&kernel).unwrap();
+    let offset = |ty: &str, member: &str| kernel.offset_of(ty, member).unwrap();
+    let word = |addr: u64, ty: &str, member: &str| kernel.read_u64(addr + offset(ty, member)).unwrap();
+    let tasks = Autopsy::new(&kernel).tasks().unwrap();
+    let task_of = |pid: i32| tasks.iter().find(|t| t.pid == pid).expect("known").task;
+    // A program that a user executed, off the CPUs.
+    const AT_UID: u64 = 11;
+    let is_fit = |p: &&snapshot::Process| {
+        let on_cpu = p.threads.iter().any(|t| t.on_cpu.is_some());
+        let space = p.address_space.and_then(|id| healthy.address_spaces.get(&id));
+        let auxv = space.map_or(&[][..], |space| &space.layout.auxv);
+        let of_user = auxv.as_chunks::<2>().0.iter().any(|pair| pair[0] == AT_UID && pair[1] != 0);
+        !on_cpu && of_user && !p.descriptors.is_empty()
+    };
+    let victim = healthy.processes.iter().find(is_fit).expect("a program of a user");
+    let task = task_of(victim.pid);
+    let cred = word(task, "task_struct", "real_cred");
+    let mm = victim.address_space.unwrap();
+    let space = &healthy.address_spaces[&mm];
+    let signal = word(task, "task_struct", "signal");
+    let files = word(task, "task_struct", "files");
+    let fdt = word(files, "files_struct", "fdt");
+    // A mapping with a page of its own that nobody else has.
+    let users = |pfn: u64| {
+        let runs = healthy.address_spaces.values().flat_map(|s| &s.vmas).flat_map(|v| &v.pages);
+        runs.filter(|r| (r.pfn..r.pfn + u64::from(r.count)).contains(&pfn)).count()
+    };
+    let own =
+        space.vmas.iter().flat_map(|v| &v.pages).find(|r| users(r.pfn) == 1).expect("a page of its own");
+    let page = kernel.pfn_to_page(own.pfn);
+    let root_file = {
+        let root = healthy.process(1).expect("init");
+        root.descriptors
+            .iter()
+            .find(|d| healthy.files[&d.file].kind == FileKind::Regular)
+            .map_or(root.descriptors[0].file, |d| d.file)
+    };
+    let own_file = victim.descriptors.iter().map(|d| d.file).find(|id| {
+        let has = |p: &snapshot::Process| p.descriptors.iter().any(|d| d.file == *id);
+        healthy.processes.iter().filter(|p| has(p)).count() == 1
+            && healthy.files[id].kind == FileKind::Regular
+    });
+    let is_file = |v: &&snapshot::Vma| matches!(v.kind, VmaKind::File { .. });
+    let mapped = space.vmas.iter().find(is_file).expect("a mapped file");
+    let vma = {
+        let tree = mm.0 + offset("mm_struct", "mm_mt");
+        let mut found = None;
+        kernel
+            .maple_for_each(tree, 1 << 20, |first, _, vma| {
+                if first == mapped.start {
+                    found = Some(vma)
+                }
+                Ok(())
+            })
+            .unwrap();
+        found.expect("in the tree")
+    };
+    let init = task_of(1);
+    let init_cred = word(init, "task_struct", "real_cred");
+    use FindingKind::{Canary, Count, Credentials, Link, Page, Slab};
+    let at = |base: u64, ty: &str, member: &str| base + offset(ty, member);
+    let long = |v: u64| v.to_le_bytes().to_vec();
+    let int = |v: u32| v.to_le_bytes().to_vec();
+    let mut damages: Vec<(&str, FindingKind, Vec<(u64, Vec<u8>)>)> = vec![
+        ("uid", Credentials, vec![(at(cred, "cred", "uid"), int(0))]),
+        ("euid", Credentials, vec![(at(cred, "cred", "euid"), int(0))]),
+        ("suid", Credentials, vec![(at(cred, "cred", "suid"), int(0))]),
+        ("egid", Credentials, vec![(at(cred, "cred", "egid"), int(0))]),
+        ("capabilities", Credentials, vec![(at(cred, "cred", "cap_permitted"), long(0x1ff_ffff_ffff))]),
+        ("a capability", Credentials, vec![(at(cred, "cred", "cap_effective"), long(1 << 21))]),
+        ("unknown capability", Credentials, vec![(at(cred, "cred", "cap_bset"), long(1 << 50))]),
+        ("user", Credentials, vec![(at(cred, "cred", "user"), long(word(init_cred, "cred", "user")))]),
+        ("real_cred", Credentials, vec![(at(task, "task_struct", "real_cred"), long(init_cred))]),
+        (
+            "both credentials",
+            Credentials,
+            vec![
+                (at(task, "task_struct", "real_cred"), long(init_cred)),
+                (at(task, "task_struct", "cred"), long(init_cred)),
+            ],
+        ),
+        ("cred amid", Credentials, vec![(at(task, "task_struct", "real_cred"), long(cred + 16))]),
+        ("sighand", Slab, vec![(at(task, "task_struct", "sighand"), long(files))]),
+        ("real_parent", Link, vec![(at(task, "task_struct", "real_parent"), long(task))]),
+        ("wild parent", Link, vec![(at(task, "task_struct", "real_parent"), long(signal))]),
+        (
+            "thread_pid",
+            Link,
+            vec![(at(task, "task_struct", "thread_pid"), long(word(init, "task_struct", "thread_pid")))],
+        ),
+        ("nr_threads", Count, vec![(at(signal, "signal_struct", "nr_threads"), int(7))]),
+        ("canary", Canary, vec![(at(task, "task_struct", "stack_canary"), long(0x1234_5678_9abc_def1))]),
+        ("mm_users", Count, vec![(at(mm.0, "mm_struct", "mm_users"), int(0))]),
+        ("active_mm", Link, vec![(at(task, "task_struct", "active_mm"), long(mm.0 + 64))]),
+        ("mapping", Page, vec![(at(page, "page", "mapping"), long(word(page, "page", "mapping") ^ 0x4000))]),
+        ("index", Page, vec![(at(page, "page", "index"), long(word(page, "page", "index") ^ 0x10))]),
+        ("refcount", Page, vec![(at(page, "page", "_refcount"), int(0))]),
+        (
+            "bitmap",
+            Link,
+            vec![(
+                word(fdt, "fdtable", "open_fds"),
+                vec![0xfe & kernel.read_u8(word(fdt, "fdtable", "open_fds")).unwrap()],
+            )],
+        ),
+        ("vm_file", Link, vec![(at(vma, "vm_area_struct", "vm_file"), long(root_file.0))]),
+        ("vma", Slab, vec![(at(vma, "vm_area_struct", "anon_vma"), long(vma))]),
+    ];
+    if let Some(file) = own_file {
+        let dentry = word(file.0, "file", "f_path.dentry");
+        damages.extend([
+            (
+                "f_inode",
+                Link,
+                vec![(at(file.0, "file", "f_inode"), long(word(root_file.0, "file", "f_inode")))],
+            ),
+            (
+                "f_count",
+                Count,
+                vec![(at(file.0, "file", "f_count"), long(0x7fff_ffff_0000_0000 | 1 << 63 | 1))],
+            ),
+            (
+                "f_mapping",
+                Link,
+                vec![(at(file.0, "file", "f_mapping"), long(word(root_file.0, "file", "f_mapping")))],
+            ),
+            (
+                "d_inode",
+                Link,
+                vec![(at(dentry, "dentry", "d_inode"), long(word(root_file.0, "file", "f_inode")))],
+            ),
+            ("dentry", Slab, vec![(at(file.0, "file", "f_path.dentry"), long(dentry + 8))]),
+        ]);
+    }
+    let mut missed = Vec::new();
+    for (name, kind, patches) in damages {
+        let snapshot = autopsy(&overwrite(&patches)).unwrap();
+        let alarms: Vec<_> = snapshot.findings.iter().filter(|f| f.severity >= Severity::Doubt).collect();
+        if !alarms
+            .iter()
+            .any(|f| f.pid == Some(victim.pid) && (f.kind == kind || f.severity == Severity::Broken))
+        {
+            missed.push((name, format!("{alarms:?}")));
+        }
+        let others: Vec<_> =
+            alarms.iter().filter(|f| f.pid != Some(victim.pid) && f.severity == Severity::Doubt).collect();
+        if !others.is_empty() {
+            eprintln!("{name}: also {others:?}");
+        }
+        for f in alarms.iter().take(4) {
+            eprintln!("{name}: {:?} {:?} {:?} {}", f.severity, f.kind, f.pid, f.text);
+        }
+    }
+    assert!(missed.is_empty(), "{missed:#?}");
 }

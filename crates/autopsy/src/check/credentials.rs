@@ -117,6 +117,7 @@ impl Autopsy<'_> {
             let said = [
                 impossible(cred, full),
                 at_exec.and_then(|at_exec| gained(cred, at_exec)),
+                at_exec.and_then(|at_exec| half_root(cred, at_exec)),
                 unlike_elders(cred, &elders, full),
                 (thread.tid != own.tid).then(|| unlike_leader(cred, &own.credentials)).flatten(),
             ];
@@ -237,6 +238,32 @@ fn gained(cred: &Credentials, at_exec: AtExec) -> Option<String> {
     (capabilities.permitted != 0).then(|| "it has capabilities, and was executed without any".into())
 }
 
+/// One id of four that is root's, in a process that started with the same ones throughout and may not change them. Who was root and becomes a
+/// user leaves at least two of them behind (setuid(2), setreuid(2), seteuid(2)), or has kept the capability to go back.
+fn half_root(cred: &Credentials, at_exec: AtExec) -> Option<String> {
+    const CAP_SETGID: u64 = 1 << 6;
+    const CAP_SETUID: u64 = 1 << 7;
+    let is_uniform =
+        !at_exec.secure && at_exec.uids[0] == at_exec.uids[1] && at_exec.gids[0] == at_exec.gids[1];
+    let lone = |ids: [u32; 4]| {
+        let mut others = ids.into_iter().filter(|id| *id != 0);
+        let first = others.next()?;
+        let rest: Vec<u32> = others.collect();
+        (rest == [first, first]).then_some(first)
+    };
+    let permitted = cred.capabilities.permitted;
+    if !is_uniform {
+        return None;
+    }
+    if let Some(id) =
+        lone([cred.uid, cred.euid, cred.suid, cred.fsuid]).filter(|_| permitted & CAP_SETUID == 0)
+    {
+        return Some(format!("one of its user ids is root's, the others are {id}"));
+    }
+    let id = lone([cred.gid, cred.egid, cred.sgid, cred.fsgid]).filter(|_| permitted & CAP_SETGID == 0)?;
+    Some(format!("one of its group ids is root's, the others are {id}"))
+}
+
 /// All capabilities without being root: nothing but root's child that keeps them has that. `elders`: its parent, its session's leader.
 fn unlike_elders(cred: &Credentials, elders: &[Credentials], full: u64) -> Option<String> {
     let is_user = ![cred.uid, cred.euid, cred.suid].contains(&0);
@@ -345,6 +372,31 @@ mod tests {
         }
         assert_eq!(gained(&root(), executed(0, 0, 0)), None);
         assert!(AtExec::of(&[AT_UID, 1000, 0, 0]).is_none(), "not told");
+    }
+
+    #[test]
+    fn who_has_become_a_user_has_not_one_id_left_of_root() {
+        let from_root = executed(0, 0, 0);
+        assert_eq!(half_root(&user(106), from_root), None);
+        assert_eq!(half_root(&root(), from_root), None);
+        for change in [
+            (|c: &mut Credentials| c.euid = 0) as fn(&mut Credentials),
+            |c| c.suid = 0,
+            |c| c.fsuid = 0,
+            |c| c.egid = 0,
+            |c| c.sgid = 0,
+        ] {
+            let mut cred = user(106);
+            change(&mut cred);
+            assert!(half_root(&cred, from_root).is_some(), "{cred:?}");
+            assert_eq!(half_root(&cred, executed(106, 0, 1)), None, "a setuid program");
+            cred.capabilities.permitted = 0b1100_0000;
+            assert_eq!(half_root(&cred, from_root), None, "it may");
+        }
+        // seteuid(2) of a daemon of root's.
+        let mut cred = user(106);
+        (cred.uid, cred.suid) = (0, 0);
+        assert_eq!(half_root(&cred, from_root), None);
     }
 
     #[test]

@@ -152,7 +152,11 @@ impl Autopsy<'_> {
         let mut tables = HashSet::new();
         let own = processes.iter().filter(|p| p.files_id != 0 && tables.insert(p.files_id));
         let opened = own.flat_map(|p| p.descriptors.iter().map(|d| d.file));
-        for id in opened.chain(self.address_spaces.borrow().keys().flat_map(|id| self.mapped_by(*id))) {
+        // Where mappings are in doubt, that they use a file must not be held against the file.
+        let doubted = self.memory_doubts.borrow();
+        let spaces = self.address_spaces.borrow();
+        let sound = spaces.keys().filter(|id| !doubted.contains_key(id));
+        for id in opened.chain(sound.flat_map(|id| self.mapped_by(*id))) {
             *machine.file_users.entry(id.0).or_default() += 1;
         }
         machine
