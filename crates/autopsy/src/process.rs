@@ -335,7 +335,7 @@ impl Autopsy<'_> {
     }
 
     /// The thread groups of all user processes; makes their threads known to each other.
-    fn groups(&self) -> Result<Vec<Group>> {
+    pub(crate) fn groups(&self) -> Result<Vec<Group>> {
         let leaders = self.leaders()?;
         // Without it all would be lost, one by one.
         self.kernel.check::<Signal>()?;

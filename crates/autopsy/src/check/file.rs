@@ -1,6 +1,9 @@
 //! Open files: descriptor bitmap and table, `struct file` and its users, `dentry`, inode, super block (include/linux/fdtable.h, fs.h,
 //! dcache.h; fs/file.c, fs/dcache.c; 6.1 and 6.12).
 
+#[cfg(test)]
+mod tests;
+
 use ktypes::KernelType;
 use snapshot::{FileId, FindingKind, Process};
 

@@ -1,6 +1,9 @@
 //! Address spaces: who uses them, and mappings against the maple tree that they are in, the file mapping trees, their `anon_vma`s
 //! (include/linux/mm_types.h, rmap.h, fs.h; mm/mmap.c, mm/interval_tree.c, kernel/fork.c; 6.1 and 6.12).
 
+#[cfg(test)]
+mod tests;
+
 use ktypes::KernelType;
 use snapshot::{AddressSpaceId, FindingKind};
 

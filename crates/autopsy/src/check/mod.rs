@@ -18,8 +18,6 @@ pub(crate) mod page;
 mod process;
 mod slab;
 mod socket;
-#[cfg(test)]
-mod tests;
 
 pub(crate) use slab::Caches;
 

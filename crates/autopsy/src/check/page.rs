@@ -3,6 +3,9 @@
 //! A page gets its owner and its count before it gets into a page table, and keeps both until after it is out of it again; so that nothing
 //! here can be caught half done, except that counts lag behind by what each CPU was about to add (filemap_map_pages() since 6.7).
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashMap;
 
 use ktypes::Kernel;

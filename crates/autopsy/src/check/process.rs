@@ -2,6 +2,9 @@
 //!
 //! All of these are changed with tasklist_lock held for writing: where it was held, a disagreement is only noted.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::{HashMap, HashSet};
 
 use ktypes::KernelType;

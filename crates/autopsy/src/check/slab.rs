@@ -3,6 +3,9 @@
 //! Caches are told by the kernel's own variables, not by their names: small ones of equal size may be one, under the name of either. Which
 //! cache a slab belongs to never changes while one of its objects is in use.
 
+#[cfg(test)]
+mod tests;
+
 use std::cell::RefCell;
 use std::collections::HashMap;
 

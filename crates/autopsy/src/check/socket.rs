@@ -1,6 +1,9 @@
 //! Sockets: file, `socket`, `sock`, and the tables that a `sock` is in (include/linux/net.h, include/net/sock.h, net/socket.c; 6.1 and
 //! 6.12).
 
+#[cfg(test)]
+mod tests;
+
 use ktypes::KernelType;
 use snapshot::FindingKind;
 

@@ -1,1 +1,0 @@
-//! Fake dead kernels, whole and with one thing damaged.
