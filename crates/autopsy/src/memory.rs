@@ -28,6 +28,8 @@ const USER_END: u64 = 1 << 56;
 const MAX_AUXV: u64 = 256;
 /// ANON_VMA_NAME_MAX_LEN, include/uapi/linux/prctl.h.
 const MAX_ANON_NAME: usize = 80;
+/// _PAGE_BIT_DEVMAP (arch/x86/include/asm/pgtable_types.h).
+const PAGE_DEVMAP: u64 = 1 << 58;
 /// PAGE_MAPPING_ANON: the lowest bit of `page.mapping` (KSM pages have it, too).
 const MAPPING_ANON: u64 = 1;
 
@@ -323,7 +325,9 @@ impl Collector<'_, '_> {
         let skip = (from - entry.va) >> PAGE_SHIFT;
         let kind = entry.kind(&self.frames.format);
         // The page of an entry that waits for a migration is about to lose its owner.
-        let is_settled = matches!(kind, EntryKind::Present { .. } | EntryKind::ProtNone { .. });
+        // Pages of a device (DAX) have other rules than those of memory.
+        let is_settled = matches!(kind, EntryKind::Present { .. } | EntryKind::ProtNone { .. })
+            && entry.pte & PAGE_DEVMAP == 0;
         match kind {
             EntryKind::Present { phys }
             | EntryKind::ProtNone { phys }
@@ -488,7 +492,7 @@ impl Autopsy<'_> {
             let grows = area.vm_flags & VM_GROWSDOWN != 0 && range.1 == bounds.1;
             let belonging =
                 self.check_mapping(id, addr, range, bounds, !(locked || grows && range != bounds));
-            vmas.push(self.vma(id, mm, &area, belonging, !locked)?);
+            vmas.push(self.vma(id, mm, &area, belonging, !locked && range == bounds)?);
         }
         let holder = mm.mmap_lock_owner.filter(|_| locked).map(|owner| owner & !OWNER_FLAGS);
         // Without an owner it has just been taken, or is about to be released.

@@ -185,7 +185,8 @@ impl Autopsy<'_> {
                 say(FindingKind::Link, inode.i_mapping, "its page cache is another inode's");
             }
         }
-        if kind == S_IFSOCK {
+        // A name of a unix socket can be open as well, as a place (O_PATH).
+        if kind == S_IFSOCK && fs_type.as_bytes() == b"sockfs" {
             let checked = self.check_socket(addr, file.f_inode, file.private_data, path, doubts);
             self.outcome(checked, FindingKind::Link, "socket", file.private_data, doubts);
         }
