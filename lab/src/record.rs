@@ -36,11 +36,30 @@ const PROCESS_FILES: &[&str] = &[
 /// Links of each process.
 const PROCESS_LINKS: &[&str] = &["exe", "cwd", "root"];
 /// Files of each thread.
-const THREAD_FILES: &[&str] = &["stat", "status", "comm", "syscall", "wchan", "personality", "children"];
+const THREAD_FILES: &[&str] =
+    &["stat", "status", "comm", "syscall", "wchan", "personality", "children", "stack"];
 /// Machine-wide files.
 const MACHINE_FILES: &[&str] = &[
-    "uptime", "version", "cmdline", "meminfo", "iomem", "modules", "mounts", "locks", "kallsyms", "stat",
+    "uptime",
+    "version",
+    "cmdline",
+    "meminfo",
+    "iomem",
+    "modules",
+    "mounts",
+    "locks",
+    "kallsyms",
+    "stat",
     "swaps",
+    "slabinfo",
+    "net/tcp",
+    "net/tcp6",
+    "net/udp",
+    "net/udp6",
+    "net/raw",
+    "net/unix",
+    "net/netlink",
+    "net/packet",
 ];
 
 /// One recorded thing.

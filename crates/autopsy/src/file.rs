@@ -64,6 +64,19 @@ struct Owner {
 impl Autopsy<'_> {
     /// The descriptors of a `files_struct`; their files go into the table.
     pub(crate) fn descriptors(&self, files: u64) -> Result<Vec<Descriptor>> {
+        let descriptors = self.descriptor_table(files)?;
+        for Descriptor { fd, file, .. } in &descriptors {
+            if let Err(error) = self.file(file.0) {
+                let text = format!("descriptor {fd} is lost: {error}");
+                self.find(snapshot::Severity::Broken, "file", text);
+            }
+        }
+        self.read_held();
+        Ok(descriptors)
+    }
+
+    /// The descriptors of a `files_struct`, without a look at their files.
+    pub(crate) fn descriptor_table(&self, files: u64) -> Result<Vec<Descriptor>> {
         let table: FilesStruct = self.kernel.read(files)?;
         let table_addr = table.fdt;
         let table: FdTable = self.kernel.read(table_addr)?;
@@ -80,20 +93,14 @@ impl Autopsy<'_> {
         for (fd, pointer) in pointers.as_chunks::<8>().0.iter().enumerate() {
             let file = u64::from_le_bytes(*pointer);
             // A number that is reserved but has no file yet belongs to an open() in flight.
-            if file == 0 || !bit(&open, fd as u32) {
-                continue;
+            if file != 0 && bit(&open, fd as u32) {
+                descriptors.push(Descriptor {
+                    fd: fd as i32,
+                    file: FileId(file),
+                    cloexec: bit(&close_on_exec, fd as u32),
+                });
             }
-            if let Err(error) = self.file(file) {
-                let text = format!("descriptor {fd} is lost: {error}");
-                self.find(snapshot::Severity::Broken, "file", text);
-            }
-            descriptors.push(Descriptor {
-                fd: fd as i32,
-                file: FileId(file),
-                cloexec: bit(&close_on_exec, fd as u32),
-            });
         }
-        self.read_held();
         Ok(descriptors)
     }
 

@@ -1,8 +1,11 @@
 //! Names in the file system: `fs_struct`, `dentry`, `mount` (include/linux/fs_struct.h, dcache.h, fs/mount.h, fs/d_path.c;
 //! 6.1 and 6.12).
 
+use std::collections::BTreeMap;
+
 use ktypes::{Kernel, KernelType};
-use snapshot::{Bytes, FsContext, Mount, MountFlags, NamespaceId};
+use serde::Serialize;
+use snapshot::{Bytes, FsContext, Mount, MountFlags, NamespaceId, Pid, Severity};
 
 use crate::Autopsy;
 use crate::error::{Result, corrupt};
@@ -120,6 +123,19 @@ pub(crate) struct FullPath {
     pub synthetic: bool,
     /// On a mount that the kernel keeps for itself.
     pub internal: bool,
+}
+
+/// A mount namespace.
+#[derive(Clone, Debug, Serialize)]
+pub struct NamespaceMounts {
+    /// As in `mnt:[N]` of /proc/PID/ns.
+    pub number: u32,
+    /// The one that the machine booted with.
+    pub initial: bool,
+    /// The user processes in it, ascending.
+    pub pids: Vec<Pid>,
+    /// Parents before children. Mount points are absolute in this namespace.
+    pub mounts: Vec<Mount>,
 }
 
 /// Major and minor number of a kernel-internal device number (include/linux/kdev_t.h).
@@ -298,6 +314,52 @@ impl Autopsy<'_> {
     /// When the namespace or its root mount cannot be read.
     pub fn mounts(&self) -> Result<Vec<Mount>> {
         self.mounts_of(self.initial_mount_namespace()?)
+    }
+
+    /// The mounts of every mount namespace in which there is a thread, the initial one first, then by number. One that is damaged has no
+    /// mounts, and a finding says why.
+    ///
+    /// # Errors
+    /// When neither the task list nor the PID table can be read, or the initial namespace cannot be found.
+    pub fn all_mounts(&self) -> Result<Vec<NamespaceMounts>> {
+        let initial = self.initial_mount_namespace()?;
+        let mut namespaces: BTreeMap<u64, Vec<Pid>> = BTreeMap::from([(initial, Vec::new())]);
+        let to_mnt_ns = self.kernel.offset_of("nsproxy", "mnt_ns")?;
+        for member in self.all_threads()? {
+            let task = &member.task;
+            if task.nsproxy == 0 {
+                continue;
+            }
+            match self.kernel.read_u64(task.nsproxy.wrapping_add(to_mnt_ns)) {
+                Ok(namespace) => {
+                    let pids = namespaces.entry(namespace).or_default();
+                    if pids.last() != Some(&task.tgid) && !task.is_kernel_thread() {
+                        pids.push(task.tgid);
+                    }
+                }
+                Err(error) => {
+                    let text = format!("the mount namespace of thread {} is not known: {error}", task.pid);
+                    self.find(Severity::Broken, "fs", text);
+                }
+            }
+        }
+        let to_number = self.kernel.offset_of("mnt_namespace", "ns.inum")?;
+        let mut all = Vec::new();
+        for (addr, pids) in namespaces {
+            let read = || Ok((self.kernel.read_u32(addr.wrapping_add(to_number))?, self.mounts_of(addr)?));
+            let read: Result<(u32, Vec<Mount>)> = read();
+            match read {
+                Ok((number, mounts)) => {
+                    all.push(NamespaceMounts { number, initial: addr == initial, pids, mounts });
+                }
+                Err(error) => {
+                    let text = format!("the mounts of {pids:?} cannot be read: {error}");
+                    self.find(Severity::Broken, "fs", text);
+                }
+            }
+        }
+        all.sort_by_key(|namespace| (!namespace.initial, namespace.number));
+        Ok(all)
     }
 
     /// The mounts of one mount namespace.

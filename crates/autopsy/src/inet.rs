@@ -226,6 +226,12 @@ fn deferred_seconds(retransmissions: u8) -> u32 {
 }
 
 impl Autopsy<'_> {
+    /// The own address of any Internet socket, and the one that it is connected to. `addr`: of its `sock`.
+    pub(crate) fn inet_addresses(&self, addr: u64) -> Result<(SocketAddr, Option<SocketAddr>)> {
+        let sock: Sock = self.kernel.read(addr)?;
+        Ok((sock.local(), sock.peer()))
+    }
+
     /// `addr`: of the `sock` of a TCP or UDP socket; `flags`: of its `socket`.
     pub(crate) fn inet(&self, addr: u64, flags: u64) -> Result<InetSocket> {
         let sock: Sock = self.kernel.read(addr)?;

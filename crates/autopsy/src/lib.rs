@@ -37,6 +37,7 @@ mod ipc;
 mod lock;
 mod memfd;
 mod memory;
+mod module;
 mod names;
 mod namespace;
 mod netlink;
@@ -50,6 +51,7 @@ mod saver;
 mod seccomp;
 mod signal;
 mod signalfd;
+mod slab;
 mod socket;
 mod swap;
 pub mod syscall;
@@ -68,8 +70,13 @@ mod xfs;
 mod zram;
 
 pub use error::{Error, Result};
-pub use process::TaskSummary;
+pub use fs::NamespaceMounts;
+pub use module::Module;
+pub use process::{ProcessSummary, TaskSummary};
+pub use slab::SlabCache;
+pub use socket::{SocketHolder, SocketSummary};
 pub use syscall::name as syscall_name;
+pub use thread::{ThreadStack, ThreadSummary};
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -118,6 +125,7 @@ pub struct Autopsy<'k> {
     pub(crate) in_flight: OnceCell<memory::fault::InFlight>,
     pub(crate) cpus: OnceCell<thread::Cpus>,
     pub(crate) stacks: OnceCell<Option<thread::StackLayout>>,
+    pub(crate) unwinder: OnceCell<Option<panic::orc::Unwinder<'k>>>,
     pub(crate) xstate: OnceCell<Option<fpu::XstateLayout>>,
     pub(crate) saver: OnceCell<Option<saver::Saver>>,
     pub(crate) timers: OnceCell<syscall::Timers>,
@@ -160,6 +168,7 @@ impl<'k> Autopsy<'k> {
             in_flight: OnceCell::new(),
             cpus: OnceCell::new(),
             stacks: OnceCell::new(),
+            unwinder: OnceCell::new(),
             xstate: OnceCell::new(),
             saver: OnceCell::new(),
             timers: OnceCell::new(),

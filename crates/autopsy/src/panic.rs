@@ -6,6 +6,7 @@ mod printk;
 use ktypes::KernelType;
 use snapshot::{Frame, LogRecord, Panic, Severity};
 
+use crate::thread::CpuRegisters;
 use crate::{Autopsy, Result};
 
 /// `struct uts_namespace` (include/linux/utsname.h).
@@ -142,18 +143,32 @@ impl Autopsy<'_> {
             );
             return Vec::new();
         };
-        let state = orc::State::new(&status.regs);
-        match orc::Unwinder::new(self.kernel) {
-            Ok(unwinder) => unwinder.unwind(state),
-            Err(error) => {
-                self.find(
-                    Severity::Note,
-                    "panic",
-                    format!("no unwind tables, the stack is guessed: {error}"),
-                );
-                orc::scan(self.kernel, state)
-            }
+        self.unwind(orc::State::new(&status.regs))
+    }
+
+    /// The frames of a kernel stack from a place on it outwards; without unwind tables they are guessed, and a finding says so.
+    pub(crate) fn unwind(&self, state: orc::State) -> Vec<Frame> {
+        match self.unwinder() {
+            Some(unwinder) => unwinder.unwind(state),
+            None => orc::scan(self.kernel, state),
         }
+    }
+
+    /// The frames of a CPU's stack from the registers that it saved for the dump, as far as nothing is guessed.
+    pub(crate) fn places(&self, registers: &CpuRegisters) -> Vec<orc::Place> {
+        self.unwinder().map_or_else(Vec::new, |unwinder| unwinder.places(orc::State::new(registers)))
+    }
+
+    fn unwinder(&self) -> Option<&orc::Unwinder<'_>> {
+        let unwinder = self.unwinder.get_or_init(|| {
+            orc::Unwinder::new(self.kernel, self.module_code())
+                .inspect_err(|error| {
+                    let text = format!("no unwind tables, stacks are guessed: {error}");
+                    self.find(Severity::Note, "panic", text);
+                })
+                .ok()
+        });
+        unwinder.as_ref()
     }
 }
 

@@ -3,6 +3,10 @@
 //! Two tables of the kernel name every thread group: the list through `init_task.tasks` and the PID table of the initial
 //! PID namespace. Both are read: where one is damaged the other helps, and where they disagree there is a finding.
 
+mod summary;
+
+pub use summary::ProcessSummary;
+
 use std::collections::{BTreeMap, HashSet};
 
 use ktypes::KernelType;
@@ -148,7 +152,7 @@ impl Task {
     }
 
     /// A thread of a process, but one that runs in the kernel only (io_uring's workers, vhost).
-    fn is_worker(&self) -> bool {
+    pub(crate) fn is_worker(&self) -> bool {
         self.flags & (PF_IO_WORKER | PF_USER_WORKER) != 0
     }
 
@@ -334,13 +338,13 @@ impl Autopsy<'_> {
         Ok(group.and_then(|group| self.process_of(group).ok().flatten()))
     }
 
-    /// The thread groups of all user processes; makes their threads known to each other.
-    pub(crate) fn groups(&self) -> Result<Vec<Group>> {
+    /// The thread groups of those leaders that are wanted.
+    fn groups_of(&self, is_wanted: impl Fn(&Task) -> bool) -> Result<Vec<Group>> {
         let leaders = self.leaders()?;
         // Without it all would be lost, one by one.
         self.kernel.check::<Signal>()?;
         let mut groups = Vec::new();
-        for leader in leaders.into_iter().filter(|l| !l.task.is_kernel_thread()) {
+        for leader in leaders.into_iter().filter(|l| is_wanted(&l.task)) {
             let before = self.set_subject(Some(leader.task.pid));
             match self.group(&leader) {
                 Ok(group) => groups.push(group),
@@ -348,6 +352,17 @@ impl Autopsy<'_> {
             }
             self.set_subject(before);
         }
+        Ok(groups)
+    }
+
+    /// All threads, the kernel's own too: by process, the leader first.
+    pub(crate) fn all_threads(&self) -> Result<Vec<Member>> {
+        Ok(self.groups_of(|_| true)?.into_iter().flat_map(|group| group.members).collect())
+    }
+
+    /// The thread groups of all user processes; makes their threads known to each other.
+    pub(crate) fn groups(&self) -> Result<Vec<Group>> {
+        let groups = self.groups_of(|leader| !leader.is_kernel_thread())?;
         let known = |member: &Member| KnownTask {
             addr: member.addr,
             tid: member.task.pid,

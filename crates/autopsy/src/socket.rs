@@ -1,6 +1,10 @@
 //! Sockets: which kind one is, what all kinds have in common, and names for those that are not brought back (include/linux/net.h,
 //! include/net/sock.h, linux/filter.h; 6.1 and 6.12).
 
+mod summary;
+
+pub use summary::{SocketHolder, SocketSummary};
+
 use ktypes::KernelType;
 use snapshot::{FileKind, SocketOptions};
 

@@ -26,7 +26,7 @@ mod timers;
 
 use std::ops::Range;
 
-use crate::panic::orc::{self, Place};
+use crate::panic::orc::Place;
 use crate::thread::CpuRegisters;
 use ktypes::{Kernel, KernelType};
 use snapshot::{Clocks, Exec, Pid, Registers, Resume, SyscallInFlight};
@@ -113,6 +113,8 @@ pub struct Context<'a> {
     pub instruction_pointer: Option<u64>,
     /// The kernel's registers, from the same note; `None` if it was switched out, or has left none.
     pub cpu_registers: Option<&'a CpuRegisters>,
+    /// The frames of its CPU's stack by these, the deepest first, as far as they are certain; none if it was switched out.
+    pub frames: &'a [Place],
     /// The clocks at the end.
     pub now: Clocks,
     /// All sleepers.
@@ -781,23 +783,20 @@ struct Dead<'a> {
     task: Option<Task>,
     /// The stack pointer, and what lies from there to the user's registers.
     stack: Option<(u64, Vec<u64>)>,
-    /// The frames of that stack, the deepest first, if it was on a CPU.
-    frames: Vec<Place>,
 }
 
 impl<'a> Dead<'a> {
     fn new(kernel: &'a Kernel, ctx: &'a Context<'a>) -> Self {
-        let frames = ctx.cpu_registers.map_or_else(Vec::new, |registers| orc::places(kernel, registers));
         let is_on_stack = |sp: &u64| ctx.stack.contains(sp) && sp.is_multiple_of(8);
         // An exception with a stack of its own (a double fault) has left its registers there.
         let pointer = ctx.stack_pointer.filter(is_on_stack);
-        let pointer = pointer.or_else(|| frames.iter().map(|frame| frame.sp).find(is_on_stack));
+        let pointer = pointer.or_else(|| ctx.frames.iter().map(|frame| frame.sp).find(is_on_stack));
         let live = pointer.and_then(|sp| {
             let len = ctx.stack.end.checked_sub(sp).filter(|len| *len <= MAX_STACK)?;
             let bytes = kernel.read_bytes(sp, len as usize).ok()?;
             Some((sp, words(&bytes)))
         });
-        Dead { kernel, ctx, task: kernel.read(ctx.task).ok(), stack: live, frames }
+        Dead { kernel, ctx, task: kernel.read(ctx.task).ok(), stack: live }
     }
 
     fn live(&self) -> Stack<'_> {
@@ -1068,11 +1067,11 @@ impl Facts for Dead<'_> {
     }
 
     fn phase(&self) -> Option<Phase> {
-        flow::phase(self.kernel, &self.frames, &flow::TO_THE_FILE).map(|(phase, _)| phase)
+        flow::phase(self.kernel, self.ctx.frames, &flow::TO_THE_FILE).map(|(phase, _)| phase)
     }
 
     fn transferred(&self, wanted: Wanted<'_>) -> Option<Progress> {
-        let (Phase::After, place) = flow::phase(self.kernel, &self.frames, &flow::TO_THE_FILE)? else {
+        let (Phase::After, place) = flow::phase(self.kernel, self.ctx.frames, &flow::TO_THE_FILE)? else {
             return None;
         };
         // The frames of what it has called lie below its own, with what they had in them.
@@ -1096,7 +1095,8 @@ impl Facts for Dead<'_> {
         if self.is_within("release_task") {
             return None;
         }
-        if matches!(flow::phase(self.kernel, &self.frames, &flow::TO_THE_CHILD), Some((Phase::Before, _))) {
+        if matches!(flow::phase(self.kernel, self.ctx.frames, &flow::TO_THE_CHILD), Some((Phase::Before, _)))
+        {
             return Some(false);
         }
         // It goes to sleep, or comes back, when there is nothing to take (do_wait(), kernel/exit.c).
@@ -1104,7 +1104,7 @@ impl Facts for Dead<'_> {
             let symbol = self.kernel.symbolize(frame.address);
             symbol.is_some_and(|(name, _)| ["schedule", "add_wait_queue"].contains(&name))
         };
-        if self.frames.iter().any(sleeps) {
+        if self.ctx.frames.iter().any(sleeps) {
             return Some(false);
         }
         let exit_state = self.kernel.offset_of("task_struct", "exit_state").ok()?;

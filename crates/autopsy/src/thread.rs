@@ -1,6 +1,9 @@
 //! Threads: registers and what else is per `task_struct` (include/linux/sched.h, arch/x86; 6.1 and 6.12).
 
 mod edge;
+mod summary;
+
+pub use summary::{ThreadStack, ThreadSummary};
 
 use std::collections::HashMap;
 
@@ -189,6 +192,7 @@ impl Autopsy<'_> {
             (Some(sp), Some(cpu)) if !is_on_stack => self.interrupted_at(cpu, sp),
             (sp, _) => sp,
         };
+        let frames = live.map_or_else(Vec::new, |registers| self.places(&registers));
         let context = syscall::Context {
             task: addr,
             registers: &thread.regs,
@@ -199,6 +203,7 @@ impl Autopsy<'_> {
             stack_pointer,
             instruction_pointer,
             cpu_registers: live.as_ref(),
+            frames: &frames,
             now: *self.now(),
             timers: self.timers(),
             tasks: self.known_tasks.get().map_or(&[], Vec::as_slice),

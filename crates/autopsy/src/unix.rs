@@ -271,6 +271,38 @@ impl Autopsy<'_> {
         None
     }
 
+    /// A socket's name, and the socket that it is connected to. `addr`: of its `sock`.
+    pub(crate) fn unix_names(&self, addr: u64) -> Result<(Option<Bytes>, Option<u64>)> {
+        let unix: UnixSock = self.kernel.read(addr)?;
+        Ok((self.unix_address(unix.addr)?, (unix.peer != 0).then_some(unix.peer)))
+    }
+
+    /// The inode number of a socket that somebody has open, 0 for others. `addr`: of its `sock`.
+    pub(crate) fn unix_inode(&self, addr: u64) -> Result<u64> {
+        let socket = self.kernel.read::<Sock>(addr)?.sk_socket;
+        if socket == 0 {
+            return Ok(0);
+        }
+        let alloc = socket.wrapping_sub(self.kernel.offset_of("socket_alloc", "socket")?);
+        let inode = alloc.wrapping_add(self.kernel.offset_of("socket_alloc", "vfs_inode")?);
+        Ok(self.kernel.read_u64(inode.wrapping_add(self.kernel.offset_of("inode", "i_ino")?))?)
+    }
+
+    /// Bytes that a socket has received and nobody has read. `addr`: of its `sock`.
+    pub(crate) fn unix_unread(&self, addr: u64) -> Result<u64> {
+        let sock: Sock = self.kernel.read(addr)?;
+        let mut unread = 0;
+        for skb in self.skb_queue(sock.receive_queue)? {
+            let buffer: SkBuff = self.kernel.read(skb)?;
+            let consumed = self.kernel.read::<Parameters>(buffer.cb)?.consumed;
+            if consumed > buffer.len {
+                return Err(corrupt("sk_buff", skb, format!("{consumed} of {} bytes were read", buffer.len)));
+            }
+            unread += u64::from(buffer.len - consumed);
+        }
+        Ok(unread)
+    }
+
     /// The name behind the address family.
     fn unix_address(&self, addr: u64) -> Result<Option<Bytes>> {
         if addr == 0 {

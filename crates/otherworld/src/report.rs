@@ -255,7 +255,7 @@ impl Report {
             let whose = doubt.pid.map(|pid| format!(" of process {pid}")).unwrap_or_default();
             let done = match doubt.action {
                 Action::None => String::new(),
-                action => format!(" ({})", crate::cmd::check::action(action)),
+                action => format!(" ({})", crate::cmd::inspect::check::action(action)),
             };
             line(format!("Doubt: {}{whose}: {}{done}", doubt.object, doubt.text));
         }

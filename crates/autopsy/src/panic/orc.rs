@@ -2,8 +2,8 @@
 //!
 //! Two parallel tables, sorted by address: `__start_orc_unwind_ip` (32-bit offsets from the entry's own place) and `__start_orc_unwind`
 //! (`struct orc_entry`: how to find the caller's stack pointer from here). arch/x86/include/asm/orc_types.h and
-//! arch/x86/kernel/unwind_orc.c; 6.1 and 6.12 differ in how an entry's type is coded. Modules have tables of their own, which are
-//! not read: inside a module the unwinder falls back to the frame pointer, and says that it guesses.
+//! arch/x86/kernel/unwind_orc.c; 6.1 and 6.12 differ in how an entry's type is coded. Modules have tables of their own of the same form.
+//! Where there is no table (code that BPF has made) the unwinder falls back to the frame pointer, and says that it guesses.
 
 use ktypes::{Kernel, KernelType};
 use snapshot::Frame;
@@ -11,6 +11,7 @@ use vmcore::PrStatus;
 
 use crate::Result;
 use crate::error::corrupt;
+use crate::module::ModuleCode;
 use crate::thread::CpuRegisters;
 
 #[derive(KernelType)]
@@ -82,7 +83,7 @@ impl OrcEntry {
 
 /// A frame of a kernel stack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Place {
+pub struct Place {
     /// Where the CPU was, or a return address.
     pub address: u64,
     /// The stack pointer there.
@@ -93,7 +94,7 @@ pub(crate) struct Place {
 
 /// Where an unwinding stands.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct State {
+pub(crate) struct State {
     ip: u64,
     sp: u64,
     bp: u64,
@@ -105,9 +106,17 @@ pub(super) struct State {
     guessed: bool,
 }
 
+/// What `__switch_to_asm` leaves at the stack pointer of a task that is on no CPU (arch/x86/include/asm/switch_to.h).
+#[derive(KernelType)]
+#[kernel("inactive_task_frame")]
+struct InactiveTaskFrame {
+    bp: u64,
+    ret_addr: u64,
+}
+
 impl State {
     /// Where a CPU was when it saved these registers for the dump.
-    pub(super) fn new(registers: &CpuRegisters) -> State {
+    pub(crate) fn new(registers: &CpuRegisters) -> State {
         /// Place of rbp in `struct user_regs_struct`.
         const RBP: usize = 4;
         State {
@@ -119,22 +128,44 @@ impl State {
             guessed: false,
         }
     }
+
+    /// Where a task that is on no CPU was switched away from; `sp`: its `thread.sp`.
+    pub(crate) fn of_inactive(kernel: &Kernel, sp: u64) -> Result<State> {
+        let frame: InactiveTaskFrame = kernel.read(sp)?;
+        Ok(State {
+            ip: frame.ret_addr,
+            sp: sp.wrapping_add(kernel.size_of("inactive_task_frame")?),
+            bp: frame.bp,
+            regs: None,
+            // Who has never run begins there.
+            exact: kernel.symbolize(frame.ret_addr).is_some_and(|(_, offset)| offset == 0),
+            guessed: false,
+        })
+    }
 }
 
 /// Deeper stacks than this are endless.
 const MAX_FRAMES: usize = 64;
 
-/// The dead kernel's unwind tables.
-pub(super) struct Unwinder<'k> {
-    kernel: &'k Kernel,
+/// Two parallel tables.
+#[derive(Clone, Copy)]
+struct Table {
     ips: u64,
     entries: u64,
-    entry_size: u64,
     count: u64,
 }
 
+/// The dead kernel's unwind tables.
+pub(crate) struct Unwinder<'k> {
+    kernel: &'k Kernel,
+    entry_size: u64,
+    own: Table,
+    modules: Vec<ModuleCode>,
+}
+
 impl<'k> Unwinder<'k> {
-    pub(super) fn new(kernel: &'k Kernel) -> Result<Self> {
+    /// `modules`: where those have their code and tables.
+    pub(crate) fn new(kernel: &'k Kernel, modules: Vec<ModuleCode>) -> Result<Self> {
         let ips = kernel.symbol("__start_orc_unwind_ip")?;
         let entries = kernel.symbol("__start_orc_unwind")?;
         let entry_size = kernel.size_of("orc_entry")?;
@@ -147,12 +178,18 @@ impl<'k> Unwinder<'k> {
                 format!("{count} addresses for {room} bytes of entries"),
             ));
         }
-        Ok(Unwinder { kernel, ips, entries, entry_size, count })
+        Ok(Unwinder { kernel, entry_size, own: Table { ips, entries, count }, modules })
     }
 
     /// The frames from `state` outwards, until user mode, the bottom of the stack, or something that cannot be followed.
-    pub(super) fn unwind(&self, state: State) -> Vec<Frame> {
+    pub(crate) fn unwind(&self, state: State) -> Vec<Frame> {
         self.states(state).map(|state| frame(self.kernel, state.ip, state.guessed)).collect()
+    }
+
+    /// The same, as far as nothing is guessed.
+    pub(crate) fn places(&self, state: State) -> Vec<Place> {
+        let certain = self.states(state).take_while(|state| !state.guessed);
+        certain.map(|state| Place { address: state.ip, sp: state.sp, exact: state.exact }).collect()
     }
 
     fn states(&self, state: State) -> impl Iterator<Item = State> {
@@ -226,21 +263,28 @@ impl<'k> Unwinder<'k> {
         Ok((next.ip != 0).then_some(next))
     }
 
-    /// The entry that covers an address; `None` outside the kernel's own text.
+    /// The entry that covers an address; `None` where no table does.
     fn find(&self, ip: u64) -> Result<Option<OrcEntry>> {
-        let Some(index) = self.index_of(ip)? else { return Ok(None) };
-        Ok(Some(self.kernel.read(self.entries + index * self.entry_size)?))
+        let module = self.modules.iter().find(|module| (module.start..module.end).contains(&ip));
+        let table = match module {
+            Some(module) => {
+                Table { ips: module.orc_ips, entries: module.orc_entries, count: module.orc_count }
+            }
+            None => self.own,
+        };
+        let Some(index) = self.index_of(&table, ip)? else { return Ok(None) };
+        Ok(Some(self.kernel.read(table.entries.wrapping_add(index * self.entry_size))?))
     }
 
-    fn index_of(&self, ip: u64) -> Result<Option<u64>> {
-        let (mut low, mut high) = (0, self.count);
+    fn index_of(&self, table: &Table, ip: u64) -> Result<Option<u64>> {
+        let (mut low, mut high) = (0, table.count);
         // The last entry whose address is not above ip: section terminators share an address with the entry behind them.
         while low < high {
             let middle = low + (high - low) / 2;
-            if self.entry_ip(middle)? <= ip { low = middle + 1 } else { high = middle }
+            if self.entry_ip(table, middle)? <= ip { low = middle + 1 } else { high = middle }
         }
         let beyond =
-            low == self.count && self.kernel.symbolize(ip).is_none_or(|(_, offset)| offset >= MAX_FUNCTION);
+            low == table.count && self.kernel.symbolize(ip).is_none_or(|(_, offset)| offset >= MAX_FUNCTION);
         Ok(if beyond { None } else { low.checked_sub(1) })
     }
 
@@ -264,8 +308,8 @@ impl<'k> Unwinder<'k> {
         })
     }
 
-    fn entry_ip(&self, index: u64) -> Result<u64> {
-        let at = self.ips + index * 4;
+    fn entry_ip(&self, table: &Table, index: u64) -> Result<u64> {
+        let at = table.ips.wrapping_add(index * 4);
         Ok(at.wrapping_add_signed(self.kernel.read_i32(at)?.into()))
     }
 }
@@ -273,15 +317,8 @@ impl<'k> Unwinder<'k> {
 /// No function is longer; an address that far behind a symbol does not belong to it.
 const MAX_FUNCTION: u64 = 1 << 20;
 
-/// The frames of a CPU's stack from the registers that it saved for the dump, as far as nothing is guessed; none if there are no unwind tables.
-pub(crate) fn places(kernel: &Kernel, registers: &CpuRegisters) -> Vec<Place> {
-    let Ok(unwinder) = Unwinder::new(kernel) else { return Vec::new() };
-    let certain = unwinder.states(State::new(registers)).take_while(|state| !state.guessed);
-    certain.map(|state| Place { address: state.ip, sp: state.sp, exact: state.exact }).collect()
-}
-
 /// Without unwind tables: every word of the stack that points into the kernel's text, in order.
-pub(super) fn scan(kernel: &Kernel, state: State) -> Vec<Frame> {
+pub(crate) fn scan(kernel: &Kernel, state: State) -> Vec<Frame> {
     /// Bytes of stack looked at: the size of a kernel stack.
     const REACH: u64 = 16 << 10;
     let text = kernel.symbol_opt("_stext").zip(kernel.symbol_opt("_etext")).map_or(0..0, |(s, e)| s..e);
@@ -294,7 +331,10 @@ pub(super) fn scan(kernel: &Kernel, state: State) -> Vec<Frame> {
 
 fn frame(kernel: &Kernel, address: u64, guessed: bool) -> Frame {
     let symbol = match kernel.symbolize(address) {
-        Some((name, offset)) if offset < MAX_FUNCTION => format!("{name}+{offset:#x}"),
+        Some((name, offset)) if offset < MAX_FUNCTION => match kernel.module_of(address) {
+            Some(module) => format!("{name}+{offset:#x} [{module}]"),
+            None => format!("{name}+{offset:#x}"),
+        },
         _ => format!("{address:#x}"),
     };
     Frame { address, symbol, guessed }

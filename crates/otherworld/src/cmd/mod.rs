@@ -1,7 +1,6 @@
 //! One file per command.
 
 pub mod arm;
-pub mod check;
 pub mod disarm;
 pub mod inspect;
 pub mod log;
