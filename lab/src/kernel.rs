@@ -115,6 +115,33 @@ impl Lab {
         Ok(kernel)
     }
 
+    /// The kernel of a series with its debugging information (`vmlinux`, some 600 MB), from Debian's package; what else is in that is not kept.
+    pub fn debug_image(&self, series: Series) -> Result<PathBuf> {
+        let release = self.kernel(series)?.release;
+        let _lock = self.lock("debug")?;
+        let dir = self.cache().join("debug");
+        let name = format!("vmlinux-{release}");
+        let image = dir.join(&name);
+        if image.exists() {
+            return Ok(image);
+        }
+        let part = dir.join("part");
+        let _ = fs::remove_dir_all(&part);
+        fs::create_dir_all(&part).at(&part)?;
+        let package = format!("linux-image-{release}-dbg");
+        self.note(&format!("downloading {package}"));
+        // The shell, since the package is more than there should be on the disk at once.
+        let script = r#"apt-get download "$1" && dpkg-deb --fsys-tarfile ./*.deb | tar x --to-stdout "./usr/lib/debug/boot/$2" > "$2""#;
+        host::run(
+            Command::new("bash")
+                .args(["-o", "pipefail", "-ec", script, "bash", &package, &name])
+                .current_dir(&part),
+        )?;
+        fs::rename(part.join(&name), &image).at(&image)?;
+        let _ = fs::remove_dir_all(&part);
+        Ok(image)
+    }
+
     fn newest_package(&self, series: Series) -> Result<String> {
         if host::is_root() {
             self.update_apt_once()?;

@@ -51,7 +51,6 @@ const MACHINE_FILES: &[&str] = &[
     "kallsyms",
     "stat",
     "swaps",
-    "slabinfo",
     "net/tcp",
     "net/tcp6",
     "net/udp",
@@ -115,6 +114,8 @@ impl Record {
                 }
             }
         }
+        // Last: what is read above makes thousands of objects.
+        record.file(&proc.join("slabinfo"), Path::new("_").join("slabinfo"));
         record
     }
 

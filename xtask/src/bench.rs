@@ -4,6 +4,7 @@
 //! nothing (the floor); the same programs resurrected (the times); and with much more memory (pouring, beside a plain copy in
 //! the same crash kernel).
 
+mod inspect;
 mod scaling;
 mod write_back;
 
@@ -57,6 +58,9 @@ pub struct Bench {
     /// Measures how fast dirty page cache is written to its disk instead, beside dd.
     #[arg(long, conflicts_with = "scaling")]
     write_back: bool,
+    /// Measures `otherworld inspect ps` on a vmcore of 2 GB instead, beside drgn and crash doing the same.
+    #[arg(long, conflicts_with_all = ["scaling", "write_back"])]
+    inspect: bool,
     /// With --scaling: the largest number of each.
     #[arg(long, default_value_t = 1000)]
     most: usize,
@@ -103,6 +107,10 @@ impl Bench {
         }
         if self.write_back {
             write_back::run(global, self.kernel, self.runs, self.json)?;
+            return Ok(true);
+        }
+        if self.inspect {
+            inspect::run(global, self.kernel, self.json)?;
             return Ok(true);
         }
         let lab = global.lab()?;

@@ -14,6 +14,24 @@ use crate::{Global, build, ui, workload};
 /// The crash kernel's command line; its initramfs is the lab's own, which only starts the agent.
 const CRASH_CMDLINE: &str = "console=ttyS0 maxcpus=1 reset_devices panic=1 quiet cgroup_disable=memory";
 
+/// Internet sockets of several kinds that stand still, with something in their queues.
+const SOCKETS: &str = r#"
+import socket, time
+server = socket.create_server(("127.0.0.1", 7777))
+client = socket.create_connection(("127.0.0.1", 7777))
+accepted, _ = server.accept()
+client.sendall(b"unread")
+waiting = socket.create_connection(("127.0.0.1", 7777))
+six = socket.create_server(("::1", 7779), family=socket.AF_INET6)
+udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+udp.bind(("127.0.0.1", 7778))
+sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+sender.connect(("127.0.0.1", 7778))
+sender.send(bytes(100))
+packets = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x88b5))
+time.sleep(5000)
+"#;
+
 /// Makes `vmcore-K` (/proc/vmcore of a crashed guest in which the demo's programs ran) and `proc-K/` (its /proc just before).
 #[derive(Debug, Args)]
 pub struct Vmcore {
@@ -29,6 +47,11 @@ pub struct Vmcore {
 }
 
 impl Vmcore {
+    /// One of a kernel with so much RAM in MiB, into a directory.
+    pub fn new(kernel: Series, memory: u32, to: PathBuf) -> Self {
+        Self { kernel: Some(kernel), memory, to }
+    }
+
     /// Runs it.
     pub fn run(self, global: &Global) -> Result<bool> {
         let lab = global.lab()?;
@@ -51,6 +74,7 @@ impl Vmcore {
                 controlling_tty: true,
                 ..Program::new(["bash", "-i"]).stdin("/dev/ttyS1").stdout("/dev/ttyS1")
             })?;
+            agent.spawn(&Program::shell(&format!("exec python3 -c '{SOCKETS}'")))?;
             agent.wait(&pids, Duration::from_secs(5))?;
             ui::note("recording /proc");
             let record = agent.record()?;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use ktypes::{Kernel, KernelType};
 use serde::Serialize;
-use snapshot::{Bytes, FsContext, Mount, MountFlags, NamespaceId, Pid, Severity};
+use snapshot::{Bytes, FsContext, Mount, MountFlags, MountNamespace, NamespaceId, Pid, Severity};
 
 use crate::Autopsy;
 use crate::error::{Result, corrupt};
@@ -316,8 +316,8 @@ impl Autopsy<'_> {
         self.mounts_of(self.initial_mount_namespace()?)
     }
 
-    /// The mounts of every mount namespace in which there is a thread, the initial one first, then by number. One that is damaged has no
-    /// mounts, and a finding says why.
+    /// The mounts of every mount namespace in which there is a thread, the initial one first, then by number; of those that are not the
+    /// initial one what can be reached. One that is damaged is left out, and a finding says why.
     ///
     /// # Errors
     /// When neither the task list nor the PID table can be read, or the initial namespace cannot be found.
@@ -346,7 +346,13 @@ impl Autopsy<'_> {
         let to_number = self.kernel.offset_of("mnt_namespace", "ns.inum")?;
         let mut all = Vec::new();
         for (addr, pids) in namespaces {
-            let read = || Ok((self.kernel.read_u32(addr.wrapping_add(to_number))?, self.mounts_of(addr)?));
+            let read = || {
+                let (number, mounts) =
+                    (self.kernel.read_u32(addr.wrapping_add(to_number))?, self.mounts_of(addr)?);
+                // What another root was put over nobody in such a namespace can see.
+                let is_initial = addr == initial;
+                Ok((number, if is_initial { mounts } else { MountNamespace::of_reachable(mounts).mounts }))
+            };
             let read: Result<(u32, Vec<Mount>)> = read();
             match read {
                 Ok((number, mounts)) => {
@@ -366,13 +372,13 @@ impl Autopsy<'_> {
     pub(crate) fn mounts_of(&self, ns_addr: u64) -> Result<Vec<Mount>> {
         #[derive(KernelType)]
         #[kernel("mnt_namespace")]
-        struct MountNamespace {
+        struct Root {
             root: u64,
             // The tree is called `mounts` since 6.8; before, that was the number.
             #[kernel("nr_mounts", or = "mounts")]
             count: u32,
         }
-        let ns: MountNamespace = self.kernel.read(ns_addr)?;
+        let ns: Root = self.kernel.read(ns_addr)?;
         let to_child = self.kernel.offset_of("mount", "mnt_child")?;
         let root: MountStruct = self.kernel.read(ns.root)?;
         let mut mounts = Vec::new();

@@ -8,6 +8,10 @@
 //! Time goes on between a recording and the panic. A thread that has not been switched in since has changed nothing: the
 //! numbers of its context switches tell, unless it was running all the time. Of a process with a thread that has run, the fields of [`MOVING`] are not compared.
 
+mod machine;
+
+pub use machine::{MachineComparison, compare_machine};
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::io;

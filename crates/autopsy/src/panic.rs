@@ -143,14 +143,15 @@ impl Autopsy<'_> {
             );
             return Vec::new();
         };
-        self.unwind(orc::State::new(&status.regs))
+        self.unwind(orc::State::new(&status.regs), orc::MAX_FRAMES)
     }
 
-    /// The frames of a kernel stack from a place on it outwards; without unwind tables they are guessed, and a finding says so.
-    pub(crate) fn unwind(&self, state: orc::State) -> Vec<Frame> {
+    /// The frames of a kernel stack from a place on it outwards, not more than `most`; without unwind tables they are guessed, and a finding
+    /// says so.
+    pub(crate) fn unwind(&self, state: orc::State, most: usize) -> Vec<Frame> {
         match self.unwinder() {
-            Some(unwinder) => unwinder.unwind(state),
-            None => orc::scan(self.kernel, state),
+            Some(unwinder) => unwinder.unwind(state, most),
+            None => orc::scan(self.kernel, state, most),
         }
     }
 

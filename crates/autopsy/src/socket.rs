@@ -3,6 +3,7 @@
 
 mod summary;
 
+pub(crate) use summary::STATES;
 pub use summary::{SocketHolder, SocketSummary};
 
 use ktypes::KernelType;

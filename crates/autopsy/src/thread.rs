@@ -18,6 +18,7 @@ use edge::Edge;
 
 use crate::Autopsy;
 use crate::error::{Result, corrupt};
+use crate::panic::orc;
 use crate::process::{Member, Task};
 use crate::syscall::{self, Timers};
 
@@ -48,8 +49,8 @@ pub(crate) type CpuRegisters = [u64; 27];
 const NO_SYSTEM_CALL: u64 = u64::MAX;
 /// exit(2), of one thread.
 const NR_EXIT: i64 = 60;
-/// Words of a kernel stack that are searched for where a thread sleeps.
-const WCHAN_WORDS: usize = 256;
+/// Frames of a kernel stack that are looked at for where a thread sleeps: as many as the kernel looks at (get_wchan()).
+const WCHAN_FRAMES: usize = 16;
 
 #[derive(KernelType)]
 #[kernel("rq")]
@@ -313,7 +314,7 @@ impl Autopsy<'_> {
     ///
     /// What a run queue calls its current task is, for some hundred instructions of each switch, only the next one. Who has the CPU's
     /// registers is who was `current` when the CPU wrote its note; that one counts where every CPU has left a note.
-    fn cpu_of(&self, addr: u64, task: &Task) -> Option<u32> {
+    pub(crate) fn cpu_of(&self, addr: u64, task: &Task) -> Option<u32> {
         let notes = self.kernel.memory().core().prstatus();
         if notes.len() == self.cpus().online().count() {
             let note = notes.iter().find(|note| note.pid == task.pid)?;
@@ -435,25 +436,22 @@ impl Autopsy<'_> {
         (note.pid == pid).then_some(note.regs)
     }
 
-    /// The function in which a sleeping thread waits: the first return address on its stack outside the scheduler.
+    /// The function in which a sleeping thread waits, as /proc/PID/wchan has it: the first one on its stack outside the scheduler. `None` if
+    /// that would be a guess.
     fn wchan(&self, task: &Task) -> Option<String> {
         let layout = self.stack_layout().ok()?;
-        let top = task.stack.checked_add(layout.pt_regs)?;
-        let len = top.checked_sub(task.kernel_sp)?.min(WCHAN_WORDS as u64 * 8);
-        if task.kernel_sp < task.stack || len > layout.size {
+        if !(task.stack..task.stack.checked_add(layout.size)?).contains(&task.kernel_sp) {
             return None;
         }
-        let text = self.kernel.symbol("_stext").ok()?..self.kernel.symbol("_etext").ok()?;
         let scheduler =
             self.kernel.symbol("__sched_text_start").ok()?..self.kernel.symbol("__sched_text_end").ok()?;
-        let bytes = self.kernel.read_bytes(task.kernel_sp, len as usize).ok()?;
-        let words = bytes.as_chunks::<8>().0.iter().map(|w| u64::from_le_bytes(*w));
-        let is_return = |addr: &u64| text.contains(addr) && !scheduler.contains(addr);
-        let symbol =
-            words.filter(is_return).filter_map(|addr| self.kernel.symbolize(addr)).find(|(name, _)| {
-                !matches!(*name, "__switch_to" | "__switch_to_asm" | "finish_task_switch" | "ret_from_fork")
-            })?;
-        Some(symbol.0.to_owned())
+        let state = orc::State::of_inactive(self.kernel, task.kernel_sp).ok()?;
+        let frames = self.unwind(state, WCHAN_FRAMES);
+        let frame = frames.iter().find(|frame| frame.guessed || !scheduler.contains(&frame.address))?;
+        if frame.guessed {
+            return None;
+        }
+        Some(self.kernel.symbolize(frame.address)?.0.to_owned())
     }
 }
 

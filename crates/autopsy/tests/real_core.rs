@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use autopsy::ground_truth::{Record, compare};
+use autopsy::ground_truth::{Record, compare, compare_machine};
 use autopsy::{Autopsy, autopsy};
 use ktypes::Kernel;
 use snapshot::{FileKind, FindingKind, Severity, Snapshot, VmaKind};
@@ -94,6 +94,33 @@ fn the_snapshot_agrees_with_proc() {
             result.compared.get(field)
         );
     }
+}
+
+#[test]
+fn what_is_seen_at_a_glance_agrees_with_proc() {
+    let (Some(kernel), Some(recording)) = (core(), env("OTHERWORLD_PROC")) else { return };
+    let autopsy = Autopsy::new(&kernel);
+    let result = compare_machine(&autopsy, &recording).unwrap();
+    for difference in &result.differences {
+        eprintln!("{difference}");
+    }
+    eprintln!("{:?}", result.compared);
+    assert!(result.differences.is_empty(), "{} differences", result.differences.len());
+    for kind in [
+        "system call",
+        "wait channel",
+        "kernel stack",
+        "unix",
+        "inet",
+        "mount",
+        "module",
+        "slab cache",
+        "pages",
+    ] {
+        assert!(result.compared.get(kind).is_some_and(|n| *n > 5), "{kind}: {:?}", result.compared.get(kind));
+    }
+    let findings: Vec<_> = autopsy.findings().into_iter().filter(|f| f.severity >= Severity::Doubt).collect();
+    assert!(findings.is_empty(), "{findings:?}");
 }
 
 #[test]

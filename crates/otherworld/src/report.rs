@@ -1,5 +1,7 @@
 //! The report of a panic: `/var/lib/otherworld/reports/<UTC time>.json`, and its form for people.
 
+mod page;
+
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -216,7 +218,7 @@ impl Report {
         Ok(path)
     }
 
-    /// The report as lines of text.
+    /// The report as lines of text, every process that was asked for.
     pub fn to_text(&self) -> String {
         let mut out = String::new();
         let mut line = |text: String| {
@@ -278,19 +280,26 @@ impl Report {
                 line(format!("{:>46}{more}", ""));
             }
         }
+        line(self.counts());
+        out
+    }
+
+    /// How many processes had which fate.
+    fn counts(&self) -> String {
         let count = |kinds: &[FateKind]| self.processes.iter().filter(|p| kinds.contains(&p.fate)).count();
-        line(format!(
-            "{} live{}, {} given up, {} failed, {} not selected",
+        let some = |kind: FateKind, text: &dyn Fn(usize) -> String| match count(&[kind]) {
+            0 => String::new(),
+            n => text(n),
+        };
+        format!(
+            "{} live{}{}, {} given up, {} failed, {} not selected",
             count(&[FateKind::Resurrected, FateKind::ResurrectedWithLosses, FateKind::Restarted]),
-            match count(&[FateKind::Ended]) {
-                0 => String::new(),
-                ended => format!(", {ended} ended as they wanted to"),
-            },
+            some(FateKind::ResurrectedWithLosses, &|n| format!(" ({n} with losses)")),
+            some(FateKind::Ended, &|n| format!(", {n} ended as they wanted to")),
             count(&[FateKind::GivenUp]),
             count(&[FateKind::Failed]),
             count(&[FateKind::NotSelected])
-        ));
-        out
+        )
     }
 
     fn panic_text(&self) -> &str {

@@ -145,7 +145,7 @@ impl State {
 }
 
 /// Deeper stacks than this are endless.
-const MAX_FRAMES: usize = 64;
+pub(crate) const MAX_FRAMES: usize = 64;
 
 /// Two parallel tables.
 #[derive(Clone, Copy)]
@@ -181,9 +181,10 @@ impl<'k> Unwinder<'k> {
         Ok(Unwinder { kernel, entry_size, own: Table { ips, entries, count }, modules })
     }
 
-    /// The frames from `state` outwards, until user mode, the bottom of the stack, or something that cannot be followed.
-    pub(crate) fn unwind(&self, state: State) -> Vec<Frame> {
-        self.states(state).map(|state| frame(self.kernel, state.ip, state.guessed)).collect()
+    /// The frames from `state` outwards, until user mode, the bottom of the stack, something that cannot be
+    /// followed, or until there are `most`.
+    pub(crate) fn unwind(&self, state: State, most: usize) -> Vec<Frame> {
+        self.states(state).take(most).map(|state| frame(self.kernel, state.ip, state.guessed)).collect()
     }
 
     /// The same, as far as nothing is guessed.
@@ -318,14 +319,14 @@ impl<'k> Unwinder<'k> {
 const MAX_FUNCTION: u64 = 1 << 20;
 
 /// Without unwind tables: every word of the stack that points into the kernel's text, in order.
-pub(crate) fn scan(kernel: &Kernel, state: State) -> Vec<Frame> {
+pub(crate) fn scan(kernel: &Kernel, state: State, most: usize) -> Vec<Frame> {
     /// Bytes of stack looked at: the size of a kernel stack.
     const REACH: u64 = 16 << 10;
     let text = kernel.symbol_opt("_stext").zip(kernel.symbol_opt("_etext")).map_or(0..0, |(s, e)| s..e);
     let words = (state.sp..state.sp.saturating_add(REACH)).step_by(8);
     let addresses = words.map_while(|addr| kernel.read_u64(addr).ok()).filter(|word| text.contains(word));
     let mut frames = vec![frame(kernel, state.ip, false)];
-    frames.extend(addresses.take(MAX_FRAMES).map(|address| frame(kernel, address, true)));
+    frames.extend(addresses.take(most).map(|address| frame(kernel, address, true)));
     frames
 }
 

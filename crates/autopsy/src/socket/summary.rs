@@ -14,7 +14,7 @@ use crate::file::File;
 
 // include/net/tcp_states.h: also used by sockets that know nothing of TCP.
 const TCP_LISTEN: u8 = 10;
-const STATES: [&str; 14] = [
+pub(crate) const STATES: [&str; 14] = [
     "-",
     "ESTAB",
     "SYN-SENT",

@@ -206,6 +206,6 @@ impl Autopsy<'_> {
                 orc::State::of_inactive(self.kernel, task.kernel_sp).map_err(|error| error.to_string())?
             }
         };
-        Ok(self.unwind(state))
+        Ok(self.unwind(state, orc::MAX_FRAMES))
     }
 }

@@ -15,6 +15,9 @@ pub struct Args {
     /// List the reports there are.
     #[arg(long, conflicts_with = "file")]
     list: bool,
+    /// Print every process that was asked for with all its reasons, and everything that was noticed, instead of one page.
+    #[arg(long)]
+    all: bool,
     /// Print the kernel log of the dead kernel too.
     #[arg(long)]
     log: bool,
@@ -49,7 +52,17 @@ pub fn run(args: &Args) -> Result<Exit> {
     }
     let report: Report =
         serde_json::from_slice(&bytes).with_context(|| format!("{} is not a report", path.display()))?;
-    let mut text = format!("{}, generation {}\n", report.started, report.generation) + &report.to_text();
+    let mut text = match args.all {
+        false => report.to_page(),
+        true => {
+            let findings = report.findings.iter().map(|finding| {
+                let process = finding.pid.map(|pid| format!("process {pid}: ")).unwrap_or_default();
+                format!("{:?}: {process}{}: {}\n", finding.severity, finding.object, finding.text)
+            });
+            let header = format!("{}, generation {}\n", report.started, report.generation);
+            header + &report.to_text() + &findings.collect::<String>()
+        }
+    };
     if args.log {
         for record in report.panic.iter().flat_map(|p| &p.log) {
             text.push_str(&super::inspect::log_line(record));
