@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use autopsy::Autopsy;
-use autopsy::ground_truth::{Comparison, Record, compare};
+use autopsy::ground_truth::{Comparison, Record, compare, compare_machine};
 use clap::Args;
 use lab::image::DEMO_UID;
 use lab::{Guest, Lab, MachineConfig, Panic, Program, Series};
@@ -194,10 +194,23 @@ impl GroundTruth {
         // Whoever has not come back has shown nothing.
         shown.missing.extend(gone);
         self.tell(&format!("kernel {}: /proc before and after the resurrection", config.series), &shown);
-        if read.failed() == 0 {
+        let glance = compare_machine(&Autopsy::new(&kernel), &guest.dir.join("proc-before"))?;
+        ui::line(format!(
+            "kernel {}: /proc and what `otherworld inspect` shows: {} things ({}), {} differences",
+            config.series,
+            glance.compared.values().sum::<usize>(),
+            glance.compared.iter().map(|(kind, n)| format!("{kind} {n}")).collect::<Vec<_>>().join(", "),
+            glance.differences.len()
+        ));
+        for difference in glance.differences.iter().take(self.show) {
+            ui::failure(format!("  {difference}"));
+        }
+        let differing = glance.differences.len();
+        if read.failed() + differing == 0 {
             fs::remove_file(&core)?;
         }
-        Ok(Tally { passed: read.passed() + shown.passed(), failed: read.failed() + shown.failed() })
+        let failed = read.failed() + shown.failed() + usize::from(differing > 0);
+        Ok(Tally { passed: read.passed() + shown.passed() + usize::from(differing == 0), failed })
     }
 
     fn tell(&self, what: &str, verdict: &Verdict) {

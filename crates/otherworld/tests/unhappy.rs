@@ -72,7 +72,8 @@ fn written(synth: &Synth) -> (tempfile::TempDir, PathBuf) {
     (dir, path)
 }
 
-const WORDS: [&str; 4] = ["ps", "dmesg", "panic", "snapshot"];
+const WORDS: [&str; 9] =
+    ["ps", "threads", "sockets", "mounts", "modules", "slab-summary", "dmesg", "panic", "snapshot"];
 
 #[test]
 fn what_is_no_core_is_named() {
@@ -137,7 +138,7 @@ fn a_kernel_without_btf_is_named() {
 #[test]
 fn a_member_that_this_kernel_does_not_have_is_named() {
     let (_dir, path) = written(&fake());
-    for what in ["ps", "snapshot"] {
+    for what in ["ps", "threads", "sockets", "mounts", "snapshot"] {
         let ended = inspect(&path, &[what]);
         assert_eq!((ended.code, ended.out.as_str()), (1, ""), "{}", ended.err);
         assert!(ended.err.contains("Linux 6.1.0-synth: `task_struct` has no member `"), "{}", ended.err);

@@ -38,6 +38,8 @@ struct Measured {
     tool: String,
     /// Wall-clock time, median, seconds.
     seconds: f64,
+    /// Processor time of user and kernel, median, seconds: what other programs on the machine do not change.
+    cpu_seconds: f64,
     /// Largest resident set of all runs, mapped pages of files included, bytes.
     peak_bytes: u64,
     /// User processes that it listed.
@@ -133,6 +135,7 @@ fn tools(lab: &Lab, otherworld: &Path, core: &Path, image: &Path, dir: &Path) ->
 
 fn measure(tools: &[Tool]) -> Result<Vec<Measured>> {
     let mut times = vec![Vec::new(); tools.len()];
+    let mut cpu_times = vec![Vec::new(); tools.len()];
     let mut peaks = vec![0; tools.len()];
     let mut listed = vec![BTreeSet::new(); tools.len()];
     let mut said = vec![None; tools.len()];
@@ -143,29 +146,33 @@ fn measure(tools: &[Tool]) -> Result<Vec<Measured>> {
             let run = once(tool)?;
             if round > 0 {
                 times[n].push(run.seconds);
+                cpu_times[n].push(run.cpu_seconds);
                 peaks[n] = peaks[n].max(run.peak_bytes);
                 (listed[n], said[n]) = (run.pids, run.said);
             }
         }
     }
     let all = listed.first().cloned().unwrap_or_default();
-    let rows = tools.iter().zip(times).zip(peaks).zip(listed).zip(said);
-    let measured = rows.map(|((((tool, mut times), peak_bytes), pids), said)| {
-        times.sort_by(f64::total_cmp);
-        Measured {
-            tool: tool.name.clone(),
-            seconds: times[times.len() / 2],
-            peak_bytes,
-            processes: pids.len(),
-            missing: all.difference(&pids).count(),
-            said,
-        }
+    let measured = tools.iter().enumerate().map(|(n, tool)| Measured {
+        tool: tool.name.clone(),
+        seconds: median(&mut times[n]),
+        cpu_seconds: median(&mut cpu_times[n]),
+        peak_bytes: peaks[n],
+        processes: listed[n].len(),
+        missing: all.difference(&listed[n]).count(),
+        said: said[n].take(),
     });
     Ok(measured.collect())
 }
 
+fn median(times: &mut [f64]) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times.get(times.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
 struct Run {
     seconds: f64,
+    cpu_seconds: f64,
     peak_bytes: u64,
     pids: BTreeSet<i32>,
     said: Option<String>,
@@ -173,11 +180,11 @@ struct Run {
 
 /// Runs one under time(1), which has the peak from wait4(2).
 fn once(tool: &Tool) -> Result<Run> {
-    /// Before what time(1) says.
-    const MARK: &str = "peak-kib:";
+    /// Before what time(1) says: KiB at the most, seconds in user mode and in the kernel.
+    const MARK: &str = "measured:";
     let began = Instant::now();
     let output = Command::new("/usr/bin/time")
-        .args(["-f", &format!("{MARK}%M")])
+        .args(["-f", &format!("{MARK}%M %U %S")])
         .args(&tool.command)
         .stdin(Stdio::null())
         .env("LC_ALL", "C.UTF-8")
@@ -188,14 +195,17 @@ fn once(tool: &Tool) -> Result<Run> {
     if !output.status.success() {
         bail!("{} failed: {err}", tool.command.join(" "));
     }
-    let kib = err.lines().find_map(|line| line.strip_prefix(MARK)?.trim().parse::<u64>().ok());
+    let measured = err.lines().find_map(|line| line.strip_prefix(MARK)).context("time(1) said nothing")?;
+    let numbers: Vec<f64> = measured.split(' ').filter_map(|number| number.parse().ok()).collect();
+    let [kib, user, system] = numbers[..] else { bail!("time(1) said {measured}") };
     let pid = |line: &str| line.trim_start_matches('>').split_whitespace().next()?.parse().ok();
     let is_message = |line: &&str| !line.trim().is_empty() && pid(line).is_none() && !line.contains("PID");
     let messages = err.lines().filter(|line| !line.starts_with(MARK)).chain(out.lines());
     let mut said = messages.filter(is_message).map(str::to_owned);
     Ok(Run {
         seconds,
-        peak_bytes: kib.context("time(1) said nothing")? * 1024,
+        cpu_seconds: user + system,
+        peak_bytes: kib as u64 * 1024,
         pids: out.lines().filter_map(pid).filter(|pid| *pid > 0).collect(),
         said: said.next(),
     })
@@ -209,10 +219,14 @@ impl fmt::Display for Table {
             self.kernel,
             self.core_bytes as f64 / 1e9
         )?;
-        writeln!(f, "{:<24} {:>8} {:>12} {:>10}", "", "seconds", "peak MiB", "processes")?;
+        writeln!(f, "{:<24} {:>8} {:>8} {:>9} {:>10}", "", "seconds", "CPU s", "peak MiB", "processes")?;
         for tool in &self.tools {
             let mib = tool.peak_bytes as f64 / f64::from(1 << 20);
-            writeln!(f, "{:<24} {:>8.2} {mib:>12.1} {:>10}", tool.tool, tool.seconds, tool.processes)?;
+            writeln!(
+                f,
+                "{:<24} {:>8.2} {:>8.2} {mib:>9.1} {:>10}",
+                tool.tool, tool.seconds, tool.cpu_seconds, tool.processes
+            )?;
             if tool.missing > 0 {
                 writeln!(f, "{:26}{} of otherworld's processes are missing", "", tool.missing)?;
             }

@@ -73,10 +73,11 @@ impl Autopsy<'_> {
     /// When neither the task list nor the PID table can be read, a structure is not as expected in this kernel, or not one
     /// process can be read.
     pub fn process_summaries(&self) -> Result<Vec<ProcessSummary>> {
-        self.kernel.check::<Mm>()?;
         let (mut summaries, mut first_loss) = (Vec::new(), None);
         // Who had not begun to run is no process yet.
-        for group in self.groups_of(|leader| !leader.is_kernel_thread() && !leader.is_new())? {
+        let groups = self.groups_of(|leader| !leader.is_kernel_thread() && !leader.is_new())?;
+        self.kernel.check::<Mm>()?;
+        for group in groups {
             let before = self.set_subject(Some(group.leader.pid));
             match self.summary(&group) {
                 Ok(summary) => summaries.push(summary),
