@@ -73,22 +73,27 @@ pub fn example(package: &str, name: &str) -> Result<PathBuf> {
     Ok(target.join("release/examples").join(name))
 }
 
+/// Builds the product alone; its path.
+pub fn otherworld() -> Result<PathBuf> {
+    static_binary("otherworld", "otherworld")
+}
+
 /// Builds the lab's agent; its path.
 pub fn agent() -> Result<PathBuf> {
-    lab_binary("lab-agent")
+    static_binary("lab", "lab-agent")
 }
 
 /// Builds the init that does nothing; its path.
 pub fn idle() -> Result<PathBuf> {
-    lab_binary("lab-idle")
+    static_binary("lab", "lab-idle")
 }
 
-fn lab_binary(name: &str) -> Result<PathBuf> {
+fn static_binary(package: &str, name: &str) -> Result<PathBuf> {
     let dir = target_dir().join("static");
     fs::create_dir_all(&dir)?;
-    let built = build_static(&["lab"])?;
+    let built = build_static(&[package])?;
     let binary = built.iter().find(|executable| executable.path.ends_with(name));
-    copy_if_changed(&binary.with_context(|| format!("the lab has no {name}"))?.path, &dir.join(name))?;
+    copy_if_changed(&binary.with_context(|| format!("{package} has no {name}"))?.path, &dir.join(name))?;
     Ok(dir.join(name))
 }
 

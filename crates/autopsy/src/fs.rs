@@ -338,8 +338,10 @@ impl Autopsy<'_> {
                     }
                 }
                 Err(error) => {
+                    let before = self.set_subject(Some(task.tgid));
                     let text = format!("the mount namespace of thread {} is not known: {error}", task.pid);
                     self.find(Severity::Broken, "fs", text);
+                    self.set_subject(before);
                 }
             }
         }

@@ -203,3 +203,103 @@ fn name_of(raw: &RawModule) -> String {
     let name = raw.name.split(|byte| *byte == 0).next().unwrap_or_default();
     String::from_utf8_lossy(name).into_owned()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{declare, open};
+    use synth::{Record, Synth, U32, U64, array, named};
+
+    /// Two modules as 6.12 has them, the second of which uses the first; the addresses of their `struct module`.
+    fn machine() -> (Synth, [u64; 2]) {
+        let mut synth = Synth::new();
+        synth.structure("module_memory", Record::new().field("base", U64).field("size", U32));
+        declare::<ModuleUse>(&mut synth, &[("source_list", named("list_head"))]);
+        let own = [
+            ("list", named("list_head")),
+            ("source_list", named("list_head")),
+            ("mem", array(named("module_memory"), 7)),
+        ];
+        declare::<RawModule>(&mut synth, &own);
+        for member in ["core_layout", "init_layout"] {
+            synth.without_member("module", member);
+        }
+        let head = synth.variable("modules", "list_head");
+        synth.set("list_head", head, "next", head).set("list_head", head, "prev", head);
+        let modules = [("base", 3), ("user", 1)].map(|(name, references)| {
+            let module = synth.alloc("module");
+            synth.list_init("module", module, "source_list");
+            let link = synth.address_of("module", module, "list");
+            synth.list_add_tail(link, head);
+            let mem = synth.address_of("module", module, "mem");
+            let piece = synth.size_of("module_memory");
+            synth
+                .set("module", module, "name", name)
+                .set("module", module, "refcnt.counter", references)
+                .set("module_memory", mem, "base", module << 8)
+                .set("module_memory", mem, "size", 0x3000u32)
+                .set("module_memory", mem + 3 * piece, "size", 0x1000u32);
+            module
+        });
+        synth.set("module", modules[0], "taints", 1u64 << 12 | 1 << 13);
+        let usage = synth.alloc("module_use");
+        synth.set("module_use", usage, "source", modules[1]);
+        let node = synth.address_of("module_use", usage, "source_list");
+        let head = synth.address_of("module", modules[0], "source_list");
+        synth.list_add_tail(node, head);
+        (synth, modules)
+    }
+
+    fn read(synth: &Synth) -> (Vec<Module>, Vec<String>) {
+        let kernel = open(synth);
+        let autopsy = Autopsy::new(&kernel);
+        let modules = autopsy.modules().unwrap();
+        (modules, autopsy.findings().into_iter().map(|finding| finding.text).collect())
+    }
+
+    #[test]
+    fn modules_have_their_size_users_and_taint() {
+        let (synth, [base, _]) = machine();
+        let (modules, findings) = read(&synth);
+        assert_eq!(findings, [] as [&str; 0]);
+        let expected = Module {
+            name: "base".into(),
+            size: 0x4000,
+            references: 2,
+            used_by: vec!["user".into()],
+            state: "live".into(),
+            base: base << 8,
+            taint: "OE".into(),
+        };
+        assert_eq!(modules[0], expected);
+        assert_eq!((modules.len(), modules[1].references, modules[1].used_by.len()), (2, 0, 0));
+    }
+
+    #[test]
+    fn a_damaged_module_costs_itself_and_a_damaged_list_what_is_behind() {
+        let (mut synth, [base, user]) = machine();
+        synth.set("module", base, "state", 77u32);
+        let (modules, findings) = read(&synth);
+        assert_eq!(modules.len(), 1);
+        assert!(findings[0].contains("is in state 77"), "{findings:?}");
+        let next = synth.address_of("module", user, "list");
+        synth.write_u64(next, 0x4141_4141_4141_4141);
+        let (modules, findings) = read(&synth);
+        assert_eq!(modules[0].name, "user");
+        assert!(findings.iter().any(|text| text.contains("the list of modules is damaged")), "{findings:?}");
+    }
+
+    #[test]
+    fn users_that_go_round_end() {
+        let (mut synth, [base, user]) = machine();
+        let usage = synth.alloc("module_use");
+        synth.set("module_use", usage, "source", base);
+        let node = synth.address_of("module_use", usage, "source_list");
+        let head = synth.address_of("module", user, "source_list");
+        synth.list_add_tail(node, head);
+        synth.write_u64(node, node);
+        let (modules, findings) = read(&synth);
+        assert_eq!(modules.len(), 1);
+        assert!(findings[0].contains("a module is lost"), "{findings:?}");
+    }
+}

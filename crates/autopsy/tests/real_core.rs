@@ -124,6 +124,36 @@ fn what_is_seen_at_a_glance_agrees_with_proc() {
 }
 
 #[test]
+fn a_damaged_process_costs_no_other_one_its_place_in_the_lists() {
+    let Some(kernel) = core() else { return };
+    let autopsy = Autopsy::new(&kernel);
+    let healthy = autopsy.process_summaries().unwrap();
+    let victim = healthy.iter().rev().find(|p| p.exe.is_some()).expect("a process").pid;
+    let task = autopsy.tasks().unwrap().iter().find(|t| t.pid == victim).expect("known").task;
+    for member in ["signal", "mm", "files", "real_cred", "stack", "thread.sp", "nsproxy"] {
+        let at = task + kernel.offset_of("task_struct", member).unwrap();
+        for wild in [0xffff_f000_dead_0000, 8] {
+            let damaged = damage(&[(at, wild)]);
+            let autopsy = Autopsy::new(&damaged);
+            let others = |all: Vec<i32>| all.into_iter().filter(|pid| *pid != victim).collect::<Vec<_>>();
+            let found = autopsy.process_summaries().unwrap().iter().map(|p| p.pid).collect();
+            let expected = healthy.iter().map(|p| p.pid).collect();
+            assert_eq!(others(found), others(expected), "{member} {wild:#x}");
+            autopsy.thread_summaries().unwrap();
+            autopsy.socket_summaries().unwrap();
+            autopsy.all_mounts().unwrap();
+            let stacks = autopsy.stacks(victim).unwrap();
+            let all_told = stacks.iter().all(|s| !s.frames.is_empty() || s.note.is_some());
+            assert!(all_told, "{member} {wild:#x}: {stacks:?}");
+            let told = autopsy.findings().iter().any(|f| f.pid == Some(victim));
+            // A thread's own stack that is elsewhere is said with the stack.
+            let silent = member == "stack" || member == "thread.sp";
+            assert!(told || silent, "{member} {wild:#x}: {:?}", autopsy.findings());
+        }
+    }
+}
+
+#[test]
 fn a_whole_machine_raises_no_alarm() {
     let Some(kernel) = core() else { return };
     let snapshot = autopsy(&kernel).unwrap();

@@ -61,7 +61,7 @@ struct Table {
 /// Measures on each kernel and prints a table, or JSON.
 pub fn run(global: &Global, kernel: Option<Series>, json: bool) -> Result<()> {
     let lab = global.lab()?;
-    let otherworld = build::static_binaries()?.otherworld;
+    let otherworld = build::otherworld()?;
     let dir = build::target_dir().join("bench-inspect");
     fs::create_dir_all(&dir)?;
     let mut tables = Vec::new();
