@@ -224,7 +224,7 @@ mod tests {
     use super::*;
 
     fn fate(pid: i32, comm: &str, fate: FateKind, reasons: &[(&str, &str)]) -> Fate {
-        let reasons = reasons.iter().map(|(code, text)| Reason::new(*code, *text)).collect();
+        let reasons = reasons.iter().map(|(code, text)| Reason::new(code, *text)).collect();
         Fate { pid, comm: comm.into(), fate, reasons }
     }
 

@@ -118,9 +118,7 @@ fn answer(args: &Args, core: Vmcore) -> Result<String> {
     let autopsy = Autopsy::new(&kernel);
     let answered = match &args.what {
         What::Dmesg => show(args, &autopsy.kernel_log()?, |log| log.iter().map(log_line).collect()),
-        What::Panic => {
-            show(args, &Panic { log: Vec::new(), ..autopsy.panic_report() }, |panic| panic::text(panic))
-        }
+        What::Panic => show(args, &Panic { log: Vec::new(), ..autopsy.panic_report() }, panic::text),
         What::Ps => show(args, &autopsy.process_summaries()?, |all| ps::text(all)),
         What::Threads => show(args, &autopsy.thread_summaries()?, |all| threads::text(all)),
         What::Stack { pid } => {
