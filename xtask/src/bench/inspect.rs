@@ -199,7 +199,8 @@ fn once(tool: &Tool) -> Result<Run> {
     let numbers: Vec<f64> = measured.split(' ').filter_map(|number| number.parse().ok()).collect();
     let [kib, user, system] = numbers[..] else { bail!("time(1) said {measured}") };
     let pid = |line: &str| line.trim_start_matches('>').split_whitespace().next()?.parse().ok();
-    let is_message = |line: &&str| !line.trim().is_empty() && pid(line).is_none() && !line.contains("PID");
+    let is_message =
+        |line: &&str| !line.trim().is_empty() && pid(line).is_none() && !line.trim_start().starts_with("PID");
     let messages = err.lines().filter(|line| !line.starts_with(MARK)).chain(out.lines());
     let mut said = messages.filter(is_message).map(str::to_owned);
     Ok(Run {
