@@ -6,7 +6,7 @@ use crate::testing::open;
 
 const START: u64 = 0x7f00_0000_0000;
 /// Number of the mapping's first page.
-const PGOFF: u64 = 0x7f00_0000_0;
+const PGOFF: u64 = 0x0007_f000_0000;
 
 /// Four pages in a row that a mapping has: physical address, and the roots of its `anon_vma`s and of somebody else's.
 struct Fake {
