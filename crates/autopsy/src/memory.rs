@@ -579,6 +579,10 @@ impl Autopsy<'_> {
         let own_pages = match vma.kind {
             VmaKind::Anonymous | VmaKind::AnonymousHuge { .. } => true,
             VmaKind::File { .. } => !shared,
+            // Not brought back, but there.
+            VmaKind::Unsupported { .. } => {
+                area.vm_file == 0 && !shared && flags & (VM_PFNMAP | VM_MIXEDMAP | VM_IO) == 0
+            }
             _ => false,
         };
         if own_pages {

@@ -6,6 +6,9 @@ mod printk;
 use ktypes::KernelType;
 use snapshot::{Frame, LogRecord, Panic, Severity};
 
+use vmcore::PAGE_SIZE;
+
+use crate::error::corrupt;
 use crate::thread::CpuRegisters;
 use crate::{Autopsy, Result};
 
@@ -74,6 +77,7 @@ impl Autopsy<'_> {
             kaslr_offset: kernel.info().kerneloffset().unwrap_or_default(),
             tainted: tainted.unwrap_or_default(),
             vdso: self.attempt("the vDSO", || self.vdso_fingerprint()),
+            vdso_frame: self.attempt("where the vDSO is", || self.vdso_frame()),
             modules: self.loaded_modules(),
         }
     }
@@ -118,6 +122,16 @@ impl Autopsy<'_> {
         let image: VdsoImage = self.kernel.read(self.kernel.symbol("vdso_image_64")?)?;
         let bytes = self.kernel.read_bytes(image.data, image.size.min(MAX_VDSO) as usize)?;
         Ok(snapshot::vdso_fingerprint(&bytes))
+    }
+
+    /// The image is a part of the kernel's, which is in one piece.
+    fn vdso_frame(&self) -> Result<u64> {
+        let image: VdsoImage = self.kernel.read(self.kernel.symbol("vdso_image_64")?)?;
+        let at = self.kernel.virt_to_phys(image.data)?;
+        if !at.is_multiple_of(PAGE_SIZE) {
+            return Err(corrupt("vdso_image", image.data, "does not begin with a page"));
+        }
+        Ok(at / PAGE_SIZE)
     }
 
     /// `panic_cpu` (kernel/panic.c): set by whoever wins the race to panic or to `crash_kexec`.

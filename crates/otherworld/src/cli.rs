@@ -25,7 +25,8 @@ const EXIT_CODES: &str = "Exit codes:
   0  done; for `status`: the machine is armed and up to date
   1  failed
   2  wrong usage, or a mistake in the configuration
-  3  not possible on this machine, or (`status`) not armed or not up to date";
+  3  not possible on this machine, or (`status`) not armed or not up to date
+  4  `core`: done, but something is missing from what was written; it is named";
 
 #[derive(Subcommand)]
 enum Command {
@@ -40,6 +41,8 @@ enum Command {
     Status(cmd::status::Args),
     /// Look into a dead kernel: /proc/vmcore, or a core file.
     Inspect(cmd::inspect::Args),
+    /// Write core files of processes of a dead kernel, for gdb.
+    Core(cmd::core::Args),
     /// Show the report of a panic.
     Report(cmd::report::Args),
     /// Print a completion script for a shell.
@@ -78,6 +81,8 @@ pub enum Exit {
     Done,
     /// 3: not possible on this machine, or not armed.
     NotPossible,
+    /// 4: something is missing from what was written.
+    Incomplete,
 }
 
 /// Runs the command line.
@@ -89,6 +94,7 @@ pub fn main() -> ExitCode {
         Command::Disarm => cmd::disarm::run(),
         Command::Status(args) => cmd::status::run(&args),
         Command::Inspect(args) => cmd::inspect::run(&args),
+        Command::Core(args) => cmd::core::run(&args),
         Command::Report(args) => cmd::report::run(&args),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "otherworld", &mut std::io::stdout());
@@ -103,6 +109,7 @@ pub fn main() -> ExitCode {
     match result {
         Ok(Exit::Done) => ExitCode::SUCCESS,
         Ok(Exit::NotPossible) => ExitCode::from(3),
+        Ok(Exit::Incomplete) => ExitCode::from(4),
         Err(error) => {
             eprintln!("otherworld: {error:#}");
             ExitCode::from(cmd::exit_code(&error))

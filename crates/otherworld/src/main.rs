@@ -5,6 +5,7 @@
 
 mod cli;
 mod cmd;
+mod dead_memory;
 mod init;
 mod protocol;
 mod report;

@@ -23,7 +23,7 @@ const LAST_PAGE: usize = 1028;
 pub type BlockDevices = BTreeMap<(u32, u32), PathBuf>;
 
 /// The dead machine's memory, and the swap areas that can be read, which look as if they were memory behind its end.
-pub(crate) struct Memory<'a> {
+pub struct Memory<'a> {
     memory: &'a dyn PhysMem,
     areas: Vec<Open>,
     ranges: Vec<PhysRange>,
@@ -46,7 +46,7 @@ struct Open {
 
 impl<'a> Memory<'a> {
     /// Opens the areas, where they are needed or will be. What cannot be opened is noted in the snapshot.
-    pub(crate) fn open(memory: &'a dyn PhysMem, snapshot: &mut Snapshot, devices: &BlockDevices) -> Self {
+    pub fn open(memory: &'a dyn PhysMem, snapshot: &mut Snapshot, devices: &BlockDevices) -> Self {
         let mut areas = Vec::new();
         for area in snapshot.swap_areas.iter_mut().filter(|area| area.unsupported.is_none()) {
             match Open::new(area, devices) {

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Bytes, Pid};
+use crate::{Bytes, PAGE_SIZE, Pid};
 
 /// Which kernel died, on what machine.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -24,9 +24,20 @@ pub struct Kernel {
     /// [`vdso_fingerprint`] of the dead kernel's 64-bit vDSO, to see whether this kernel's fits the old
     /// processes. `None` when it could not be read.
     pub vdso: Option<(u64, u64)>,
+    /// The first of the page frames, one after the other, that hold that image.
+    #[serde(default)]
+    pub vdso_frame: Option<u64>,
     /// Modules that were loaded, in the order in which they were.
     #[serde(default)]
     pub modules: Vec<String>,
+}
+
+impl Kernel {
+    /// The frames that hold the image of the vDSO: the first one, and how many.
+    pub fn vdso_frames(&self) -> Option<(u64, u64)> {
+        let (len, _) = self.vdso?;
+        Some((self.vdso_frame?, len.div_ceil(PAGE_SIZE)))
+    }
 }
 
 /// How it died.

@@ -1,6 +1,7 @@
 //! One file per command.
 
 pub mod arm;
+pub mod core;
 pub mod disarm;
 pub mod inspect;
 pub mod log;

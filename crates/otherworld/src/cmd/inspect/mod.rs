@@ -11,7 +11,7 @@ mod slab;
 mod sockets;
 mod threads;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use autopsy::Autopsy;
@@ -98,19 +98,25 @@ enum What {
 }
 
 pub fn run(args: &Args) -> Result<Exit> {
-    let core = Vmcore::open(&args.core).with_context(|| {
-        if args.core.as_os_str() == "/proc/vmcore" {
+    let core = open(&args.core)?;
+    let text = super::with_spinner("reading the dead kernel", || answer(args, core))?;
+    super::print(&text)?;
+    Ok(Exit::Done)
+}
+
+/// Opens a core.
+pub fn open(path: &Path) -> Result<Vmcore> {
+    let core = Vmcore::open(path).with_context(|| {
+        if path.as_os_str() == "/proc/vmcore" {
             "there is no dead kernel here (name a core file with --core)".to_owned()
         } else {
-            format!("cannot use {}", args.core.display())
+            format!("cannot use {}", path.display())
         }
     })?;
     if let Some(truncation) = core.truncated() {
         tracing::warn!("{truncation}");
     }
-    let text = super::with_spinner("reading the dead kernel", || answer(args, core))?;
-    super::print(&text)?;
-    Ok(Exit::Done)
+    Ok(core)
 }
 
 fn answer(args: &Args, core: Vmcore) -> Result<String> {
