@@ -80,6 +80,7 @@ impl Flavour {
                 "postgresql",
                 "mariadb-server",
                 "python3-pymysql",
+                "gdb-minimal",
             ],
         };
         PACKAGES.iter().chain(more).copied().collect()

@@ -7,6 +7,7 @@ mod apps;
 mod bench;
 mod build;
 mod campaign;
+mod cores;
 mod crash;
 mod crash_runs;
 mod demo;
@@ -105,6 +106,8 @@ enum Command {
     /// Compares what the running kernel says in /proc with what is read from its memory after the panic, and with what the
     /// resurrected processes show.
     GroundTruth(ground_truth::GroundTruth),
+    /// Writes core files of processes of a dead kernel, and compares them with what gdb and /proc told of the living ones.
+    Cores(cores::Cores),
     /// Measures how long each part of a resurrection takes, beside the floor that no one can go below.
     Bench(bench::Bench),
     /// Makes a /proc/vmcore file of a crashed guest, with a recording of its /proc just before, for work on the reading half.
@@ -132,6 +135,7 @@ fn main() -> ExitCode {
         Command::FpuRuns(command) => command.run(&cli.global),
         Command::Unhappy(command) => command.run(&cli.global),
         Command::GroundTruth(command) => command.run(&cli.global),
+        Command::Cores(command) => command.run(&cli.global),
         Command::Bench(command) => command.run(&cli.global),
         Command::Vmcore(command) => command.run(&cli.global),
         Command::Lab(command) => command.run(&cli.global),

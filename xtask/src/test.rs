@@ -7,6 +7,7 @@ use lab::image::Flavour;
 
 use crate::apps::{self, Apps};
 use crate::campaign::Campaign;
+use crate::cores::Cores;
 use crate::crash_runs::{CrashRuns, Tally};
 use crate::ground_truth::GroundTruth;
 use crate::libotherworld::Library;
@@ -97,6 +98,7 @@ impl Test {
         add("kernels killed in drawn ways", Campaign::new(series, fixed, Some(FAULTS_SEED)).count(global));
         add("kernels killed in fresh ways", Campaign::new(series, fresh, None).count(global));
         add("applications", Apps::new(series).count(global));
+        add("core files", Cores::new(series).count(global));
         add("ground truth", GroundTruth::new(series).count(global));
         sum
     }
