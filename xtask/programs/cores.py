@@ -103,7 +103,7 @@ def pageout(pid, addr, length):
 
 class Core:
     def __init__(self, path, mode="rb"):
-        self.file = open(path, mode)
+        self.file = open(path, mode, buffering=0)
         head = self.read(0, 64)
         assert head[:6] == b"\x7fELF\x02\x01" and struct.unpack_from("<H", head, 16)[0] == 4, "not a core file"
         at, = struct.unpack_from("<Q", head, 32)
@@ -114,8 +114,9 @@ class Core:
         self.notes = next((offset, length) for kind, _, offset, _, _, length, _, _ in headers if kind == PT_NOTE)
 
     def read(self, at, length):
-        self.file.seek(at)
-        return self.file.read(length)
+        data = os.pread(self.file.fileno(), length, at)
+        assert len(data) == length, f"the file ends before {at + length:x}"
+        return data
 
     def parts(self, start, end):
         """Where a range is in the file: (address, length, offset); no offset where it has no contents."""
@@ -188,8 +189,7 @@ def damage(pid, directory, path):
     places = [(offset + 100, 1)] + [(at, 8) for at in core.program_counters()]
     for at, length in places:
         changed = bytes(byte ^ 0x15 for byte in core.read(at, length))
-        core.file.seek(at)
-        core.file.write(changed)
+        os.pwrite(core.file.fileno(), changed, at)
 
 
 COMMANDS = {"still": still, "record": record, "pageout": pageout, "compare": compare, "damage": damage}
