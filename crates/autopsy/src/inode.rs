@@ -150,7 +150,9 @@ impl Autopsy<'_> {
                 Err(error) => self.find(Severity::Note, "file", format!("{path}: {error}")),
             }
         }
-        if facts.mode & 0o170_000 == S_IFREG && raw.i_mapping != 0 {
+        // The ring of a context of asynchronous I/O is in the page cache of an inode without a type.
+        let has_pages = facts.mode & 0o170_000 == S_IFREG || facts.fs_type.as_bytes() == b"aio";
+        if has_pages && raw.i_mapping != 0 {
             self.page_cache(addr, raw.i_mapping, &mut inode)?;
             // Or none any more.
             if raw.ctime >= lately || raw.i_nlink == 0 {

@@ -83,8 +83,13 @@ impl Memory {
         let mut memory = Self { segments: Vec::new(), missing: Vec::new(), pages: 0, file_pages: 0 };
         let mut end = 0;
         for vma in &space.vmas {
-            // Also of a snapshot that somebody has edited.
-            if vma.start < end || vma.end <= vma.start || !(vma.start | vma.end).is_multiple_of(PAGE_SIZE) {
+            if vma.end <= vma.start || !(vma.start | vma.end).is_multiple_of(PAGE_SIZE) {
+                continue;
+            }
+            if vma.start < end {
+                let why = "the mapping overlaps another one".to_owned();
+                let mapping = describe(snapshot, vma);
+                memory.missing.push(Missing { start: vma.start, end: vma.end, mapping, why });
                 continue;
             }
             end = vma.end;
@@ -264,7 +269,10 @@ fn below<'a>(snapshot: &'a Snapshot, vma: &Vma) -> Below<'a> {
     match &vma.kind {
         VmaKind::Anonymous | VmaKind::AnonymousHuge { .. } => Below::Same(Source::Zero),
         VmaKind::SharedAnonymous { inode, offset } => in_memory(inode, *offset),
-        VmaKind::AioRing { inode } => in_memory(inode, 0),
+        VmaKind::AioRing { inode } => match snapshot.inodes.get(inode) {
+            Some(inode) => object(inode, 0, missing("its pages could not be read")),
+            None => Below::Same(missing("its pages could not be read")),
+        },
         VmaKind::SysvShm { id, offset } => match snapshot.shm_segment(*id) {
             Some(segment) => in_memory(&segment.inode, *offset),
             None => Below::Same(missing("the shared memory segment could not be read")),
