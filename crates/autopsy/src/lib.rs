@@ -88,6 +88,9 @@ use snapshot::{
     UnixId, UnixSocket, UtsNamespace,
 };
 
+/// Findings of one severity about one process: nobody reads more, and each can be a line on the console.
+const MAX_FINDINGS: usize = 1000;
+
 /// Reads everything.
 ///
 /// # Errors
@@ -101,6 +104,8 @@ pub fn autopsy(kernel: &Kernel) -> Result<Snapshot> {
 pub struct Autopsy<'k> {
     pub(crate) kernel: &'k Kernel,
     findings: RefCell<Vec<Finding>>,
+    /// The texts of the findings.
+    found: RefCell<BTreeMap<(Option<Pid>, Severity), BTreeSet<String>>>,
     /// The process that is being read: findings are about it.
     subject: Cell<Option<Pid>>,
     pub(crate) files: RefCell<BTreeMap<FileId, OpenFile>>,
@@ -147,6 +152,7 @@ impl<'k> Autopsy<'k> {
         Autopsy {
             kernel,
             findings: RefCell::default(),
+            found: RefCell::default(),
             subject: Cell::new(None),
             files: RefCell::default(),
             inodes: RefCell::default(),
@@ -249,13 +255,15 @@ impl<'k> Autopsy<'k> {
         self.note(Finding::new(severity, self.subject.get(), object, text));
     }
 
-    fn note(&self, finding: Finding) {
-        let severity = finding.severity;
-        let mut findings = self.findings.borrow_mut();
+    fn note(&self, mut finding: Finding) {
+        let mut found = self.found.borrow_mut();
+        let known = found.entry((finding.pid, finding.severity)).or_default();
+        if known.len() == MAX_FINDINGS {
+            finding.text = "there is more like that".to_owned();
+        }
         // The same object can be met on several ways.
-        let known = |f: &Finding| f.severity == severity && f.pid == finding.pid && f.text == finding.text;
-        if !findings.iter().any(known) {
-            findings.push(finding);
+        if known.len() <= MAX_FINDINGS && known.insert(finding.text.clone()) {
+            self.findings.borrow_mut().push(finding);
         }
     }
 

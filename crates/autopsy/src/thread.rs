@@ -260,7 +260,7 @@ impl Autopsy<'_> {
             .all(|cpu| mask.get(cpu as usize / 8).is_some_and(|b| b >> (cpu % 8) & 1 != 0));
         Ok(Scheduling {
             policy: task.policy,
-            nice: task.static_prio - DEFAULT_PRIO,
+            nice: task.static_prio.saturating_sub(DEFAULT_PRIO),
             rt_priority: task.rt_priority,
             reset_on_fork: task.sched_reset_on_fork,
             affinity: if everywhere { Vec::new() } else { bits(&mask).collect() },

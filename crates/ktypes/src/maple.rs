@@ -1,5 +1,7 @@
 //! Maple trees (include/linux/maple_tree.h, lib/maple_tree.c; the same from 6.1 to 6.12).
 
+use std::collections::HashSet;
+
 use crate::{Corruption, Error, Kernel, Result};
 
 /// MAPLE_HEIGHT_MAX.
@@ -36,8 +38,7 @@ impl Kernel {
             root: mt_addr,
             max,
             entries: 0,
-            // Every node has an entry below it somewhere, save for a root that was just emptied.
-            nodes_left: max.saturating_mul(2).saturating_add(64),
+            seen: HashSet::new(),
             f: &mut f,
         };
         // The root's own tag is one bit more; the type is where it always is.
@@ -104,7 +105,8 @@ struct Walk<'a> {
     root: u64,
     max: usize,
     entries: usize,
-    nodes_left: usize,
+    /// Nodes that were there already: none has its place twice.
+    seen: HashSet<u64>,
     f: &'a mut dyn FnMut(u64, u64, u64) -> Result<()>,
 }
 
@@ -120,10 +122,13 @@ impl Walk<'_> {
         if depth >= MAX_DEPTH {
             return Err(self.corrupt(Corruption::TooDeep { max: MAX_DEPTH }));
         }
-        self.nodes_left = match self.nodes_left.checked_sub(1) {
-            Some(left) => left,
-            None => return Err(self.corrupt(bad("is one of too many nodes without entries"))),
-        };
+        if !self.seen.insert(node) {
+            return Err(self.corrupt(Corruption::Cycle { node }));
+        }
+        // Every node has an entry below it somewhere, save for a root that was just emptied.
+        if self.seen.len() > self.max.saturating_mul(2).saturating_add(64) {
+            return Err(self.corrupt(bad("is one of too many nodes without entries")));
+        }
         let kind = tagged >> TYPE_SHIFT & TYPE_MASK;
         let Some(kind) = self.shapes.types.iter().position(|known| *known == kind) else {
             return Err(self.corrupt(bad("is of no known type")));

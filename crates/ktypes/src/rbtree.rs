@@ -1,5 +1,7 @@
 //! Red-black trees (include/linux/rbtree_types.h).
 
+use std::collections::HashSet;
+
 use crate::{Corruption, Error, Kernel, Result};
 
 /// A red-black tree of n nodes is at most 2 log2(n + 1) deep, and no machine has 2^48 nodes.
@@ -9,10 +11,18 @@ impl Kernel {
     /// The nodes of a `struct rb_root` (or `rb_root_cached`, which begins with one) in order, as
     /// addresses of the embedded `rb_node`s; at most `max`.
     ///
-    /// Ends with [`Error::CorruptTree`] at a pointer that leads nowhere, below 96 levels, or after
-    /// `max` nodes.
+    /// Ends with [`Error::CorruptTree`] at a pointer that leads nowhere or to a node that was there
+    /// before, below 96 levels, or after `max` nodes.
     pub fn rb_tree(&self, root_addr: u64, max: usize) -> RbIter<'_> {
-        RbIter { kernel: self, root: root_addr, max, count: 0, stack: Vec::new(), state: State::New }
+        RbIter {
+            kernel: self,
+            root: root_addr,
+            max,
+            count: 0,
+            seen: HashSet::new(),
+            stack: Vec::new(),
+            state: State::New,
+        }
     }
 }
 
@@ -22,6 +32,8 @@ pub struct RbIter<'k> {
     root: u64,
     max: usize,
     count: usize,
+    /// Where the walk was: whatever points back is found out at once, and not after `max` nodes.
+    seen: HashSet<u64>,
     /// Nodes whose left side has been done: their right children are on the way.
     stack: Vec<(u64, u64)>,
     state: State,
@@ -44,6 +56,9 @@ impl RbIter<'_> {
         while node != 0 {
             if self.stack.len() >= MAX_DEPTH {
                 return Err(self.corrupt(Corruption::TooDeep { max: MAX_DEPTH }));
+            }
+            if !self.seen.insert(node) {
+                return Err(self.corrupt(Corruption::Cycle { node }));
             }
             let child = |offset| {
                 self.kernel

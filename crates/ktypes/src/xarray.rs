@@ -1,5 +1,7 @@
 //! XArrays, such as the page cache of a file (include/linux/xarray.h, lib/xarray.c; 6.1 to 6.12).
 
+use std::collections::HashSet;
+
 use crate::{Corruption, Error, Kernel, Member, Result};
 
 /// 64 bits of index at 6 (or, CONFIG_BASE_SMALL, 4) bits a level.
@@ -101,7 +103,7 @@ impl Kernel {
             flags: self.read_u32(xa_addr.wrapping_add(shape.xa_flags))?,
             max,
             entries: 0,
-            nodes_left: max.saturating_mul(2).saturating_add(64),
+            seen: HashSet::new(),
         })
     }
 
@@ -157,7 +159,8 @@ struct Walk<'k> {
     flags: u32,
     max: usize,
     entries: usize,
-    nodes_left: usize,
+    /// Nodes that were there already: none has its place twice.
+    seen: HashSet<u64>,
 }
 
 impl Walk<'_> {
@@ -201,10 +204,6 @@ impl Walk<'_> {
         if depth >= MAX_DEPTH {
             return Err(self.corrupt(Corruption::TooDeep { max: MAX_DEPTH }));
         }
-        self.nodes_left = match self.nodes_left.checked_sub(1) {
-            Some(left) => left,
-            None => return Err(self.corrupt(bad("is one of too many nodes without entries"))),
-        };
         let node = self.read_node(tagged)?;
         let shift = u32::from(node.get(self.shape.shift).copied().unwrap_or(u8::MAX));
         // Each level has as many bits of the index as number its slots.
@@ -215,6 +214,13 @@ impl Walk<'_> {
         };
         if shift >= 64 || !fits {
             return Err(self.corrupt(bad("has a shift that does not fit its place")));
+        }
+        if !self.seen.insert(tagged) {
+            return Err(self.corrupt(Corruption::Cycle { node: tagged - 2 }));
+        }
+        // Every node has an entry below it somewhere, save for one that was just emptied.
+        if self.seen.len() > self.max.saturating_mul(2).saturating_add(64) {
+            return Err(self.corrupt(bad("is one of too many nodes without entries")));
         }
         let mut slot = 0;
         while slot < self.shape.slots {

@@ -138,7 +138,17 @@ fn rb_trees() {
             synth.set("rb_node", nodes[0], "rb_left", nodes[count / 2]);
             let (good, error) = collect(open(&synth).rb_tree(root, 1000));
             assert!(good.is_empty());
-            assert!(matches!(error, Some(Error::CorruptTree { why: Corruption::TooDeep { .. }, .. })));
+            let root_node = nodes[count / 2];
+            assert!(
+                matches!(error, Some(Error::CorruptTree { why: Corruption::Cycle { node }, .. }) if node == root_node)
+            );
+            // And the rightmost's right one: nothing gets deeper by that.
+            let mut right = synth.clone();
+            right.set("rb_node", nodes[0], "rb_left", 0u64);
+            right.set("rb_node", nodes[count - 1], "rb_right", root_node);
+            let (good, error) = collect(open(&right).rb_tree(root, usize::MAX));
+            assert_eq!(good, nodes[..count - 1]);
+            assert!(matches!(error, Some(Error::CorruptTree { why: Corruption::Cycle { .. }, .. })));
             // A wild one on the right.
             synth.set("rb_node", nodes[0], "rb_left", 0u64).set("rb_node", nodes[0], "rb_right", 0x1234u64);
             let (_, error) = collect(open(&synth).rb_tree(root, 1000));
@@ -256,7 +266,7 @@ fn broken_maple_trees() {
         }
         synth.set("maple_tree", tree, "ma_root", node | 2);
         let error = maple(&open(&synth), tree, 50).unwrap_err();
-        assert!(matches!(error, Error::CorruptTree { .. }), "{error}");
+        assert!(matches!(error, Error::CorruptTree { why: Corruption::Cycle { .. }, .. }), "{error}");
     }
 }
 
@@ -386,6 +396,11 @@ fn broken_xarrays() {
     broken.set("xarray", array, "xa_head", 0xffff_8d00_0000_0002u64);
     assert!(matches!(error(&broken), Corruption::WildPointer { .. }));
     assert!(open(&broken).xarray_marked(array, 0).is_err());
+    // A node in two places: a tree of such nodes, each with itself in all places of the one above, is walked for ever.
+    let mut broken = synth.clone();
+    let child = broken.get_u64("xa_node", head - 2, "slots[1]");
+    broken.set("xa_node", head - 2, "slots[9]", child);
+    assert!(matches!(error(&broken), Corruption::Cycle { node } if node == child - 2));
     // Retry and zero entries are skipped.
     synth.set("xa_node", head - 2, "slots[7]", 256u64 << 2 | 2).set(
         "xa_node",

@@ -103,9 +103,14 @@ pub enum NotMapped {
         /// The entry.
         pte: u64,
     },
-    /// More page tables than the machine has pages: they point at each other.
-    #[error("the page tables are damaged: they form a loop")]
-    TooManyTables,
+    /// A page table that has another place already.
+    #[error("the page tables are damaged: the one of level {level} at physical {table:#x} comes up twice")]
+    TableTwice {
+        /// Level that it would have here.
+        level: u8,
+        /// Where it is.
+        table: u64,
+    },
     /// The page table itself lies outside the core.
     #[error("the page table of level {level} at physical {table:#x} is not in the core")]
     TableUnreadable {

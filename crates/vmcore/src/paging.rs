@@ -4,6 +4,7 @@
 //! that the CPU ignores is decoded here and nowhere else (arch/x86/include/asm/pgtable.h,
 //! pgtable_64.h, pgtable-invert.h; include/linux/swap.h, swapops.h; 6.1 to 6.12).
 
+use std::collections::HashSet;
 use std::fmt;
 use std::ops::Range;
 
@@ -420,8 +421,8 @@ impl<'m> PageTables<'m> {
     /// Calls `f` for every leaf entry that is not zero and covers part of `range`, in ascending
     /// order. Empty subtrees are skipped as a whole.
     ///
-    /// An entry at either end of the range may reach beyond it. Walks as many tables as the core
-    /// has pages, at most: damaged tables that point at themselves end as an error.
+    /// An entry at either end of the range may reach beyond it. Each table is walked once: damaged
+    /// tables that point at themselves, or at the same table twice, end as an error.
     pub fn walk(&self, range: Range<u64>, f: &mut dyn FnMut(Entry)) -> Result<()> {
         self.visit(range, f, &mut |_| {})
     }
@@ -444,8 +445,7 @@ impl<'m> PageTables<'m> {
         }
         self.check_canonical(range.start)?;
         self.check_canonical(range.end - 1)?;
-        let pages: u64 = self.memory.ranges().iter().map(|r| r.len / PAGE_SIZE + 1).sum();
-        let mut walk = Walk { tables: self, f, on_table, left: pages };
+        let mut walk = Walk { tables: self, f, on_table, seen: HashSet::new() };
         walk.table(self.root_phys, self.levels, range.start, range.end - 1)
     }
 
@@ -469,14 +469,17 @@ struct Walk<'a, 'm> {
     tables: &'a PageTables<'m>,
     f: &'a mut dyn FnMut(Entry),
     on_table: &'a mut dyn FnMut(LastTable),
-    left: u64,
+    /// Tables that were there already. (Two mappings can have a table of huge pages together, but
+    /// not one mapping with itself.)
+    seen: HashSet<u64>,
 }
 
 impl Walk<'_, '_> {
     /// Entries of one table for the addresses `first..=last`, which lie within what it covers.
     fn table(&mut self, table: u64, level: u8, first: u64, last: u64) -> Result<()> {
-        self.left =
-            self.left.checked_sub(1).ok_or(Error::NotMapped { va: first, why: NotMapped::TooManyTables })?;
+        if !self.seen.insert(table) {
+            return Err(Error::NotMapped { va: first, why: NotMapped::TableTwice { level, table } });
+        }
         let shift = shift(level);
         let index = |va: u64| (va >> shift) as usize % ENTRIES;
         let (low, high) = (index(first), index(last));
