@@ -83,7 +83,7 @@ enum Command {
     Apps(apps::Apps),
     /// Builds libotherworld (crash procedures) for C programs.
     Libotherworld(libotherworld::Libotherworld),
-    /// Fuzzes what reads data of untrusted processes.
+    /// Feeds broken input to what reads it: records, cores, BTF, kernel structures, captured memory.
     Fuzz(fuzz::Fuzz),
     /// Runs the unit tests and the tests in virtual machines.
     Test(test::Test),

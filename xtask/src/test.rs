@@ -18,8 +18,6 @@ use crate::{Global, build, fuzz, ui};
 
 /// The campaign's crashes that are the same each time.
 const FAULTS_SEED: u64 = 6;
-/// Inputs for each fuzz target.
-const FUZZ_RUNS: u64 = 1_000_000;
 
 /// Runs the unit tests (cargo nextest if it is there, else cargo test), then the tests in virtual machines. The last line counts
 /// the latter.
@@ -55,7 +53,7 @@ impl Test {
                 tests
             })?;
             Library::in_place()?.check()?;
-            fuzz::run(FUZZ_RUNS)?;
+            fuzz::run_few()?;
             alone()?;
         }
         // Once, before several want it.

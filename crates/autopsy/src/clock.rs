@@ -54,7 +54,32 @@ impl Autopsy<'_> {
     /// # Errors
     /// When the timekeeper cannot be read, or cannot be one.
     pub fn clocks(&self) -> Result<Clocks> {
-        let addr = self.timekeeper()?;
+        let own = self.timekeeper().and_then(|addr| self.clocks_of(addr));
+        // What every tick begins from, and is copied from afterwards: it is one tick older at most.
+        let Some(shadow) = self.kernel.symbol_opt("shadow_timekeeper") else { return own };
+        let (own, shadow) = match (own, self.clocks_of(shadow)) {
+            (Ok(own), Ok(shadow)) => (own, shadow),
+            (Ok(own), Err(_)) => return Ok(own),
+            (Err(error), Ok(shadow)) => {
+                let text = format!("the timekeeper is damaged ({error}); its copy is taken");
+                self.find(Severity::Note, "clock", text);
+                return Ok(shadow);
+            }
+            (Err(error), Err(_)) => return Err(error),
+        };
+        if own.realtime_ns.abs_diff(shadow.realtime_ns) < MAX_SINCE_TICK as u64 {
+            return Ok(own);
+        }
+        // The kernel log has another clock of its own.
+        let log = self.kernel_log().unwrap_or_default();
+        let last = log.last().map_or(0, |record| record.ts_ns);
+        let distance = |clocks: &Clocks| (clocks.monotonic_ns as u64).abs_diff(last);
+        let text = "the timekeeper and its copy do not agree; the one is taken that fits the kernel log";
+        self.find(Severity::Note, "clock", text);
+        Ok(if distance(&own) <= distance(&shadow) { own } else { shadow })
+    }
+
+    fn clocks_of(&self, addr: u64) -> Result<Clocks> {
         let keeper: Timekeeper = self.kernel.read(addr)?;
         if keeper.shift > 63 {
             return Err(corrupt("timekeeper", addr, format!("a shift of {}", keeper.shift)));
@@ -126,5 +151,43 @@ impl Autopsy<'_> {
             return 0;
         }
         ns
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{declare, open};
+    use ktypes::Kernel;
+    use synth::{Record, Synth, U64, named};
+
+    #[test]
+    fn the_copy_serves_when_the_timekeeper_is_damaged() {
+        let mut synth = Synth::new();
+        declare::<Timekeeper>(&mut synth, &[]);
+        synth.typedef("u64", U64);
+        synth.typedef("seqcount_raw_spinlock_t", U64);
+        synth.structure("tk_core", Record::new().field("seq", U64).field("timekeeper", named("timekeeper")));
+        let own = synth.variable("tk_core", "tk_core") + synth.offset_of("tk_core", "timekeeper");
+        let shadow = synth.variable("shadow_timekeeper", "timekeeper");
+        for at in [own, shadow] {
+            synth.set("timekeeper", at, "xtime_sec", 1_700_000_000u64);
+            synth.set("timekeeper", at, "wall_to_monotonic.tv_sec", -1_699_999_000i64);
+        }
+        let seconds = |synth: &Synth| {
+            let kernel: Kernel = open(synth);
+            let autopsy = Autopsy::new(&kernel);
+            let clocks = autopsy.clocks().map(|clocks| clocks.realtime_ns / 1_000_000_000);
+            (clocks.ok(), autopsy.findings().iter().any(|f| f.object == "clock"))
+        };
+        assert_eq!(seconds(&synth), (Some(1_700_000_000), false));
+        let mut one = synth.clone();
+        one.set("timekeeper", own, "xtime_sec", u64::MAX);
+        assert_eq!(seconds(&one), (Some(1_700_000_000), true));
+        // Both can be: the one is taken that fits the log, which ends where it begins here.
+        synth.set("timekeeper", shadow, "xtime_sec", 1_800_000_000u64);
+        assert_eq!(seconds(&synth), (Some(1_700_000_000), true));
+        synth.set("timekeeper", own, "xtime_sec", 1_900_000_000u64);
+        assert_eq!(seconds(&synth), (Some(1_800_000_000), true));
     }
 }

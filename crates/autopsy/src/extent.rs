@@ -9,7 +9,7 @@ use snapshot::{Bytes, Extent};
 use vmcore::PAGE_SIZE;
 
 use crate::Autopsy;
-use crate::error::{Result, corrupt};
+use crate::error::{Result, Visited, corrupt};
 
 /// EXT4_EXT_MAGIC.
 const MAGIC: u64 = 0xf30a;
@@ -21,6 +21,8 @@ const MAX_DEPTH: u64 = 5;
 const MAX_EXTENTS: usize = 1 << 20;
 /// Pages in the page cache of a block device.
 const MAX_BLOCKS: usize = 1 << 24;
+/// Pages of the largest folio of a page cache (MAX_PAGECACHE_ORDER is at most that of a huge page).
+const MAX_FOLIO: u64 = 512;
 
 #[derive(KernelType)]
 #[kernel("super_block")]
@@ -44,7 +46,7 @@ impl Autopsy<'_> {
         let root =
             kernel.read_bytes(self.ext4_inode(inode)?.wrapping_add(data.offset), data.size as usize)?;
         let mut all = Vec::new();
-        self.extent_node(inode, &root, None, sb.s_bdev, &mut all)?;
+        self.extent_node(inode, &root, None, sb.s_bdev, &mut all, &mut Visited::default())?;
         let sorted = all.windows(2).all(|pair| pair[0].index + pair[0].count <= pair[1].index);
         if !sorted {
             return Err(corrupt("inode", inode, "has extents that overlap"));
@@ -71,6 +73,7 @@ impl Autopsy<'_> {
         depth: Option<u64>,
         bdev: u64,
         all: &mut Vec<Extent>,
+        visited: &mut Visited,
     ) -> Result<()> {
         let damaged = || corrupt("inode", inode, "has a damaged extent tree");
         let header = |member| self.disk_part(node, 0, "ext4_extent_header", member).ok_or_else(damaged);
@@ -96,10 +99,11 @@ impl Autopsy<'_> {
                 });
             } else {
                 let block = field("ei_leaf_hi")? << 32 | field("ei_leaf_lo")?;
+                visited.visit("ext4_extent_idx", block)?;
                 let page = self.block(bdev, block)?;
                 let page =
                     page.ok_or_else(|| corrupt("inode", inode, "has extents that are on the disk only"))?;
-                self.extent_node(inode, &page, Some(own - 1), bdev, all)?;
+                self.extent_node(inode, &page, Some(own - 1), bdev, all, visited)?;
             }
         }
         Ok(())
@@ -118,11 +122,17 @@ impl Autopsy<'_> {
     /// A block of a block device, if its page cache has it.
     pub(crate) fn block(&self, bdev: u64, block: u64) -> Result<Option<Vec<u8>>> {
         if !self.block_pages.borrow().contains_key(&bdev) {
-            let pages = self.pages_of_device(bdev)?;
+            // If it fails, it would fail again for each inode.
+            let pages = self.pages_of_device(bdev).map_err(|error| error.to_string());
             self.block_pages.borrow_mut().insert(bdev, pages);
         }
         let known = self.block_pages.borrow();
-        let Some(pfn) = known.get(&bdev).and_then(|pages| pages.get(&block)) else { return Ok(None) };
+        let pages = match known.get(&bdev) {
+            Some(Ok(pages)) => pages,
+            Some(Err(why)) => return Err(corrupt("block_device", bdev, why.clone())),
+            None => return Ok(None),
+        };
+        let Some(pfn) = pages.get(&block) else { return Ok(None) };
         let mut page = vec![0; PAGE_SIZE as usize];
         let at = pfn.saturating_mul(PAGE_SIZE);
         self.kernel.vmcore().read_phys(at, &mut page).map_err(ktypes::Error::from)?;
@@ -149,11 +159,11 @@ impl Autopsy<'_> {
         kernel.xarray_for_each(pages, MAX_BLOCKS, |first, entry| {
             let Some(page) = entry.pointer() else { return Ok(()) };
             let Ok(pfn) = kernel.page_to_pfn(page) else { return Ok(()) };
-            let count = entry.last.saturating_sub(first).saturating_add(1).min(MAX_BLOCKS as u64);
+            let count = entry.last.saturating_sub(first).saturating_add(1).min(MAX_FOLIO);
             // A buffer that was made, and not read, says so of itself only.
             let is_valid = frames.get(pfn).is_ok_and(|frame| frame.uptodate || frame.dirty);
             if is_valid || is_uptodate(page).unwrap_or(false) {
-                all.extend((0..count).map(|n| (first + n, pfn + n)));
+                all.extend((0..count).map(|n| (first.wrapping_add(n), pfn + n)));
             }
             Ok(())
         })?;
@@ -297,6 +307,29 @@ mod tests {
         assert!(damaged(6, 9).is_err(), "too deep");
         assert!(extents(&node(0, &[(5, 3, 100), (7, 2, 200)]), PAGE_SIZE).is_err(), "they overlap");
         assert!(extents(&node(1, &[(0, 0, 100)]), PAGE_SIZE).is_err(), "a node that is nowhere");
+    }
+
+    #[test]
+    fn a_node_has_one_place_in_a_tree() {
+        let (mut synth, inode, sb) = with_root(&node(1, &[(0, 0, 5), (9, 0, 5)]), PAGE_SIZE);
+        let page = synth.alloc_phys(PAGE_SIZE, PAGE_SIZE);
+        synth.write_phys(page, &node(0, &[]));
+        let kernel = open(&synth);
+        let autopsy = Autopsy::new(&kernel);
+        // Of a tree of five levels, with all places of a node leading to the same one, each of 340^5 would be gone to.
+        autopsy.block_pages.borrow_mut().insert(0, Ok([(5, page / PAGE_SIZE)].into()));
+        let error = autopsy.extents(inode, sb).unwrap_err().to_string();
+        assert!(error.contains("comes up twice"), "{error}");
+    }
+
+    #[test]
+    fn a_damaged_page_cache_of_a_device_is_read_once() {
+        let (synth, inode, sb) = with_root(&node(1, &[(0, 0, 5)]), PAGE_SIZE);
+        let kernel = open(&synth);
+        let autopsy = Autopsy::new(&kernel);
+        let first = autopsy.extents(inode, sb).unwrap_err().to_string();
+        assert!(autopsy.block_pages.borrow().get(&0).is_some_and(|pages| pages.is_err()), "{first}");
+        assert!(autopsy.extents(inode, sb).unwrap_err().to_string().contains("block_device"));
     }
     #[test]
     fn entries_of_a_directory_are_read_up_to_the_end_of_the_block() {

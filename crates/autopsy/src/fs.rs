@@ -8,7 +8,7 @@ use serde::Serialize;
 use snapshot::{Bytes, FsContext, Mount, MountFlags, MountNamespace, NamespaceId, Pid, Severity};
 
 use crate::Autopsy;
-use crate::error::{Result, corrupt};
+use crate::error::{Circle, Result, Visited, corrupt};
 
 /// PATH_MAX is 4096, but a path can be deeper than a system call can name it.
 const MAX_PATH: usize = 64 << 10;
@@ -236,7 +236,11 @@ impl Autopsy<'_> {
         let mut names: Vec<Vec<u8>> = Vec::new();
         let mut len = 0;
         let (mut at, mut here) = (path.dentry, dentry);
+        let mut circle = Circle::default();
         for _ in 0..MAX_COMPONENTS {
+            if circle.closes_at((at, mount_addr)) {
+                break;
+            }
             if at == mount.root {
                 if mount.mnt_parent == mount_addr {
                     return Ok(FullPath {
@@ -386,7 +390,9 @@ impl Autopsy<'_> {
         let mut mounts = Vec::new();
         let mut damaged = 0;
         let mut pending = vec![(ns.root, root)];
+        let mut visited = Visited::default();
         while let Some((addr, mount)) = pending.pop() {
+            visited.visit("mount", addr)?;
             if mounts.len() >= MAX_MOUNTS {
                 return Err(corrupt("mnt_namespace", ns_addr, "has too many mounts"));
             }
@@ -445,7 +451,11 @@ impl Autopsy<'_> {
     pub(crate) fn path_in_fs(&self, addr: u64) -> Result<Bytes> {
         let mut names: Vec<Vec<u8>> = Vec::new();
         let mut at = addr;
+        let mut circle = Circle::default();
         for _ in 0..MAX_COMPONENTS {
+            if circle.closes_at(at) {
+                break;
+            }
             let dentry = self.dentry(at)?;
             if dentry.d_parent == at {
                 return Ok(join(&names));
@@ -479,4 +489,28 @@ fn mount_flags(mnt: u32, sb: u64) -> MountFlags {
         (sb & SB_SYNCHRONOUS != 0, MountFlags::SYNCHRONOUS),
     ];
     table.into_iter().filter(|(on, _)| *on).map(|(_, flag)| flag).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{declare, open};
+    use synth::{PTR, Record, Synth, U32, named};
+
+    /// Mounts that cannot be described do not count: nothing else would end it.
+    #[test]
+    fn a_mount_that_is_mounted_on_itself_ends_the_table() {
+        let mut synth = Synth::new();
+        let lists = [("mnt_mounts", named("list_head")), ("mnt_child", named("list_head"))];
+        declare::<MountStruct>(&mut synth, &lists);
+        synth.structure("mnt_namespace", Record::new().field("root", PTR).field("nr_mounts", U32));
+        let (ns, mount) = (synth.alloc("mnt_namespace"), synth.alloc("mount"));
+        synth.set("mnt_namespace", ns, "root", mount);
+        let children = synth.list_init("mount", mount, "mnt_mounts");
+        let child = synth.address_of("mount", mount, "mnt_child");
+        synth.list_add_tail(child, children);
+        let kernel = open(&synth);
+        let error = Autopsy::new(&kernel).mounts_of(ns).unwrap_err().to_string();
+        assert!(error.contains("comes up twice"), "{error}");
+    }
 }

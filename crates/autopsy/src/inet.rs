@@ -7,7 +7,7 @@ use ktypes::KernelType;
 use snapshot::{InetProtocol, InetSocket, InetState, ProtocolOption};
 
 use crate::Autopsy;
-use crate::error::{Result, corrupt};
+use crate::error::{Result, Visited, corrupt};
 use crate::socket::{AF_INET, AF_INET6};
 
 /// Connections that wait to be accepted, and messages; backlogs and buffers are smaller.
@@ -304,7 +304,9 @@ impl Autopsy<'_> {
     /// Whom the connections come from that nobody has accepted.
     fn waiting(&self, mut request: u64) -> Result<Vec<SocketAddr>> {
         let mut waiting = Vec::new();
+        let mut visited = Visited::default();
         while request != 0 {
+            visited.visit("request_sock", request)?;
             if waiting.len() >= MAX_QUEUE {
                 return Err(corrupt("request_sock", request, "the queue does not end"));
             }

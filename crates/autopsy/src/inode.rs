@@ -200,7 +200,7 @@ impl Autopsy<'_> {
                     }
                     for part in 0..count {
                         match self.swapped_page(value.wrapping_add(part)) {
-                            Slot::Frame(pfn) => push_run(runs, first + part, pfn, 1, false),
+                            Slot::Frame(pfn) => push_run(runs, first.saturating_add(part), pfn, 1, false),
                             Slot::Zero => {}
                             Slot::Lost(why) => {
                                 *lost += 1;
@@ -274,8 +274,8 @@ fn push_run(runs: &mut Vec<PageCacheRun>, index: u64, pfn: u64, count: u64, dirt
     match runs.last_mut() {
         Some(run)
             if run.dirty == dirty
-                && run.index + u64::from(run.count) == index
-                && run.pfn + u64::from(run.count) == pfn
+                && run.index.checked_add(run.count.into()) == Some(index)
+                && run.pfn.checked_add(run.count.into()) == Some(pfn)
                 && run.count.checked_add(count).is_some() =>
         {
             run.count += count;

@@ -8,7 +8,7 @@ use snapshot::{Bytes, Ipc, IpcPerm, Message, MsgQueue, Pid, SemArray, SemUndo, S
 use vmcore::PAGE_SIZE;
 
 use crate::Autopsy;
-use crate::error::{Result, corrupt};
+use crate::error::{Result, Visited, corrupt};
 use crate::syscall::KnownTask;
 
 /// Objects of one kind (`ipcmni_extend`).
@@ -118,13 +118,19 @@ impl Autopsy<'_> {
     /// The `kern_ipc_perm` of all objects of a kind, by index in their table.
     fn perms(&self, ids: u64) -> Result<Vec<u64>> {
         let k = self.kernel;
-        let at =
-            k.symbol("init_ipc_ns")? + k.offset_of("ipc_namespace", "ids")? + ids * k.size_of("ipc_ids")?;
+        let at = k
+            .symbol("init_ipc_ns")?
+            .wrapping_add(k.offset_of("ipc_namespace", "ids")?)
+            .wrapping_add(ids.wrapping_mul(k.size_of("ipc_ids")?));
         let mut perms = Vec::new();
-        k.xarray_for_each(at + k.offset_of("ipc_ids", "ipcs_idr.idr_rt")?, MAX_OBJECTS, |_, entry| {
-            perms.extend(entry.pointer());
-            Ok(())
-        })?;
+        k.xarray_for_each(
+            at.wrapping_add(k.offset_of("ipc_ids", "ipcs_idr.idr_rt")?),
+            MAX_OBJECTS,
+            |_, entry| {
+                perms.extend(entry.pointer());
+                Ok(())
+            },
+        )?;
         Ok(perms)
     }
 
@@ -216,11 +222,13 @@ impl Autopsy<'_> {
         let mut text = k.read_bytes(at.wrapping_add(header), part as usize)?;
         let mut left = head.m_ts - part;
         let mut segment = head.next;
+        let mut visited = Visited::default();
         // Each round takes something of what is left.
         while left > 0 {
             if segment == 0 {
                 return Err(corrupt("msg_msg", at, format!("{left} bytes are missing")));
             }
+            visited.visit("msg_msgseg", segment)?;
             part = left.min(PAGE_SIZE.saturating_sub(segment_header).max(1));
             text.extend(k.read_bytes(segment.wrapping_add(segment_header), part as usize)?);
             left -= part;

@@ -28,6 +28,8 @@ mod extent;
 mod file;
 mod fpu;
 mod fs;
+#[cfg(fuzzing)]
+mod fuzz;
 pub mod ground_truth;
 mod hugetlb;
 mod inet;
@@ -71,6 +73,8 @@ mod zram;
 
 pub use error::{Error, Result};
 pub use fs::NamespaceMounts;
+#[cfg(fuzzing)]
+pub use fuzz::WALKERS;
 pub use module::Module;
 pub use process::{ProcessSummary, TaskSummary};
 pub use slab::SlabCache;
@@ -105,7 +109,7 @@ pub struct Autopsy<'k> {
     pub(crate) kernel: &'k Kernel,
     findings: RefCell<Vec<Finding>>,
     /// The texts of the findings.
-    found: RefCell<BTreeMap<(Option<Pid>, Severity), BTreeSet<String>>>,
+    found: RefCell<BTreeMap<(Option<Pid>, Severity, snapshot::FindingKind), BTreeSet<String>>>,
     /// The process that is being read: findings are about it.
     subject: Cell<Option<Pid>>,
     pub(crate) files: RefCell<BTreeMap<FileId, OpenFile>>,
@@ -135,9 +139,9 @@ pub struct Autopsy<'k> {
     pub(crate) saver: OnceCell<Option<saver::Saver>>,
     pub(crate) timers: OnceCell<syscall::Timers>,
     /// Page caches of block devices, by the address of these.
-    block_pages: RefCell<BTreeMap<u64, extent::BlockPages>>,
+    block_pages: RefCell<BTreeMap<u64, Result<extent::BlockPages, String>>>,
     /// Addresses of what is in the buffers of XFS, by place on the disk; by allocation group.
-    xfs_buffers: RefCell<BTreeMap<u64, BTreeMap<u64, u64>>>,
+    xfs_buffers: RefCell<BTreeMap<u64, Result<BTreeMap<u64, u64>, String>>>,
     pub(crate) known_tasks: OnceCell<Vec<syscall::KnownTask>>,
     pub(crate) now: OnceCell<Clocks>,
     pub(crate) caches: check::Caches,
@@ -215,6 +219,10 @@ impl<'k> Autopsy<'k> {
             mounts.iter().chain(mount_namespaces.values().flat_map(|ns| &ns.mounts)).collect();
         let tmpfs = self.tmpfs(&everywhere);
         let (unwritten, names) = self.unwritten_files(&mounts, clocks.realtime_ns / 1_000_000_000);
+        if self.kernel.memory().is_exhausted() {
+            let text = "the dead kernel's structures lead round and round: reading them was broken off, and what is missing may be anything";
+            self.find(Severity::Broken, "process", text);
+        }
         Ok(Snapshot {
             format: snapshot::FORMAT,
             kernel,
@@ -257,7 +265,7 @@ impl<'k> Autopsy<'k> {
 
     fn note(&self, mut finding: Finding) {
         let mut found = self.found.borrow_mut();
-        let known = found.entry((finding.pid, finding.severity)).or_default();
+        let known = found.entry((finding.pid, finding.severity, finding.kind)).or_default();
         if known.len() == MAX_FINDINGS {
             finding.text = "there is more like that".to_owned();
         }
@@ -280,5 +288,25 @@ impl<'k> Autopsy<'k> {
     /// A value of the kernel's own enums; documented values serve where BTF lacks the enum.
     pub(crate) fn enumerator(&self, name: &str, documented: u64) -> u64 {
         self.kernel.enum_value(name).map_or(documented, |value| value as u64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn findings_are_said_once_and_not_without_end() {
+        let kernel = testing::open(&synth::Synth::new());
+        let autopsy = Autopsy::new(&kernel);
+        for n in 0..3 * MAX_FINDINGS {
+            autopsy.find(Severity::Note, "file", format!("number {}", n / 2));
+        }
+        autopsy.set_subject(Some(7));
+        autopsy.find(Severity::Note, "file", "number 1");
+        let findings = autopsy.findings();
+        assert_eq!(findings.len(), MAX_FINDINGS + 2);
+        assert_eq!(findings[MAX_FINDINGS].text, "there is more like that");
+        assert_eq!(findings[MAX_FINDINGS + 1].pid, Some(7));
     }
 }

@@ -5,7 +5,7 @@ pub(crate) mod fault;
 mod tests;
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use ktypes::{Kernel, KernelType};
 use snapshot::{
@@ -170,6 +170,8 @@ pub(crate) struct Frames<'k> {
     /// How page-table entries of this kernel are to be read.
     format: PteFormat,
     blocks: RefCell<HashMap<u64, Block>>,
+    /// Those that cannot be read: each would take as long again for all of its pages.
+    unreadable: RefCell<HashSet<u64>>,
     /// The block that was asked for last: neighbours are often neighbours in physical memory.
     last: Cell<(u64, Block)>,
     /// Page frame of the page of zeroes that reads of untouched memory get.
@@ -235,6 +237,7 @@ impl<'k> Frames<'k> {
             },
             format: kernel.pte_format(),
             blocks: RefCell::default(),
+            unreadable: RefCell::default(),
             last: Cell::new((u64::MAX, Block::default())),
             zero_pfn: zero.map_or(u64::MAX, |phys| phys >> PAGE_SHIFT),
             huge_zero_pfn: huge.unwrap_or(u64::MAX),
@@ -262,8 +265,14 @@ impl<'k> Frames<'k> {
         let known = self.blocks.borrow().get(&number).copied();
         let block = match known {
             Some(block) => block,
+            None if self.unreadable.borrow().contains(&number) => {
+                let at = self.kernel.pfn_to_page(number.wrapping_mul(BLOCK));
+                return Err(corrupt("page", at, "cannot be read"));
+            }
             None => {
-                let block = self.read_block(number)?;
+                let block = self.read_block(number).inspect_err(|_| {
+                    self.unreadable.borrow_mut().insert(number);
+                })?;
                 self.blocks.borrow_mut().insert(number, block);
                 block
             }
@@ -313,6 +322,8 @@ struct Collector<'a, 'k> {
     /// Whether they belong there is looked at in passing.
     check: Option<Pages<'k>>,
     pages: Vec<PageRun>,
+    /// Pages that huge ones can still have.
+    huge_left: u64,
     lost: u64,
     why_lost: Option<String>,
 }
@@ -334,6 +345,17 @@ impl Collector<'_, '_> {
             | EntryKind::Migration { phys, .. }
             | EntryKind::DeviceExclusive { phys, .. } => {
                 let first = (phys >> PAGE_SHIFT) + skip;
+                if count > 1 && self.frames.is_zero(first) {
+                    return;
+                }
+                // Huge pages are nobody else's: there are no more than there is memory. (Small ones can be the same many times, but
+                // then their entries are in memory.)
+                if count > 1 {
+                    match self.huge_left.checked_sub(count) {
+                        Some(left) => self.huge_left = left,
+                        None => return self.lose(count, "are more huge pages than there is memory"),
+                    }
+                }
                 for i in 0..count {
                     if let Some(check) =
                         self.check.as_mut().filter(|_| is_settled && !self.frames.is_zero(first + i))
@@ -369,7 +391,14 @@ impl Collector<'_, '_> {
                 return;
             }
             Ok(_) => {}
-            Err(error) => return self.lose(1, &error.to_string()),
+            Err(error) => {
+                // Only the first one is said.
+                if self.why_lost.is_none() {
+                    self.why_lost = Some(error.to_string());
+                }
+                self.lost += 1;
+                return;
+            }
         }
         self.frame(addr, pfn);
     }
@@ -411,7 +440,7 @@ impl Collector<'_, '_> {
     }
 
     fn lose(&mut self, count: u64, why: &str) {
-        self.lost += count;
+        self.lost = self.lost.saturating_add(count);
         self.why_lost.get_or_insert_with(|| why.to_owned());
     }
 }
@@ -689,6 +718,7 @@ impl Autopsy<'_> {
             swap: self.swap(),
             check,
             pages: Vec::new(),
+            huge_left: self.kernel.phys().ranges().iter().map(|range| range.len >> PAGE_SHIFT).sum(),
             lost: 0,
             why_lost: None,
         };

@@ -4,7 +4,7 @@ use ktypes::KernelType;
 use snapshot::{Seccomp, SeccompFilter, SeccompFilterId, Severity};
 
 use crate::Autopsy;
-use crate::error::{Result, corrupt};
+use crate::error::{Result, Visited, corrupt};
 
 /// All filters of a thread have 32,768 instructions at most (MAX_INSNS_PER_PATH), and each counts as four more.
 const MAX_FILTERS: usize = 1 << 13;
@@ -51,7 +51,9 @@ impl Autopsy<'_> {
     fn seccomp_filters(&self, newest: u64) -> Result<Vec<SeccompFilterId>> {
         let mut filters = Vec::new();
         let mut at = newest;
+        let mut visited = Visited::default();
         while at != 0 {
+            visited.visit("seccomp_filter", at)?;
             if filters.len() >= MAX_FILTERS {
                 return Err(corrupt("seccomp_filter", at, "the list does not end"));
             }
@@ -106,6 +108,6 @@ mod tests {
         let kernel = open(&synth);
         let autopsy = Autopsy::new(&kernel);
         assert_eq!(autopsy.seccomp(task).unwrap(), Seccomp::Filter { filters: vec![] });
-        assert!(autopsy.findings()[0].text.contains("does not end"));
+        assert!(autopsy.findings()[0].text.contains("comes up twice"));
     }
 }

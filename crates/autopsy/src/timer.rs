@@ -5,7 +5,7 @@ use ktypes::KernelType;
 use snapshot::{IntervalTimer, PendingSignal, PosixExpiry, PosixTimer, Timers, timer_of};
 
 use crate::Autopsy;
-use crate::error::{Result, corrupt};
+use crate::error::{Result, Visited, corrupt};
 use crate::syscall::Expiry;
 
 /// A queue entry is allocated for each, and their number is limited (RLIMIT_SIGPENDING).
@@ -132,6 +132,7 @@ impl Autopsy<'_> {
         };
         let link = self.kernel.offset_of("k_itimer", "list")?;
         let mut node = signal.first_posix_timer;
+        let mut visited = Visited::default();
         for count in 0.. {
             if node == 0 || node == signal.posix_timers {
                 break;
@@ -140,6 +141,7 @@ impl Autopsy<'_> {
             if count >= MAX_TIMERS {
                 return Err(corrupt("k_itimer", at, "the list does not end"));
             }
+            visited.visit("k_itimer", at)?;
             let timer: KItimer = self.kernel.read(at)?;
             node = timer.next;
             // One that is being deleted belongs to nobody.

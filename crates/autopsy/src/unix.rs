@@ -9,7 +9,7 @@ use snapshot::{
 use vmcore::{PAGE_SHIFT, PAGE_SIZE};
 
 use crate::Autopsy;
-use crate::error::{Result, corrupt};
+use crate::error::{Result, Visited, corrupt};
 use crate::fs::Path;
 
 /// Messages that one socket may have received before something is wrong (net.core.wmem_max in the smallest messages is less).
@@ -364,7 +364,9 @@ impl Autopsy<'_> {
     fn skb_queue(&self, head: u64) -> Result<Vec<u64>> {
         let mut buffers = Vec::new();
         let mut at = self.kernel.read::<SkBuffHead>(head)?.next;
+        let mut visited = Visited::default();
         while at != head {
+            visited.visit("sk_buff", at)?;
             if buffers.len() >= MAX_MESSAGES {
                 return Err(corrupt("sk_buff_head", head, "does not end"));
             }

@@ -10,7 +10,7 @@ use snapshot::{Bytes, Extent, Xattr};
 use vmcore::PAGE_SIZE;
 
 use crate::Autopsy;
-use crate::error::{Result, corrupt};
+use crate::error::{Result, Visited, corrupt};
 use crate::xattr::{ACL_ACCESS, ACL_DEFAULT, acl_of};
 
 /// Of one file.
@@ -128,7 +128,7 @@ impl Autopsy<'_> {
             0 => {}
             // The only leaf has no more room than it needs.
             1 => self.xfs_leaf(fork.data, fork.if_bytes, &mut records)?,
-            height => self.xfs_node(inode, fork.data, height, &mut records)?,
+            height => self.xfs_node(inode, fork.data, height, &mut records, &mut Visited::default())?,
         }
         let mut all = Vec::new();
         for (lo, hi) in records {
@@ -147,7 +147,15 @@ impl Autopsy<'_> {
         Ok(Some(all))
     }
 
-    fn xfs_node(&self, inode: u64, addr: u64, height: i32, records: &mut Vec<(u64, u64)>) -> Result<()> {
+    fn xfs_node(
+        &self,
+        inode: u64,
+        addr: u64,
+        height: i32,
+        records: &mut Vec<(u64, u64)>,
+        visited: &mut Visited,
+    ) -> Result<()> {
+        visited.visit("xfs_iext_node", addr)?;
         let kernel = self.kernel;
         let pointers = kernel.member("xfs_iext_node", "ptrs")?;
         for n in 0..pointers.size / 8 {
@@ -156,7 +164,7 @@ impl Autopsy<'_> {
                 break;
             }
             if height > 2 {
-                self.xfs_node(inode, child, height - 1, records)?;
+                self.xfs_node(inode, child, height - 1, records, visited)?;
             } else {
                 self.xfs_leaf(child, kernel.member("xfs_iext_leaf", "recs")?.size, records)?;
             }
@@ -274,11 +282,18 @@ impl Autopsy<'_> {
         })?;
         let Some(perag) = perag else { return Ok(None) };
         if !self.xfs_buffers.borrow().contains_key(&perag) {
-            let buffers = self.buffers_of(perag)?;
+            // If it fails, it would fail again for each inode.
+            let buffers = self.buffers_of(perag).map_err(|error| error.to_string());
             self.xfs_buffers.borrow_mut().insert(perag, buffers);
         }
         let known = self.xfs_buffers.borrow();
-        let at = known.get(&perag).and_then(|buffers| buffers.get(&(block * PAGE_SIZE / BASIC_BLOCK)));
+        let buffers = match known.get(&perag) {
+            Some(Ok(buffers)) => buffers,
+            Some(Err(why)) => return Err(corrupt("xfs_perag", perag, why.clone())),
+            None => return Ok(None),
+        };
+        let place = block.checked_mul(PAGE_SIZE / BASIC_BLOCK);
+        let at = place.and_then(|place| buffers.get(&place));
         Ok(at.map(|at| kernel.read_bytes(*at, PAGE_SIZE as usize)).transpose()?)
     }
 
@@ -298,6 +313,7 @@ impl Autopsy<'_> {
         }
         let to_node = kernel.offset_of("xfs_buf", "b_rhash_head")?;
         let mut all = BTreeMap::new();
+        let mut visited = Visited::default();
         for n in 0..u64::from(buckets.size) {
             // The lowest bit is a lock in a bucket, and marks the end of a chain.
             let mut node = kernel.read_u64(buckets.buckets.wrapping_add(n * 8))? & !1;
@@ -305,6 +321,7 @@ impl Autopsy<'_> {
                 if all.len() > MAX_BUFFERS {
                     return Err(corrupt("bucket_table", table, "has too many buffers"));
                 }
+                visited.visit("xfs_buf", node)?;
                 let buffer: Buffer = kernel.read(node.wrapping_sub(to_node))?;
                 let is_whole = u64::try_from(buffer.b_length) == Ok(PAGE_SIZE / BASIC_BLOCK);
                 if is_whole && buffer.b_flags & XBF_DONE != 0 && buffer.b_addr != 0 {
@@ -396,6 +413,34 @@ mod tests {
         assert_eq!(extent_of(lo, hi), (Extent { index: 1 << 40, count: 1, block: 5, written: false }, true));
         let (lo, hi) = record(0, 16, NO_BLOCK | 3, 0);
         assert!(!extent_of(lo, hi).1, "to be allocated when it is written");
+    }
+
+    /// A chain that goes round would add no new buffer, and so never be too long.
+    #[test]
+    fn a_chain_of_buffers_that_goes_round_ends() {
+        use crate::testing::{declare, open};
+        use synth::{PTR, Record, Synth, U64, array, named};
+
+        let mut synth = Synth::new();
+        synth.structure("rhashtable", Record::new().field("tbl", PTR));
+        synth.structure("xfs_perag", Record::new().field("pag_buf_hash", named("rhashtable")));
+        declare::<Buckets>(&mut synth, &[("buckets", array(U64, 2))]);
+        declare::<Buffer>(&mut synth, &[("b_rhash_head", U64)]);
+        let (perag, table) = (synth.alloc("xfs_perag"), synth.alloc("bucket_table"));
+        let (one, two) = (synth.alloc("xfs_buf"), synth.alloc("xfs_buf"));
+        synth.set("xfs_perag", perag, "pag_buf_hash.tbl", table);
+        synth.set("bucket_table", table, "size", 1);
+        let node = |synth: &Synth, buffer| synth.address_of("xfs_buf", buffer, "b_rhash_head");
+        let (first, second) = (node(&synth, one), node(&synth, two));
+        synth.set("bucket_table", table, "buckets[0]", first);
+        synth.write_u64(first, second);
+        let buffers = |synth: &Synth| {
+            let kernel = open(synth);
+            Autopsy::new(&kernel).buffers_of(perag).map(|buffers| buffers.len()).map_err(|e| e.to_string())
+        };
+        assert_eq!(buffers(&synth), Ok(0));
+        synth.write_u64(second, first);
+        assert!(buffers(&synth).unwrap_err().contains("comes up twice"));
     }
 
     #[test]

@@ -160,6 +160,10 @@ impl Kernel {
     /// The address of a symbol of the kernel itself or, failing that, of a module. Of several
     /// static symbols of one name, the one that stands first in the table.
     pub fn symbol(&self, name: &str) -> Result<u64> {
+        #[cfg(fuzzing)]
+        if self.symbol_opt(name).is_none() {
+            return Ok(self.memory.direct_map_of(crate::fuzz::ARENA.start + crate::fuzz::variable(name)));
+        }
         self.symbol_opt(name)
             .ok_or_else(|| Error::MissingSymbol { release: self.release.clone(), name: name.to_owned() })
     }
@@ -418,11 +422,16 @@ impl Kernel {
             let (btf, id) = self.find_struct(type_name)?;
             btf.size(id)
         })
+        .or(cfg!(fuzzing).then_some(256))
         .ok_or_else(|| self.missing_type(type_name))
     }
 
     /// Where a member is, how large, and of what type.
     pub fn member(&self, type_name: &str, path: &str) -> Result<Member> {
+        #[cfg(fuzzing)]
+        if !self.has_member(type_name, path) {
+            return Ok(crate::fuzz::member(path));
+        }
         let (btf, id) = self.find_struct(type_name).ok_or_else(|| self.missing_type(type_name))?;
         btf.member(id, path).ok_or_else(|| Error::MissingMember {
             release: self.release.clone(),
@@ -464,7 +473,10 @@ impl Kernel {
 
     /// The value of an enumerator of one enum: `enum_value_in("pageflags", "PG_dirty")`.
     pub fn enum_value_in(&self, enum_name: &str, enumerator: &str) -> Result<i64> {
-        self.btf.enumerator_in(enum_name, enumerator).ok_or_else(|| Error::MissingEnumerator {
+        let value = self.btf.enumerator_in(enum_name, enumerator);
+        #[cfg(fuzzing)]
+        let value = value.or_else(|| Some(crate::fuzz::enumerator(enumerator)));
+        value.ok_or_else(|| Error::MissingEnumerator {
             release: self.release.clone(),
             name: format!("{enum_name}::{enumerator}"),
         })
@@ -477,6 +489,14 @@ impl Kernel {
             return Ok(layout.clone());
         }
         drop(layouts);
+        #[cfg(fuzzing)]
+        if self.find_struct(T::NAME).is_none() {
+            let mut layouts = self.layouts.write().unwrap_or_else(PoisonError::into_inner);
+            return Ok(layouts
+                .entry(key)
+                .or_insert_with(|| Arc::new(crate::fuzz::layout(T::FIELDS)))
+                .clone());
+        }
         let (btf, id) = self.find_struct(T::NAME).ok_or_else(|| self.missing_type(T::NAME))?;
         let binder = Binder { btf, release: &self.release, type_name: T::NAME };
         let layout = Arc::new(binder.bind(id, T::FIELDS, "")?);
@@ -576,19 +596,21 @@ fn read_kallsyms(memory: &KernelMemory) -> Result<Kallsyms, String> {
     let token_table = symbol("kallsyms_token_table")?;
     let token_index = symbol("kallsyms_token_index")?;
     let offsets = symbol("kallsyms_offsets")?;
-    let base = read(symbol("kallsyms_relative_base")?, 8)?;
+    let (base_at, count_at) = (symbol("kallsyms_relative_base")?, symbol("kallsyms_num_syms")?);
+    let base = read(base_at, 8)?;
     let base = u64::from_le_bytes(base.try_into().expect("8 bytes"));
-    let count = read(symbol("kallsyms_num_syms")?, 4)?;
+    let count = read(count_at, 4)?;
     let count = u32::from_le_bytes(count.try_into().expect("4 bytes"));
     // The tables' order differs over the versions, and their lengths are written nowhere: a table
     // reaches at most to the next one.
-    let tables = [names, token_table, token_index, offsets];
+    let tables = [names, token_table, token_index, offsets, base_at, count_at];
     let len = |table: u64, min: u64| {
         let next = tables.iter().filter(|other| **other > table).min();
         next.map_or(min, |next| (next - table).min(MAX_KALLSYMS)) as usize
     };
-    if u64::from(count) * 4 > MAX_KALLSYMS {
-        return Err(format!("{count} symbols"));
+    // Before room is made for so many.
+    if u64::from(count) * 4 > len(offsets, MAX_KALLSYMS) as u64 {
+        return Err(format!("{count} symbols, which are more than there is room for"));
     }
     let words = |bytes: Vec<u8>| -> Vec<u16> {
         bytes.chunks_exact(2).map(|word| u16::from_le_bytes([word[0], word[1]])).collect()

@@ -150,7 +150,7 @@ impl<T: KernelValue, const N: usize> KernelValue for [T; N] {
 /// A declaration bound to a kernel.
 #[derive(Debug)]
 pub(crate) struct Layout {
-    fields: Vec<Option<Slot>>,
+    pub(crate) fields: Vec<Option<Slot>>,
     /// The part of the structure that holds all fields that are read.
     pub start: u64,
     pub end: u64,
@@ -158,11 +158,11 @@ pub(crate) struct Layout {
 
 /// Where a field is.
 #[derive(Debug)]
-struct Slot {
-    offset: u64,
-    size: u64,
-    bits: Option<(u8, u8)>,
-    nested: Option<Arc<Layout>>,
+pub(crate) struct Slot {
+    pub offset: u64,
+    pub size: u64,
+    pub bits: Option<(u8, u8)>,
+    pub nested: Option<Arc<Layout>>,
 }
 
 /// What binding needs to know for its errors.

@@ -36,6 +36,8 @@ extern crate self as ktypes;
 
 mod btf;
 mod error;
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod kallsyms;
 mod kernel;
 mod layout;

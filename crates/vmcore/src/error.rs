@@ -72,6 +72,12 @@ pub enum Error {
         /// What was met instead.
         why: NotMapped,
     },
+    /// Damaged structures lead round and round.
+    #[error("no more is read: {most} reads are more than all structures of this kernel can need")]
+    Exhausted {
+        /// How many there may be.
+        most: u64,
+    },
     /// A range runs over the end of the address space.
     #[error("{len} bytes at {addr:#x} run over the end of the address space")]
     Overflow {

@@ -1,7 +1,7 @@
 //! The dead kernel's virtual addresses.
 
-use std::sync::Mutex;
-use std::sync::PoisonError;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use crate::paging::{PAGE_SIZE, PageTables};
 use crate::{Error, PhysMap, Result, Vmcore};
@@ -9,6 +9,13 @@ use crate::{Error, PhysMap, Result, Vmcore};
 /// Where the kernel's image is mapped (`__START_KERNEL_map`): address x of the image lies at
 /// physical x - this + phys_base.
 pub const KERNEL_TEXT_START: u64 = 0xffff_ffff_8000_0000;
+
+/// A kernel of that many bytes of RAM is read once and no more, even if all of it were the smallest
+/// structures there are. Machines stay below a hundredth of it; damage that makes walks meet the
+/// same memory again and again, each within its own limit, ends here.
+const BYTES_PER_READ: u64 = 16;
+/// For machines with next to no memory: symbols and types have to be read in any case.
+const FREE_READS: u64 = 1 << 20;
 
 /// How many translations of the vmalloc and vmemmap areas are remembered.
 const CACHED_TRANSLATIONS: usize = 256;
@@ -29,6 +36,9 @@ pub struct KernelMemory {
     /// (virtual page, physical page), by the virtual page's number. The memory is dead, so an
     /// entry never goes stale.
     translations: Box<[Mutex<(u64, u64)>]>,
+    /// How much has been read, and how much may be; in reads of up to 64 bytes.
+    work: AtomicU64,
+    most_work: u64,
 }
 
 impl KernelMemory {
@@ -42,6 +52,7 @@ impl KernelMemory {
         let encryption_mask = info.number("sme_mask").unwrap_or(0) as u64;
         let top = info.symbol("init_top_pgt").or_else(|_| info.symbol("swapper_pg_dir"))?;
         let root_phys = top.wrapping_sub(KERNEL_TEXT_START).wrapping_add(phys_base);
+        let ram: u64 = core.ranges().iter().map(|range| range.len).sum();
         Ok(KernelMemory {
             core,
             image: KERNEL_TEXT_START..KERNEL_TEXT_START.saturating_add(size.min(1 << 30)),
@@ -51,6 +62,8 @@ impl KernelMemory {
             levels,
             encryption_mask,
             translations: (0..CACHED_TRANSLATIONS).map(|_| Mutex::new((u64::MAX, 0))).collect(),
+            work: AtomicU64::new(0),
+            most_work: ram / BYTES_PER_READ + FREE_READS,
         })
     }
 
@@ -135,9 +148,22 @@ impl KernelMemory {
         Ok((phys + skip, PAGE_SIZE - skip))
     }
 
+    /// Whether so much has been read that nothing more is: see [`Error::Exhausted`].
+    pub fn is_exhausted(&self) -> bool {
+        self.work.load(Ordering::Relaxed) > self.most_work
+    }
+
     /// Fills `buf` from a kernel virtual address on, across pages.
+    ///
+    /// # Errors
+    /// [`Error::NotMapped`], [`Error::NotInCore`] and the like; [`Error::Exhausted`] once more has
+    /// been read than any kernel with this much memory is worth.
     pub fn read_virt(&self, va: u64, buf: &mut [u8]) -> Result<()> {
         let total = buf.len();
+        let work = self.work.fetch_add(1 + total as u64 / 64, Ordering::Relaxed);
+        if work > self.most_work {
+            return Err(Error::Exhausted { most: self.most_work });
+        }
         let mut done = 0;
         while done < total {
             let at = va.checked_add(done as u64).ok_or(Error::Overflow { addr: va, len: total })?;

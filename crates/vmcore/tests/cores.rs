@@ -215,3 +215,23 @@ proptest! {
         }
     }
 }
+
+/// Walks that lead round and round, each within its own limit, end all the same.
+#[test]
+fn a_kernel_is_not_read_for_ever() {
+    let mut synth = Synth::new();
+    let variable = synth.variable("some_variable", "list_head");
+    let memory = KernelMemory::new(synth.build()).unwrap();
+    let mut bytes = [0; 8];
+    let mut reads = 0u64;
+    let error = loop {
+        match memory.read_virt(variable, &mut bytes) {
+            Ok(()) => reads += 1,
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(error, Error::Exhausted { most } if reads == most + 1), "{reads} {error}");
+    // 32 MiB in pieces of 16 bytes, and a million.
+    assert_eq!(reads, (2 << 20) + (1 << 20) + 1);
+    assert!(memory.is_exhausted());
+}

@@ -269,7 +269,10 @@ fn damaged_tables_end() {
             space.synth.write_phys(pgd + index * 8, &(pgd | PRESENT | RW_USER).to_le_bytes());
         }
         let result = space.with_tables(|tables| tables.walk(0..1 << 47, &mut |_| {}));
-        assert!(matches!(result, Err(Error::NotMapped { why: NotMapped::TableTwice { level: 3 | 4, .. }, .. })), "{result:?}");
+        assert!(
+            matches!(result, Err(Error::NotMapped { why: NotMapped::TableTwice { level: 3 | 4, .. }, .. })),
+            "{result:?}"
+        );
     });
     Space::each(|mut space| {
         // A table beyond the end of memory.

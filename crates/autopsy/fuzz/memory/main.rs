@@ -21,7 +21,7 @@ use serde_json::json;
 use vmcore::Vmcore;
 
 use crate::mutation::{Mutation, Victims};
-use crate::overlay::{Account, Hang, Overlay, Reads};
+use crate::overlay::{Account, Hang, Overlay, Reads, cpu_time};
 
 /// The run that goes on, for who has to say so before it all ends.
 static SEED: AtomicU64 = AtomicU64::new(0);
@@ -67,14 +67,6 @@ static ALLOCATOR: Counting = Counting;
 
 thread_local! {
     static PANIC: RefCell<String> = const { RefCell::new(String::new()) };
-}
-
-/// CPU time of this thread, ns: on a busy machine nothing else can be compared.
-pub fn cpu_time() -> u64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the structure is there to be filled.
-    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
-    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
 /// What became of a run.
@@ -168,7 +160,8 @@ fn main() {
     );
 
     std::panic::set_hook(Box::new(|info| {
-        let what = if info.payload().is::<Hang>() { String::new() } else { format!("{info}; ").replace('\n', " ") };
+        let what =
+            if info.payload().is::<Hang>() { String::new() } else { format!("{info}; ").replace('\n', " ") };
         PANIC.set(what + &whereabouts());
     }));
     // A loop that reads nothing is seen from outside only.
@@ -182,7 +175,10 @@ fn main() {
             if now != last {
                 (last, since) = (now, Instant::now());
             } else if since.elapsed() > Duration::from_secs(300) {
-                println!("{}", json!({ "bad": { "seed": SEED.load(Relaxed), "what": "hang", "why": "without reading" } }));
+                println!(
+                    "{}",
+                    json!({ "bad": { "seed": SEED.load(Relaxed), "what": "hang", "why": "without reading" } })
+                );
                 std::process::exit(3);
             }
         }
@@ -201,11 +197,15 @@ fn main() {
         let once = || run(&core, Mutation::of(seed, &core, &victims), clean.ns * endless);
         let mut outcome = once();
         let ratio = |outcome: &Outcome| outcome.ns as f64 / clean.ns as f64;
-        // Once more: the machine may have been busy.
-        if !outcome.hang && ratio(&outcome) > MOST_TIME {
-            let again = once();
-            if again.ns < outcome.ns {
-                outcome = again;
+        // Once more, beside a clean one: the machine may have been busy, and then CPU time says less than it seems.
+        for _ in 0..4 {
+            if ratio(&outcome) <= MOST_TIME {
+                break;
+            }
+            let (beside, again) = (run(&core, Mutation::none(&core), 0), once());
+            let fair = (again.ns as f64 * clean.ns as f64 / beside.ns as f64) as u64;
+            if fair < outcome.ns {
+                outcome = Outcome { ns: fair, ..again };
             }
         }
         let bad = |what: &str, why: String| {

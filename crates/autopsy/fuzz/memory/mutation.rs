@@ -134,7 +134,8 @@ impl Mutation {
             }
             // To itself: cycles.
             5 => {
-                let near = [own, victims.page_offset.wrapping_add(addr), own - 8, own + 8, own & !4095, own | 2];
+                let near =
+                    [own, victims.page_offset.wrapping_add(addr), own - 8, own + 8, own & !4095, own | 2];
                 let target = *rng.choice(&near).unwrap_or(&own);
                 self.put(at, &target.to_le_bytes()[..room]);
             }
