@@ -158,8 +158,20 @@ fn coverage_guided(target: Target, runs: u64) -> Result<()> {
 #[derive(Deserialize)]
 #[serde(rename_all = "lowercase")]
 enum Line {
-    Clean { ms: f64, reads: u64, peak: u64, places: u64, processes: u64 },
-    Bad { seed: u64, what: String, why: String },
+    Clean {
+        ms: f64,
+        reads: u64,
+        peak: u64,
+        places: u64,
+        processes: u64,
+    },
+    Bad {
+        seed: u64,
+        what: String,
+        why: String,
+    },
+    /// A finding, of a run that is done alone.
+    Said(String),
     Sum(Sum),
 }
 
@@ -228,6 +240,7 @@ fn mutate_one(program: &Path, core: &Path, seed: u64, runs: u64) -> Result<Sum> 
                 core.display(),
                 peak as f64 / f64::from(1 << 20)
             )),
+            Line::Said(text) => ui::line(format!("  {text}")),
             Line::Bad { seed, what, why } => ui::failure(format!("seed {seed}: {what}: {why}")),
             Line::Sum(now) => {
                 next = seed + now.runs;

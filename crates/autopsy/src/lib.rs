@@ -104,12 +104,16 @@ pub fn autopsy(kernel: &Kernel) -> Result<Snapshot> {
     Autopsy::new(kernel).snapshot()
 }
 
+type Texts = BTreeSet<String>;
+/// What was read once for many who ask for it, or why it could not be.
+type OrWhyNot<T> = Result<T, String>;
+
 /// A dead kernel under examination: what was learned so far, so that shared objects are read once.
 pub struct Autopsy<'k> {
     pub(crate) kernel: &'k Kernel,
     findings: RefCell<Vec<Finding>>,
     /// The texts of the findings.
-    found: RefCell<BTreeMap<(Option<Pid>, Severity, snapshot::FindingKind), BTreeSet<String>>>,
+    found: RefCell<BTreeMap<(Option<Pid>, Severity, snapshot::FindingKind), Texts>>,
     /// The process that is being read: findings are about it.
     subject: Cell<Option<Pid>>,
     pub(crate) files: RefCell<BTreeMap<FileId, OpenFile>>,
@@ -139,9 +143,9 @@ pub struct Autopsy<'k> {
     pub(crate) saver: OnceCell<Option<saver::Saver>>,
     pub(crate) timers: OnceCell<syscall::Timers>,
     /// Page caches of block devices, by the address of these.
-    block_pages: RefCell<BTreeMap<u64, Result<extent::BlockPages, String>>>,
+    block_pages: RefCell<BTreeMap<u64, OrWhyNot<extent::BlockPages>>>,
     /// Addresses of what is in the buffers of XFS, by place on the disk; by allocation group.
-    xfs_buffers: RefCell<BTreeMap<u64, Result<BTreeMap<u64, u64>, String>>>,
+    xfs_buffers: RefCell<BTreeMap<u64, OrWhyNot<BTreeMap<u64, u64>>>>,
     pub(crate) known_tasks: OnceCell<Vec<syscall::KnownTask>>,
     pub(crate) now: OnceCell<Clocks>,
     pub(crate) caches: check::Caches,

@@ -7,7 +7,7 @@ use ktypes::KernelType;
 use snapshot::{Bytes, DiskNames, InodeId, Mount, RECENT_SECONDS, Severity};
 
 use crate::Autopsy;
-use crate::error::Result;
+use crate::error::{Result, corrupt};
 use crate::fs::device;
 use crate::inode::{S_IFDIR, S_IFREG};
 use crate::names::Gathered;
@@ -15,6 +15,9 @@ use crate::names::Gathered;
 /// Inodes in memory of one file system.
 const MAX_INODES: usize = 1 << 24;
 const SB_RDONLY: u64 = 1;
+
+/// Inodes one behind the other that can be damaged without the list being so.
+const MAX_STRANGERS: u32 = 16;
 
 #[derive(KernelType)]
 #[kernel("super_block")]
@@ -37,6 +40,7 @@ struct Candidate {
     mtime: i64,
     #[kernel("i_ctime.tv_sec", or = "__i_ctime.tv_sec", or = "i_ctime_sec")]
     ctime: i64,
+    i_sb: u64,
     /// The first of its names.
     #[kernel("i_dentry.first")]
     alias: u64,
@@ -74,7 +78,7 @@ impl Autopsy<'_> {
             }
             if sb.s_bdev != 0 && sb.s_flags & SB_RDONLY == 0 {
                 let mut gathered = Gathered::new(self, mount);
-                let whole = self.inodes_of(&sb, mount, now_s, found, &mut gathered);
+                let whole = self.inodes_of(addr, &sb, mount, now_s, found, &mut gathered);
                 names.push(gathered.finish());
                 whole?;
             }
@@ -84,6 +88,7 @@ impl Autopsy<'_> {
 
     fn inodes_of(
         &self,
+        sb_addr: u64,
         sb: &SuperBlockInodes,
         mount: &Mount,
         now_s: i64,
@@ -91,9 +96,24 @@ impl Autopsy<'_> {
         names: &mut Gathered<'_, '_>,
     ) -> Result<()> {
         let to_list = self.kernel.offset_of("inode", "i_sb_list")?;
+        let mut strangers = 0;
         for node in self.kernel.list_head(sb.s_inodes, MAX_INODES) {
             let addr = node?.wrapping_sub(to_list);
             let inode: Candidate = self.kernel.read(addr)?;
+            if inode.i_sb != sb_addr {
+                strangers += 1;
+                // One can be damaged; where there is no other any more, the list leads into another one.
+                if strangers > MAX_STRANGERS {
+                    return Err(corrupt("super_block", sb_addr, "has a list that leads into another's"));
+                }
+                let text = format!(
+                    "inode {} is in the list of {} and says it is not of it",
+                    inode.i_ino, mount.source
+                );
+                self.find(Severity::Loss, "writeback", text);
+                continue;
+            }
+            strangers = 0;
             let recent = inode.mtime.max(inode.ctime) >= now_s.saturating_sub(RECENT_SECONDS);
             if recent && let Err(error) = names.add(addr) {
                 let text = format!(
@@ -193,6 +213,40 @@ mod tests {
         assert!(why("ext4", 8, SB_RDONLY).is_some_and(|why| why.contains("read-only")));
         assert!(why("nfs4", 0, 0).is_some_and(|why| why.contains("network")));
         assert!(why("fuse.sshfs", 0, 0).is_some_and(|why| why.contains("program")));
+    }
+
+    #[test]
+    fn a_list_of_inodes_that_leads_into_another_is_not_followed() {
+        use crate::testing::{declare, open};
+        use synth::{Synth, named};
+
+        let mount = serde_json::json!({
+            "id": 1, "parent": 0, "mountpoint": "/", "root": "/", "fs_type": "ext4", "source": "x",
+            "dev_major": 8, "dev_minor": 1, "flags": "", "peer_group": 0, "master": 0,
+        });
+        let mount: Mount = serde_json::from_value(mount).unwrap();
+        let look = |strangers: u32| {
+            let mut synth = Synth::new();
+            declare::<SuperBlockInodes>(&mut synth, &[("s_inodes", named("list_head"))]);
+            declare::<Candidate>(&mut synth, &[("i_sb_list", named("list_head"))]);
+            let sb = synth.alloc("super_block");
+            let head = synth.list_init("super_block", sb, "s_inodes");
+            for n in 0..strangers + 2 {
+                let inode = synth.alloc("inode");
+                synth.set("inode", inode, "i_sb", if n < 2 { sb } else { 0xffff_8880_0000_0000 });
+                let node = synth.address_of("inode", inode, "i_sb_list");
+                synth.list_add_tail(node, head);
+            }
+            let kernel = open(&synth);
+            let autopsy = Autopsy::new(&kernel);
+            let raw: SuperBlockInodes = kernel.read(sb).unwrap();
+            let mut gathered = Gathered::new(&autopsy, &mount);
+            let done = autopsy.inodes_of(sb, &raw, &mount, 1 << 40, &mut Vec::new(), &mut gathered);
+            (done.is_ok(), autopsy.findings().len())
+        };
+        assert_eq!(look(0), (true, 0));
+        assert_eq!(look(1), (true, 1));
+        assert!(!look(MAX_STRANGERS + 1).0);
     }
 
     #[test]

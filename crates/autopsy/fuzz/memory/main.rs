@@ -23,6 +23,8 @@ use vmcore::Vmcore;
 use crate::mutation::{Mutation, Victims};
 use crate::overlay::{Account, Hang, Overlay, Reads, cpu_time};
 
+/// Whether findings are of interest: of a run that is done alone.
+static SAY: AtomicBool = AtomicBool::new(false);
 /// The run that goes on, for who has to say so before it all ends.
 static SEED: AtomicU64 = AtomicU64::new(0);
 /// Bytes in use, and the most that were.
@@ -93,6 +95,11 @@ fn everything(core: Vmcore) -> Option<(usize, usize)> {
     let mut snapshot = autopsy::autopsy(&kernel).ok()?;
     let policy = snapshot::Policy { mode: snapshot::Mode::All, ..snapshot::Policy::default() };
     snapshot::decide(&mut snapshot, &policy);
+    if SAY.load(Relaxed) {
+        for finding in &snapshot.findings {
+            println!("{}", json!({ "said": format!("{:?}: {}: {}", finding.pid, finding.object, finding.text) }));
+        }
+    }
     Some((snapshot.processes.len(), snapshot.findings.len()))
 }
 
@@ -184,6 +191,7 @@ fn main() {
         }
     });
 
+    SAY.store(runs == 1, Relaxed);
     let (mut mutated, mut panics, mut hangs, mut slow, mut large) = (0, 0, 0, 0, 0);
     let (mut peak, mut slowest, mut opened) = ((0, 0), (0, 0), 0);
     let begin = Instant::now();
