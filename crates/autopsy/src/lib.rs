@@ -104,7 +104,8 @@ pub fn autopsy(kernel: &Kernel) -> Result<Snapshot> {
     Autopsy::new(kernel).snapshot()
 }
 
-type Texts = BTreeSet<String>;
+/// The texts of the findings, by process, severity and kind.
+type Texts = BTreeMap<(Option<Pid>, Severity, snapshot::FindingKind), BTreeSet<String>>;
 /// What was read once for many who ask for it, or why it could not be.
 type OrWhyNot<T> = Result<T, String>;
 
@@ -112,8 +113,7 @@ type OrWhyNot<T> = Result<T, String>;
 pub struct Autopsy<'k> {
     pub(crate) kernel: &'k Kernel,
     findings: RefCell<Vec<Finding>>,
-    /// The texts of the findings.
-    found: RefCell<BTreeMap<(Option<Pid>, Severity, snapshot::FindingKind), Texts>>,
+    found: RefCell<Texts>,
     /// The process that is being read: findings are about it.
     subject: Cell<Option<Pid>>,
     pub(crate) files: RefCell<BTreeMap<FileId, OpenFile>>,
