@@ -23,10 +23,13 @@ fn core() -> Option<Kernel> {
     Some(Kernel::open(Vmcore::open(&path).expect("a core")).expect("a kernel"))
 }
 
+/// Bytes, and where they go.
+type Patches = Vec<(u64, Vec<u8>)>;
+
 /// A core with some bytes changed.
 struct Damaged {
     core: Arc<Vmcore>,
-    patches: Vec<(u64, Vec<u8>)>,
+    patches: Patches,
 }
 
 impl PhysicalMemory for Damaged {
@@ -293,7 +296,7 @@ fn planted_damage_is_found() {
     let at = |base: u64, ty: &str, member: &str| base + offset(ty, member);
     let long = |v: u64| v.to_le_bytes().to_vec();
     let int = |v: u32| v.to_le_bytes().to_vec();
-    let mut damages: Vec<(&str, FindingKind, Vec<(u64, Vec<u8>)>)> = vec![
+    let mut damages: Vec<(&str, FindingKind, Patches)> = vec![
         ("uid", Credentials, vec![(at(cred, "cred", "uid"), int(0))]),
         ("euid", Credentials, vec![(at(cred, "cred", "euid"), int(0))]),
         ("suid", Credentials, vec![(at(cred, "cred", "suid"), int(0))]),
