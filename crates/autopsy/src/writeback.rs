@@ -16,6 +16,8 @@ use crate::names::Gathered;
 const MAX_INODES: usize = 1 << 24;
 const SB_RDONLY: u64 = 1;
 
+/// file_system_type.fs_flags (include/linux/fs.h): it is on a block device.
+const FS_REQUIRES_DEV: u32 = 1;
 /// Inodes one behind the other that can be damaged without the list being so.
 const MAX_STRANGERS: u32 = 16;
 
@@ -24,9 +26,16 @@ const MAX_STRANGERS: u32 = 16;
 struct SuperBlockInodes {
     s_dev: u32,
     s_flags: u64,
+    s_type: u64,
     s_bdev: u64,
     #[kernel(address)]
     s_inodes: u64,
+}
+
+#[derive(KernelType)]
+#[kernel("file_system_type")]
+struct FileSystemType {
+    fs_flags: u32,
 }
 
 #[derive(KernelType)]
@@ -77,6 +86,15 @@ impl Autopsy<'_> {
                 self.find(Severity::Note, "writeback", text);
             }
             if sb.s_bdev != 0 && sb.s_flags & SB_RDONLY == 0 {
+                let kind: FileSystemType = self.kernel.read(sb.s_type)?;
+                if kind.fs_flags & FS_REQUIRES_DEV == 0 {
+                    let text = format!(
+                        "{} ({}) is left alone: it is on a disk, and file systems of its type never are",
+                        mount.mountpoint, mount.fs_type
+                    );
+                    self.find(Severity::Doubt, "writeback", text);
+                    continue;
+                }
                 let mut gathered = Gathered::new(self, mount);
                 let whole = self.inodes_of(addr, &sb, mount, now_s, found, &mut gathered);
                 names.push(gathered.finish());
@@ -205,7 +223,7 @@ mod tests {
                 "id": 1, "parent": 0, "mountpoint": "/", "root": "/", "fs_type": fs_type, "source": "x",
                 "dev_major": 8, "dev_minor": 1, "flags": "", "peer_group": 0, "master": 0,
             });
-            let sb = SuperBlockInodes { s_dev: 0, s_flags, s_bdev, s_inodes: 0 };
+            let sb = SuperBlockInodes { s_dev: 0, s_flags, s_type: 0, s_bdev, s_inodes: 0 };
             left_alone(&sb, &serde_json::from_value(mount).unwrap())
         };
         assert_eq!(why("ext4", 8, 0), None);
