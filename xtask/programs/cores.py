@@ -39,13 +39,20 @@ def still(pid, but=0):
 
 
 def mappings(pid):
-    with open(f"/proc/{pid}/maps") as maps:
-        for line in maps:
+    """Start, end, permissions, offset, inode, name; and how many pages are there."""
+    mapping = None
+    with open(f"/proc/{pid}/smaps") as smaps:
+        for line in smaps:
             words = line.rstrip("\n").split(None, 5)
-            start, end = (int(word, 16) for word in words[0].split("-"))
-            name = words[5] if len(words) > 5 else ""
-            if name not in KERNELS:
-                yield start, end, words[1], int(words[2], 16), int(words[4]), name
+            if words[0] in ("Rss:", "Swap:"):
+                mapping[-1] += int(words[1]) // 4
+            elif "-" in words[0]:
+                if mapping:
+                    yield mapping
+                start, end = (int(word, 16) for word in words[0].split("-"))
+                name = words[5] if len(words) > 5 else ""
+                mapping = [start, end, words[1], int(words[2], 16), int(words[4]), name, 0]
+    yield mapping
 
 
 def entries(pid, start, end):
@@ -54,32 +61,51 @@ def entries(pid, start, end):
         return array.array("Q", pagemap.read((end - start) // PAGE * 8))
 
 
-def runs(kinds):
-    first = 0
-    for n in range(1, len(kinds) + 1):
-        if n == len(kinds) or kinds[n] != kinds[first]:
-            yield kinds[first], first, n - first
-            first = n
+def runs(pid, start, end, resident):
+    """Which pages are there: (whether, address, how many). Behind the last of those that are there, of which there are so many, nobody looks."""
+    STEP = 1 << 16
+    run, at, found = None, start, 0
+    while at < end and found < resident:
+        upto = min(end, at + STEP * PAGE)
+        for entry in entries(pid, at, upto):
+            there = entry & (PRESENT | SWAPPED) != 0
+            found += there
+            if run and run[0] == there:
+                run[2] += 1
+            else:
+                if run:
+                    yield run
+                run = [there, at, 1]
+            at += PAGE
+    if at < end:
+        if run and not run[0]:
+            run[2] += (end - at) // PAGE
+        else:
+            if run:
+                yield run
+            run = [False, at, (end - at) // PAGE]
+    if run:
+        yield run
 
 
 def record(pid, directory):
     """Kinds: memory (has to be there), zero (anonymous, never touched), file (may be there, and then has to be this)."""
     index = []
     with open(f"/proc/{pid}/mem", "rb", buffering=0) as mem, open(f"{directory}/{pid}.pages", "wb") as out:
-        for start, end, perms, offset, inode, name in mappings(pid):
+        for start, end, perms, offset, inode, name, resident in mappings(pid):
+            if name in KERNELS:
+                continue
             otherwise = "zero" if inode == 0 else "file" if perms[3] == "p" and os.path.exists(name) else "unknown"
-            kinds = ["memory" if entry & (PRESENT | SWAPPED) else otherwise for entry in entries(pid, start, end)]
-            if name == "[vdso]":
-                kinds = ["memory"] * len(kinds)
-            for kind, first, count in runs(kinds):
-                data = b""
+            parts = [(True, start, (end - start) // PAGE)] if name == "[vdso]" else runs(pid, start, end, resident)
+            for there, addr, count in parts:
+                data, kind = b"", "memory" if there else otherwise
                 if kind == "memory":
-                    data = os.pread(mem.fileno(), count * PAGE, start + first * PAGE)
-                    assert len(data) == count * PAGE, f"{start:x}"
+                    data = os.pread(mem.fileno(), count * PAGE, addr)
+                    assert len(data) == count * PAGE, f"{addr:x}"
                 elif kind == "file":
                     with open(name, "rb") as file:
-                        data = os.pread(file.fileno(), count * PAGE, offset + first * PAGE)
-                index.append([kind, start + first * PAGE, count, out.tell(), len(data), name])
+                        data = os.pread(file.fileno(), count * PAGE, offset + addr - start)
+                index.append([kind, addr, count, out.tell(), len(data), name])
                 out.write(data)
     with open(f"{directory}/{pid}.index", "w") as out:
         json.dump(index, out)

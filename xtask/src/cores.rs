@@ -4,19 +4,19 @@
 //! the backtrace and the registers of every thread, and their memory is recorded through /proc. In the crash kernel `otherworld core` writes
 //! their core files, gdb has to tell the same of these, and their memory has to be the same, byte for byte.
 
+mod programs;
+
 use std::collections::BTreeMap;
-use std::path::PathBuf;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Args;
-use lab::{Channel, Guest, Key, Lab, Panic, Program, Series, Snapshot};
+use lab::{Channel, Guest, Lab, Panic, Program, Series, Snapshot};
 
 use crate::crash::{self, Quiet};
 use crate::crash_runs::Tally;
-use crate::guest::{self, Processes};
-use crate::in_guest::{file, shell, until};
+use crate::guest::Processes;
+use crate::in_guest::{file, shell};
 use crate::{Global, build, ui};
 
 /// Where everything is in the guest.
@@ -25,20 +25,6 @@ const DIR: &str = "/root/cores";
 const CRASH_CMDLINE: &str = "console=ttyS0 maxcpus=1 reset_devices panic=1 quiet cgroup_disable=memory";
 const DEADLINE: Duration = Duration::from_secs(240);
 const ORACLE: &str = include_str!("../programs/cores.py");
-const C_PROGRAM: &str = include_str!("../programs/threads.c");
-
-/// Threads that wait in known places, and a main thread that waits for them.
-const PYTHON: &str = "import threading, time
-lock = threading.Lock()
-def recurse(depth):
-    recurse(depth - 1) if depth else lock.acquire()
-lock.acquire()
-threading.Thread(target=recurse, args=(20,)).start()
-threading.Thread(target=time.sleep, args=(50000,)).start()
-data = [list(range(n)) for n in range(500)]
-print('ready', flush=True)
-threading.Thread(target=recurse, args=(3,)).run()
-";
 
 /// Functions in which the threads of the C program are, innermost first.
 const CHAINS: &[(&str, &[&str])] = &[
@@ -90,7 +76,7 @@ impl Cores {
     }
 
     fn on(&self, lab: &Lab, global: &Global, series: Series) -> Result<Tally> {
-        let (running, processes) = running(lab, global, series)?;
+        let (running, processes) = programs::running(lab, global, series)?;
         let mut guest = lab.start(&running, &format!("cores-{series}"))?;
         let tally = self.once(lab, &mut guest, &running, &processes);
         if !matches!(tally, Ok(Tally { failed: 0, .. })) {
@@ -106,11 +92,12 @@ impl Cores {
         agent.push(&build::static_binaries()?.otherworld, "/usr/local/sbin/otherworld", 0o755)?;
         agent.push(&lab::saver::build(&release, lab.cache())?, "/root/saver.ko", 0o644)?;
         agent.push(&lab.boot_initramfs(running)?, "/root/initramfs", 0o644)?;
+        agent.write_file(format!("{DIR}/cores.py"), 0o644, ORACLE.as_bytes())?;
         shell(agent, "insmod /root/saver.ko && mkswap -q /dev/vdb && swapon /dev/vdb")?;
         agent.load_crash_kernel(&format!("/boot/vmlinuz-{release}"), "/root/initramfs", CRASH_CMDLINE)?;
         let said = file(agent, &format!("{DIR}/c.out"))?;
         let mut subjects = Vec::new();
-        for (name, program) in PROGRAMS {
+        for (name, program) in programs::ALL {
             let pid =
                 *processes.get(*name).and_then(|pids| pids.first()).context("a program without a process")?;
             ui::note(&format!("asking gdb and /proc about {name}"));
@@ -165,72 +152,6 @@ impl Cores {
     }
 }
 
-/// Their names and files in the guest.
-const PROGRAMS: &[(&str, &str)] = &[
-    ("threads", "/root/cores/threads"),
-    ("python3", "/usr/bin/python3"),
-    ("mariadbd", "/usr/sbin/mariadbd"),
-];
-
-/// A guest in which the three run.
-fn running(lab: &Lab, global: &Global, series: Series) -> Result<(Snapshot, Processes)> {
-    let booted = lab.booted(&guest::for_programs(series, global.accel()))?;
-    let inputs = Key::new("cores").with(C_PROGRAM).with(PYTHON).with(ORACLE).with(include_str!("cores.rs"));
-    guest::running(lab, &booted, "cores", &inputs, |agent| {
-        agent.write_file(format!("{DIR}/cores.py"), 0o644, ORACLE.as_bytes())?;
-        agent.push(&c_program()?, format!("{DIR}/threads"), 0o755)?;
-        let out = |name: &str| format!("{DIR}/{name}.out");
-        let ready = |agent: &mut Channel, name: &str| {
-            until(
-                agent,
-                name,
-                |agent| file(agent, &out(name)),
-                |text| text.lines().any(|line| line == "ready"),
-            )
-        };
-        // The kernel writes to the memory of whoever has registered for restartable sequences when it is on another CPU than before.
-        let mut program = Program::new([format!("{DIR}/threads")]).cwd(DIR).stdout(out("c"));
-        program.env.insert("GLIBC_TUNABLES".into(), "glibc.pthread.rseq=0".into());
-        let threads = agent.spawn(&program)?;
-        ready(agent, "c")?;
-        let python = agent.spawn(&Program::new(["python3", "-c", PYTHON]).stdout(out("python")))?;
-        ready(agent, "python")?;
-        shell(agent, "install -d -o mysql -g mysql /run/mysqld")?;
-        let argv = ["mariadbd", "--user=mysql", "--innodb_use_native_aio=0"];
-        let mariadbd = agent.spawn(&Program::new(argv).stdout(out("mariadbd")))?;
-        let ping = "mariadb-admin ping 2>&1 || true";
-        until(agent, "mariadbd", |agent| shell(agent, ping), |text| text.contains("alive"))?;
-        shell(
-            agent,
-            "mariadb -e 'CREATE DATABASE cores; CREATE TABLE cores.t (n INT PRIMARY KEY, t VARCHAR(20)) ENGINE=MEMORY; INSERT INTO cores.t SELECT seq, CONCAT(\"row \", seq) FROM seq_1_to_20000'",
-        )?;
-        let processes = [("threads", threads), ("python3", python), ("mariadbd", mariadbd)];
-        Ok(processes.into_iter().map(|(name, pid)| (name.to_owned(), vec![pid])).collect())
-    })
-}
-
-/// Compiles the C program: statically, for it is to run in another system; its path.
-fn c_program() -> Result<PathBuf> {
-    let dir = build::target_dir().join("static");
-    std::fs::create_dir_all(&dir)?;
-    let (source, program) = (build::workspace().join("xtask/programs/threads.c"), dir.join("threads"));
-    let flags = [
-        "-O1",
-        "-g",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-static",
-        "-pthread",
-        "-mavx",
-        "-fno-optimize-sibling-calls",
-    ];
-    let mut gcc = Command::new("gcc");
-    gcc.args(flags).arg("-o").arg(&program).arg(&source);
-    ensure!(gcc.status().context("cannot run gcc")?.success(), "threads.c cannot be compiled");
-    Ok(program)
-}
-
 /// Runs the oracle in the guest.
 fn oracle(agent: &mut Channel, arguments: &str) -> Result<String> {
     let text = agent.shell(&format!("python3 {DIR}/cores.py {arguments}"), DEADLINE);
@@ -262,7 +183,7 @@ fn threads(text: &str) -> Threads {
             let tid =
                 line.split_once("LWP ").map(|(_, rest)| rest.split(|c: char| !c.is_ascii_digit()).next());
             current = tid.flatten().and_then(|tid| tid.parse().ok());
-        } else if line.is_empty() {
+        } else if line.is_empty() || line.starts_with('[') {
             current = None;
         } else if let Some(tid) = current {
             threads.entry(tid).or_default().push(line.to_owned());

@@ -93,8 +93,8 @@ impl Test {
         add("unhappy paths", Unhappy::new(series).count(global));
         add("the whole machine", WholeMachine::new(series).count(global));
         let (fixed, fresh) = if self.quick { (2, 1) } else { (10, 5) };
-        add("kernels killed in drawn ways", Campaign::new(series, fixed, Some(FAULTS_SEED)).count(global));
-        add("kernels killed in fresh ways", Campaign::new(series, fresh, None).count(global));
+        add("kernels killed in drawn ways", Campaign::new(series, fixed, Some(FAULTS_SEED)).test(global));
+        add("kernels killed in fresh ways", Campaign::new(series, fresh, None).test(global));
         add("applications", Apps::new(series).count(global));
         add("core files", Cores::new(series).count(global));
         add("ground truth", GroundTruth::new(series).count(global));

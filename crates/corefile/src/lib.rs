@@ -170,8 +170,9 @@ impl Core {
 /// Writes those pages that are not all zeroes.
 fn write_sparse(out: &File, bytes: &[u8], at: u64) -> io::Result<()> {
     const PAGE: usize = PAGE_SIZE as usize;
+    const ZEROES: &[u8] = &[0; PAGE];
     let mut offset = at;
-    let is_zero = |page: &[u8]| page.iter().all(|byte| *byte == 0);
+    let is_zero = |page: &[u8]| ZEROES.starts_with(page);
     let pages: Vec<&[u8]> = bytes.chunks(PAGE).collect();
     for same in pages.chunk_by(|a, b| is_zero(a) == is_zero(b)) {
         let len: usize = same.iter().map(|page| page.len()).sum();

@@ -248,6 +248,19 @@ fn pages_that_are_neighbours_in_both_memories_are_one_run() {
 }
 
 #[test]
+fn pages_of_private_memory_that_is_not_brought_back_are_found_but_not_those_of_a_driver() {
+    for (flags, count) in [(VM_UFFD_MISSING, 1), (VM_UFFD_MISSING | VM_PFNMAP, 0)] {
+        let mut machine = Machine::new(4);
+        machine.synth.set("vm_area_struct", machine.area, "vm_flags", VM_READ | VM_WRITE | flags);
+        let phys = machine.page();
+        machine.map(1, phys | PRESENT);
+        let (vma, _) = machine.look();
+        assert!(matches!(vma.kind, VmaKind::Unsupported { .. }));
+        assert_eq!((vma.pages.len(), vma.lost_pages), (count, 0));
+    }
+}
+
+#[test]
 fn a_page_without_an_entry_is_not_lost() {
     assert_eq!(Machine::new(8).pages(), (vec![], 0));
 }
