@@ -87,6 +87,11 @@ fn threads(
     still: &BTreeSet<Pid>,
     result: &mut MachineComparison,
 ) -> Result<()> {
+    // Of several names of one function either may be the one that is shown.
+    let usual = |name: &str| {
+        let at = autopsy.kernel.symbol(name).ok();
+        at.and_then(|at| autopsy.kernel.symbolize(at)).map_or(name, |(usual, _)| usual).to_owned()
+    };
     for thread in autopsy.thread_summaries()?.iter().filter(|thread| still.contains(&thread.tid)) {
         let dir = thread_dir(recording, thread.pid, thread.tid);
         let what = format!("of thread {} ({})", thread.tid, thread.comm);
@@ -100,15 +105,17 @@ fn threads(
             result.same("system call", &what, expected, thread.syscall);
         }
         if let Some(recorded) = text(dir.join("wchan")) {
-            let expected = Some(recorded.trim()).filter(|name| *name != "0");
-            result.same("wait channel", &what, expected, thread.wchan.as_deref());
+            let expected = Some(recorded.trim()).filter(|name| *name != "0").map(usual);
+            result.same("wait channel", &what, expected, thread.wchan.clone());
         }
         let Some(recorded) = text(dir.join("stack")) else { continue };
         let place = |line: &str| {
             let place = line.strip_prefix("[<0>] ")?;
             let (place, module) = place.split_once(' ').unwrap_or((place, ""));
             let (place, _size) = place.rsplit_once('/')?;
-            Some(format!("{place} {module}").trim_end().to_owned())
+            let (name, offset) = place.split_once('+')?;
+            let name = if module.is_empty() { usual(name) } else { name.to_owned() };
+            Some(format!("{name}+{offset} {module}").trim_end().to_owned())
         };
         let expected: Vec<String> = recorded.lines().filter_map(place).collect();
         let stacks = autopsy.stacks(thread.tid)?;

@@ -52,7 +52,7 @@ pub struct ProcessSummary {
     pub sid: Pid,
     /// The real one; `None` if it could not be read.
     pub uid: Option<u32>,
-    /// Threads that had not exited.
+    /// Threads, with those that had exited and had not been taken off the list (a zombie has one).
     pub threads: usize,
     /// Pages in memory, by the kernel's own count; `None` for who has no memory, or if it could not be read.
     pub resident_pages: Option<u64>,
@@ -105,7 +105,7 @@ impl Autopsy<'_> {
             pgid: self.pid_number(signal.pgrp)?,
             sid: self.pid_number(signal.session)?,
             uid: self.glance("credentials", self.credentials(representative.real_cred)).map(|(c, _)| c.uid),
-            threads: members.iter().filter(|member| !member.task.has_exited()).count(),
+            threads: members.len(),
             resident_pages: None,
             swapped_pages: None,
             state: self.process_state(leader, signal, !living.is_empty()),
