@@ -594,7 +594,7 @@ fn reboot(setting: &Setting) -> Result<String> {
     let report: Value = serde_json::from_str(&fs::read_to_string(guest.dir.join("report.json"))?)?;
     tells_the_panic(&report)?;
     ensure!(report["state"] == "failed", "the report's state is {}", report["state"]);
-    otherworld(&mut guest, "report")?.must(0, &["died: ", "Trouble: "])?;
+    otherworld(&mut guest, "report")?.must(0, &["Panic     sysrq", "Trouble   "])?;
     otherworld(&mut guest, "status")?.must(3, &["not armed"])?;
     guest.agent.shell(&format!("test -s {LATEST}"), COMMAND_DEADLINE)?;
     Ok(format!("booted again ({}), `report` shows the panic, `status` says not armed", running.trim()))

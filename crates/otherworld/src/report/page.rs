@@ -140,8 +140,10 @@ impl Report {
             return;
         }
         let whole = match at("released") {
-            Some(ms) => format!("{} until the programs went on: ", seconds(ms)),
-            None => String::new(),
+            Some(ms) if self.state != State::Failed => {
+                format!("{} until the programs went on: ", seconds(ms))
+            }
+            _ => String::new(),
         };
         page.row("Took", &format!("{whole}{}", parts.join(", ")));
         if let Some(pour) = &self.pour {
