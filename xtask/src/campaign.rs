@@ -163,10 +163,6 @@ struct Crash {
 }
 
 impl Crash {
-    fn counts(&self) -> bool {
-        self.killed
-    }
-
     fn survived(&self) -> bool {
         !self.programs.is_empty() && self.programs.iter().all(Outcome::survived)
     }
@@ -214,7 +210,14 @@ impl Log {
     }
 
     fn counted(&self) -> impl Iterator<Item = &Crash> {
-        self.crashes.values().filter(|crash| crash.counts())
+        self.crashes.values().filter(|crash| crash.killed)
+    }
+
+    /// Prints the table, and counts the crashes that are good.
+    fn report(&self, series: Series, seed: u64, is_good: fn(&Crash) -> bool) -> Tally {
+        ui::line(table::markdown(&format!("Kernel {series}, seed {seed}"), self.counted()));
+        let passed = self.counted().filter(|crash| is_good(crash)).count();
+        Tally { passed, failed: self.counted().count() - passed }
     }
 }
 
@@ -231,9 +234,7 @@ impl Campaign {
         for series in crate::series_or_all(self.kernel) {
             _ = fs::remove_file(Log::path(series, seed, self.kind));
             let log = self.campaign(&global.lab()?, global, series, seed)?;
-            let good = log.counted().filter(|crash| crash.is_as_it_must_be()).count();
-            tally.add(Tally { passed: good, failed: log.counted().count() - good });
-            ui::line(table::markdown(&format!("Kernel {series}, seed {seed}"), log.counted()));
+            tally.add(log.report(series, seed, Crash::is_as_it_must_be));
         }
         Ok(tally)
     }
@@ -259,9 +260,7 @@ impl Campaign {
                 }
                 None => self.campaign(&lab, global, series, seed)?,
             };
-            let survived = log.counted().filter(|crash| crash.survived()).count();
-            tally.add(Tally { passed: survived, failed: log.counted().count() - survived });
-            ui::line(table::markdown(&format!("Kernel {series}, seed {seed}"), log.counted()));
+            tally.add(log.report(series, seed, Crash::survived));
         }
         Ok(tally)
     }

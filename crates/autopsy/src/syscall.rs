@@ -1002,9 +1002,7 @@ impl Facts for Dead<'_> {
     }
 
     fn transfer(&self, wanted: Wanted<'_>) -> Search {
-        let Ok(layout) = Layout::read(self.kernel) else { return Search::Contradiction };
-        let read = |addr, count: usize| Some(words(&self.kernel.read_bytes(addr, count * 8).ok()?));
-        iov_iter::find(&layout, self.live(), wanted, &read)
+        self.find_iterator(self.live(), wanted)
     }
 
     fn tty_sent(&self, file: u64, done: u64) -> Option<u64> {
@@ -1078,10 +1076,9 @@ impl Facts for Dead<'_> {
         let base = place.sp.checked_sub(MAX_FRAME)?.max(self.ctx.stack.start) & !7;
         let len = self.ctx.stack.end.checked_sub(base).filter(|len| *len <= MAX_STACK)?;
         let words = words(&self.kernel.read_bytes(base, len as usize).ok()?);
-        let layout = Layout::read(self.kernel).ok()?;
-        let read = |addr, count: usize| Some(self::words(&self.kernel.read_bytes(addr, count * 8).ok()?));
-        let found = iov_iter::find(&layout, Stack { base, words: &words }, wanted, &read);
-        let Search::Found(progress) = found else { return None };
+        let Search::Found(progress) = self.find_iterator(Stack { base, words: &words }, wanted) else {
+            return None;
+        };
         // It is also what the call returns: a register has it, or, meanwhile, the live stack.
         let mut live = self.ctx.cpu_registers.into_iter().flatten().chain(self.live().words);
         live.any(|word| *word == progress.done).then_some(progress)
@@ -1112,9 +1109,7 @@ impl Facts for Dead<'_> {
             self.kernel.read_u32(child.addr.wrapping_add(exit_state)).is_ok_and(|state| state == EXIT_ZOMBIE)
         };
         let tgid = self.task?.tgid;
-        let mut children = self.ctx.tasks.iter().filter(|other| {
-            other.tid == other.tgid && other.tgid != tgid && self.is_ours(other.parent, tgid)
-        });
+        let mut children = self.ctx.tasks.iter().filter(|other| self.is_child(other, tgid));
         // What it would take is still there.
         let left = match awaited {
             Some(pid) => children.any(|child| child.tid == pid),
@@ -1127,9 +1122,7 @@ impl Facts for Dead<'_> {
         let task = self.task?;
         let is_own = |other: &KnownTask| match thread {
             true => other.tgid == task.tgid && other.addr != self.ctx.task,
-            false => {
-                other.tid == other.tgid && other.tgid != task.tgid && self.is_ours(other.parent, task.tgid)
-            }
+            false => self.is_child(other, task.tgid),
         };
         let own = || self.ctx.tasks.iter().filter(|other| is_own(other));
         if let Some(awaited) = own().find(|other| self.ctx.stack.contains(&other.vfork_done)) {
@@ -1159,6 +1152,17 @@ impl Facts for Dead<'_> {
 }
 
 impl Dead<'_> {
+    fn find_iterator(&self, stack: Stack<'_>, wanted: Wanted<'_>) -> Search {
+        let Ok(layout) = Layout::read(self.kernel) else { return Search::Contradiction };
+        let read = |addr, count: usize| Some(words(&self.kernel.read_bytes(addr, count * 8).ok()?));
+        iov_iter::find(&layout, stack, wanted, &read)
+    }
+
+    /// Whether a task is a process whose parent is a thread of the process `tgid`, to which this thread belongs.
+    fn is_child(&self, other: &KnownTask, tgid: Pid) -> bool {
+        other.tid == other.tgid && other.tgid != tgid && self.is_ours(other.parent, tgid)
+    }
+
     /// Whether a return address into the function is on the live stack, or the CPU was in it.
     fn is_within(&self, function: &str) -> bool {
         let words = self.live().words.iter().chain(&self.ctx.instruction_pointer);
@@ -1189,6 +1193,11 @@ impl Dead<'_> {
     fn is_ours(&self, parent: u64, tgid: Pid) -> bool {
         parent == self.ctx.task || self.ctx.tasks.iter().any(|task| task.addr == parent && task.tgid == tgid)
     }
+}
+
+/// The compiler moves parts of a function elsewhere, under names like `vfs_read.cold`.
+fn is_part(name: &str, function: &str) -> bool {
+    name.strip_prefix(function).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
 /// By `task_struct.__state`: a signal would wake it. There may be more bits: readers of unix sockets may be frozen too

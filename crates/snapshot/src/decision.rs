@@ -1093,6 +1093,19 @@ mod tests {
         assert!(matches!(decision(&s, 500), Decision::Continue { losses } if losses[0].code == "cgroup"));
     }
 
+    fn procedure() -> crate::CrashProcedure {
+        crate::CrashProcedure {
+            entry: 0x1000,
+            procedure: 0x2000,
+            data: 0,
+            stack_size: 1 << 16,
+            time_limit_ms: 1000,
+            threads_run: false,
+            regions: vec![],
+            locks: vec![],
+        }
+    }
+
     #[test]
     fn live_fpu_follows_the_policy() {
         let mut s = machine(vec![process(500, 1, 1000)]);
@@ -1101,16 +1114,7 @@ mod tests {
         assert!(matches!(decision(&s, 500), Decision::Continue { losses } if losses.len() == 1));
         decide(&mut s, &Policy { live_fpu: LiveFpu::CrashProcedure, ..all() });
         assert!(matches!(decision(&s, 500), Decision::GiveUp { .. }));
-        s.processes[0].crash_procedure = Some(crate::CrashProcedure {
-            entry: 0x1000,
-            procedure: 0x2000,
-            data: 0,
-            stack_size: 1 << 16,
-            time_limit_ms: 1000,
-            threads_run: false,
-            regions: vec![],
-            locks: vec![],
-        });
+        s.processes[0].crash_procedure = Some(procedure());
         decide(&mut s, &Policy { live_fpu: LiveFpu::CrashProcedure, ..all() });
         assert!(matches!(decision(&s, 500), Decision::Continue { losses } if losses[0].code == "live-fpu"));
         decide(&mut s, &Policy { live_fpu: LiveFpu::GiveUp, ..all() });
@@ -1119,20 +1123,10 @@ mod tests {
 
     #[test]
     fn doubt_follows_the_policy_and_says_what_was_done() {
-        let procedure = crate::CrashProcedure {
-            entry: 0x1000,
-            procedure: 0x2000,
-            data: 0,
-            stack_size: 1 << 16,
-            time_limit_ms: 1000,
-            threads_run: false,
-            regions: vec![],
-            locks: vec![],
-        };
         // What becomes of the process, and what is said to have been done about the finding.
         let outcome = |severity, kind, integrity, with_procedure: bool| {
             let mut s = machine(vec![process(500, 1, 1000)]);
-            s.processes[0].crash_procedure = with_procedure.then(|| procedure.clone());
+            s.processes[0].crash_procedure = with_procedure.then(procedure);
             s.findings.push(Finding { kind, ..Finding::new(severity, Some(500), "memory", "x") });
             decide(&mut s, &Policy { integrity, ..all() });
             (decision(&s, 500).is_continue(), s.findings[0].action)

@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, OpKind};
 use ktypes::Kernel;
 
+use super::is_part;
 use crate::panic::orc::Place;
 
 /// The longest instruction.
@@ -185,11 +186,6 @@ impl Code<'_> {
 
 fn is_call(instruction: &Instruction) -> bool {
     matches!(instruction.flow_control(), FlowControl::Call | FlowControl::IndirectCall)
-}
-
-/// The compiler moves parts of a function elsewhere, under names like `vfs_read.cold`.
-fn is_part(name: &str, function: &str) -> bool {
-    name.strip_prefix(function).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@
 use ktypes::{Kernel, KernelType};
 use snapshot::SyscallInFlight;
 
+use super::is_part;
 use crate::fs::{Dentry, children};
 
 /// PATH_MAX.
@@ -421,11 +422,6 @@ impl Walker<'_> {
         let changed = inode.sec.saturating_mul(1_000_000_000).saturating_add(nsec.unwrap_or(0));
         self.now_ns.saturating_sub(changed) < RECENT
     }
-}
-
-/// The compiler moves parts of a function elsewhere, under names like `do_unlinkat.cold`.
-fn is_part(name: &str, function: &str) -> bool {
-    name.strip_prefix(function).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
 #[cfg(test)]
