@@ -20,6 +20,7 @@ pub mod error;
 pub mod host;
 pub mod image;
 mod initramfs;
+mod keep;
 pub mod kernel;
 pub mod machine;
 pub mod protocol;
@@ -65,13 +66,13 @@ impl Lab {
             let dir = cache.join(dir);
             fs::create_dir_all(&dir).at(&dir)?;
         }
-        let cache = cache.canonicalize().at(cache)?;
-        Ok(Self {
-            cache,
-            agent: agent.into(),
-            refresh_before: None,
-            say: Arc::new(|text| eprintln!("lab: {text}")),
-        })
+        Ok(Self { agent: agent.into(), ..Self::at(&cache.canonicalize().at(cache)?) })
+    }
+
+    /// The lab below an existing directory, without an agent.
+    fn at(cache: &Path) -> Self {
+        let say = Arc::new(|text: &str| eprintln!("lab: {text}"));
+        Self { cache: cache.into(), agent: PathBuf::new(), refresh_before: None, say }
     }
 
     /// Sends the lab's progress lines elsewhere than standard error.

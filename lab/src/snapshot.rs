@@ -4,12 +4,13 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use crate::channel::Channel;
 use crate::error::{Error, FileContext as _, Result};
+use crate::keep::Held;
 use crate::machine::{Begin, Machine, MachineConfig};
 use crate::{Key, Lab, host, initramfs};
 
@@ -17,10 +18,6 @@ use crate::{Key, Lab, host, initramfs};
 const LAYOUT: &str = "5";
 const BOOT_DEADLINE: Duration = Duration::from_secs(300);
 const AGENT_DEADLINE: Duration = Duration::from_secs(60);
-/// How many layers of the same label are kept beside those that others stand on.
-const KEEP_LAYERS: usize = 6;
-/// How many run directories are kept, besides those marked to be kept.
-const KEEP_RUNS: usize = 24;
 
 /// A saved guest.
 #[derive(Debug, Clone)]
@@ -31,13 +28,14 @@ pub struct Snapshot {
     pub dir: PathBuf,
     /// Its machine.
     pub config: MachineConfig,
+    _held: Held,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-struct Meta {
-    label: String,
-    parent: Option<String>,
-    config: MachineConfig,
+pub(crate) struct Meta {
+    pub(crate) label: String,
+    pub(crate) parent: Option<String>,
+    pub(crate) config: MachineConfig,
 }
 
 /// A running guest.
@@ -218,7 +216,7 @@ impl Lab {
         }
     }
 
-    fn snapshots(&self) -> PathBuf {
+    pub(crate) fn snapshots(&self) -> PathBuf {
         self.cache().join("snapshots")
     }
 
@@ -226,9 +224,8 @@ impl Lab {
         let name = format!("{label}-{}", key.text());
         let dir = self.snapshots().join(&name);
         let meta = meta(&dir)?;
-        // The time of last use decides what is pruned.
-        let _ = fs::File::open(dir.join("meta.json")).and_then(|file| file.set_modified(SystemTime::now()));
-        (meta.config == *config).then(|| Snapshot { key: name, dir, config: config.clone() })
+        let held = Held::take(&dir).ok()?;
+        (meta.config == *config).then(|| Snapshot { key: name, dir, config: config.clone(), _held: held })
     }
 
     #[expect(clippy::too_many_arguments, reason = "a private step of two functions")]
@@ -259,67 +256,13 @@ impl Lab {
         let meta_path = part.join("meta.json");
         fs::write(&meta_path, serde_json::to_string_pretty(&meta).unwrap_or_default()).at(&meta_path)?;
         fs::rename(&part, &dir).at(&dir)?;
+        let held = Held::take(&dir)?;
         self.prune_snapshots(label);
-        Ok(Snapshot { key: name, dir, config: config.clone() })
-    }
-
-    /// Removes the layers of a label that have not been used for longest, but none that another stands on.
-    fn prune_snapshots(&self, label: &str) {
-        let mut layers = Vec::new();
-        let mut parents = Vec::new();
-        for entry in fs::read_dir(self.snapshots()).into_iter().flatten().flatten() {
-            let Some(meta) = meta(&entry.path()) else {
-                self.remove_unfinished(&entry.path());
-                continue;
-            };
-            parents.extend(meta.parent);
-            if meta.label == label {
-                let used = fs::metadata(entry.path().join("meta.json")).and_then(|file| file.modified());
-                layers.push((used.unwrap_or(SystemTime::UNIX_EPOCH), entry.path()));
-            }
-        }
-        layers.sort();
-        layers.retain(|(_, dir)| !parents.iter().any(|parent| dir.ends_with(parent)));
-        let surplus = layers.len().saturating_sub(KEEP_LAYERS);
-        for (_, dir) in layers.drain(..surplus) {
-            let _ = fs::remove_dir_all(dir);
-        }
-    }
-
-    /// Removes a layer that nobody finished, unless somebody is making it.
-    fn remove_unfinished(&self, part: &Path) {
-        let Some(name) = part.file_stem().filter(|_| part.extension().is_some_and(|ext| ext == "part"))
-        else {
-            return;
-        };
-        let lock = self.cache().join("locks").join(name);
-        if fs::File::open(lock).is_ok_and(|file| file.try_lock().is_ok()) {
-            let _ = fs::remove_dir_all(part);
-        }
-    }
-
-    fn prune_runs(&self, runs: &Path) {
-        let mut dirs: Vec<_> = fs::read_dir(runs)
-            .into_iter()
-            .flatten()
-            .flatten()
-            .filter(|entry| entry.path().is_dir() && !entry.path().join("keep").exists())
-            .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry)))
-            .collect();
-        dirs.sort_by_key(|(used, _)| *used);
-        let surplus = dirs.len().saturating_sub(KEEP_RUNS);
-        for (_, entry) in dirs.drain(..surplus) {
-            let lock = runs.join(format!(".{}.lock", entry.file_name().to_string_lossy()));
-            let free = fs::File::open(&lock).is_ok_and(|file| file.try_lock().is_ok());
-            if free {
-                let _ = fs::remove_dir_all(entry.path());
-                let _ = fs::remove_file(lock);
-            }
-        }
+        Ok(Snapshot { key: name, dir, config: config.clone(), _held: held })
     }
 }
 
-fn meta(dir: &Path) -> Option<Meta> {
+pub(crate) fn meta(dir: &Path) -> Option<Meta> {
     serde_json::from_str(&fs::read_to_string(dir.join("meta.json")).ok()?).ok()
 }
 
