@@ -69,13 +69,16 @@ fn endless(
     };
     let target = find_loop(&mut live)?;
     live.gdb.set(reached.cpu, Register::Rip, target)?;
+    let mut flags = u64::from(reached.registers.eflags);
     if !interrupts {
-        let flags = u64::from(reached.registers.eflags) & !INTERRUPTS;
+        flags &= !INTERRUPTS;
         live.gdb.set(reached.cpu, Register::Eflags, flags)?;
     }
     live.leave()?;
     let at = symbols.name(reached.at);
-    Ok(Injected::Done(format!("{what}, from {at} on CPU {}", reached.cpu)))
+    let done = format!("{what}, from {at} on CPU {}", reached.cpu);
+    // They may have been off there already.
+    Ok(if flags & INTERRUPTS != 0 { Injected::Done(done) } else { Injected::Deaf(done) })
 }
 
 /// Two bytes of code that are an endless loop, wherever: only the one CPU is sent there.

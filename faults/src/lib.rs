@@ -77,6 +77,9 @@ impl fmt::Display for Kind {
 pub enum Injected {
     /// What was done, in words.
     Done(String),
+    /// The same, and a CPU hears nothing but an NMI any more. The performance counters that would send it after a few seconds (the hard lockup
+    /// detector) are not there in an emulated machine: it is for the caller to send.
+    Deaf(String),
     /// Its place was not reached in time, or there was none: what was to be done.
     Not(String),
 }

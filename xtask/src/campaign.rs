@@ -9,6 +9,7 @@ mod table;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -33,6 +34,8 @@ const PING: Duration = Duration::from_secs(15);
 const WATCHDOGS: Duration = Duration::from_secs(30);
 /// From the NMI that a processor's performance counter would send (the hard lockup detector; emulated processors have none) to the panic.
 const NMI: Duration = Duration::from_secs(15);
+/// How long the hard lockup detector would take: twice the `watchdog_thresh` of the guests at most.
+const HARD_LOCKUP: Duration = Duration::from_secs(8);
 /// Faults that are drawn for each that counts, at most.
 const MAX_DRAWS: u32 = 8;
 
@@ -320,15 +323,19 @@ impl Campaign {
             programs: Vec::new(),
         };
         let injected = faults::inject(&mut guest, &load.symbols, kind, &mut draw);
+        let is_deaf = matches!(injected, Ok(Injected::Deaf(_)));
         crash.what = match injected.with_context(|| format!("injecting a fault ({kind}, seed {seed})"))? {
-            Injected::Done(what) => what,
+            Injected::Done(what) | Injected::Deaf(what) => what,
             Injected::Not(what) => {
                 crash.what = what;
                 return Ok(crash);
             }
         };
         let injected = guest.machine.now_ms();
-        let died = died(&mut guest, from, kind)?;
+        let died = match is_deaf {
+            true => died_of_nmi(&mut guest, from, HARD_LOCKUP)?,
+            false => died(&mut guest, from, kind)?,
+        };
         let trouble = match died {
             Death::Lives => return Ok(crash),
             Death::Unseen(why) => Some((Fate::NoCrashKernel, why)),
@@ -358,6 +365,11 @@ impl Campaign {
         if crash.programs.iter().any(is_case) {
             guest.keep_artifacts()?;
         }
+        if crash.programs.iter().any(|outcome| outcome.fate == Fate::SilentDamage) {
+            // What was not noticed is still in there.
+            let mut core = fs::File::create(guest.dir.join("vmcore"))?;
+            guest.agent.read_pieces("/proc/vmcore", |piece| core.write_all(piece))?;
+        }
         Ok(crash)
     }
 }
@@ -372,33 +384,39 @@ enum Death {
     Unseen(String),
 }
 
-fn died(guest: &mut Guest, from: usize, kind: Kind) -> Result<Death> {
+/// Waits for a kernel's end; `None` if the time is over.
+fn end(guest: &Guest, from: usize, time: Duration) -> Result<Option<Death>> {
     // An oops goes to the crash kernel directly (oops_end(), arch/x86/kernel/dumpstack.c), and may have no time for words.
     const ENDS: [&str; 3] = ["Kernel panic - not syncing", "[#1]", "otherworld: "];
     let is_end = |line: &Line| ENDS.iter().any(|end| line.text.contains(end)).then(|| line.clone());
-    let console = guest.machine.console.clone();
-    let wait = |time| console.wait_for(from, "the panic", time, is_end);
-    match wait(kind.patience()) {
-        Ok(line) => return Ok(Death::Panic(line)),
-        Err(Error::Qemu(_)) => return Ok(Death::Unseen("the machine was reset without a panic".into())),
-        Err(Error::Timeout { .. }) => {}
-        Err(error) => return Err(error.into()),
+    match guest.machine.console.wait_for(from, "the panic", time, is_end) {
+        Ok(line) => Ok(Some(Death::Panic(line))),
+        Err(Error::Qemu(_)) => Ok(Some(Death::Unseen("the machine was reset without a panic".into()))),
+        Err(Error::Timeout { .. }) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// What became of a kernel after a fault of this kind.
+fn died(guest: &mut Guest, from: usize, kind: Kind) -> Result<Death> {
+    if let Some(death) = end(guest, from, kind.patience())? {
+        return Ok(death);
     }
     if guest.agent.ping(PING).is_ok() {
         return Ok(Death::Lives);
     }
     // The agent may be dead, and the kernel not.
-    if let Ok(line) = wait(WATCHDOGS) {
-        return Ok(Death::Panic(line));
-    }
-    if guest.machine.has_ended() {
-        return Ok(Death::Unseen("the machine was reset without a panic".into()));
+    died_of_nmi(guest, from, WATCHDOGS)
+}
+
+/// What became of a kernel that is sent an NMI if it has not died within some time.
+fn died_of_nmi(guest: &mut Guest, from: usize, time: Duration) -> Result<Death> {
+    if let Some(death) = end(guest, from, time)? {
+        return Ok(death);
     }
     guest.machine.inject_nmi()?;
-    Ok(match wait(NMI) {
-        Ok(line) => Death::Panic(line),
-        Err(_) => Death::Unseen("the kernel answers no more, not even to an NMI".into()),
-    })
+    let unseen = || Death::Unseen("the kernel answers no more, not even to an NMI".into());
+    Ok(end(guest, from, NMI)?.unwrap_or_else(unseen))
 }
 
 /// The first line that tells why the kernel died.

@@ -136,6 +136,7 @@ pub struct Autopsy<'k> {
     pub(crate) frames: OnceCell<memory::Frames<'k>>,
     pub(crate) swap: OnceCell<swap::Swap>,
     pub(crate) in_flight: OnceCell<memory::fault::InFlight>,
+    pub(crate) page_table_changers: OnceCell<Vec<(u64, check::Doing)>>,
     pub(crate) cpus: OnceCell<thread::Cpus>,
     pub(crate) stacks: OnceCell<Option<thread::StackLayout>>,
     pub(crate) unwinder: OnceCell<Option<panic::orc::Unwinder<'k>>>,
@@ -151,6 +152,8 @@ pub struct Autopsy<'k> {
     pub(crate) caches: check::Caches,
     pub(crate) page_layout: OnceCell<Option<check::page::Layout>>,
     /// What was noticed about address spaces while they were read, for all who use them.
+    /// Anonymous pages of each address space that were found, in memory and in swap; `None` if that cannot be known.
+    pub(crate) own_pages: RefCell<HashMap<AddressSpaceId, Option<u64>>>,
     pub(crate) memory_doubts: RefCell<BTreeMap<AddressSpaceId, check::Doubts>>,
 }
 
@@ -180,6 +183,7 @@ impl<'k> Autopsy<'k> {
             frames: OnceCell::new(),
             swap: OnceCell::new(),
             in_flight: OnceCell::new(),
+            page_table_changers: OnceCell::new(),
             cpus: OnceCell::new(),
             stacks: OnceCell::new(),
             unwinder: OnceCell::new(),
@@ -192,6 +196,7 @@ impl<'k> Autopsy<'k> {
             now: OnceCell::new(),
             caches: check::Caches::default(),
             page_layout: OnceCell::new(),
+            own_pages: RefCell::default(),
             memory_doubts: RefCell::default(),
         }
     }

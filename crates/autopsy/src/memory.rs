@@ -1,5 +1,6 @@
 //! Address spaces: `mm_struct`, `vm_area_struct`, page tables (include/linux/mm_types.h, mm.h; maple trees: 6.1 and later).
 
+pub(crate) mod counters;
 pub(crate) mod fault;
 #[cfg(test)]
 mod tests;
@@ -12,7 +13,7 @@ use snapshot::{
     AddressSpace, AddressSpaceId, Bytes, FileId, FileKind, MmLayout, PageRun, Prot, Severity, SwapArea, Vma,
     VmaFlags, VmaKind,
 };
-use vmcore::{Entry, EntryKind, PAGE_SHIFT, PAGE_SIZE, PteFormat};
+use vmcore::{Entry, EntryKind, PAGE_SHIFT, PAGE_SIZE, PageSize, PteFormat};
 
 use crate::check::memory::Belonging;
 use crate::check::page::Pages;
@@ -244,7 +245,7 @@ impl<'k> Frames<'k> {
         })
     }
 
-    fn is_zero(&self, pfn: u64) -> bool {
+    pub(crate) fn is_zero(&self, pfn: u64) -> bool {
         pfn == self.zero_pfn || (self.huge_zero_pfn != u64::MAX && pfn.wrapping_sub(self.huge_zero_pfn) < 512)
     }
 
@@ -324,6 +325,8 @@ struct Collector<'a, 'k> {
     pages: Vec<PageRun>,
     /// Pages that huge ones can still have.
     huge_left: u64,
+    /// Pages of the mapping's own, whatever has become of them.
+    own: u64,
     lost: u64,
     why_lost: Option<String>,
 }
@@ -353,7 +356,10 @@ impl Collector<'_, '_> {
                 if count > 1 {
                     match self.huge_left.checked_sub(count) {
                         Some(left) => self.huge_left = left,
-                        None => return self.lose(count, "are more huge pages than there is memory"),
+                        None => {
+                            self.own += count;
+                            return self.lose(count, "are more huge pages than there is memory");
+                        }
                     }
                 }
                 for i in 0..count {
@@ -366,11 +372,13 @@ impl Collector<'_, '_> {
                 }
             }
             EntryKind::Swap { kind, offset } => {
+                self.own += count;
                 for i in 0..count {
                     self.swapped(from + (i << PAGE_SHIFT), self.swap.slot(kind.into(), offset + skip + i));
                 }
             }
-            EntryKind::Marker { bits } if bits & !1 == 0 => {}
+            // Of a huge page there are none (make_pte_marker()).
+            EntryKind::Marker { bits } if bits & !1 == 0 && entry.size == PageSize::Size4K => {}
             EntryKind::HwPoison { .. } => self.lose(count, "lost to a hardware error"),
             EntryKind::DevicePrivate { .. } => self.lose(count, "in a device's own memory"),
             EntryKind::SwapinError | EntryKind::Marker { .. } => self.lose(count, "could not be swapped in"),
@@ -383,15 +391,19 @@ impl Collector<'_, '_> {
             return;
         }
         match self.frames.get(pfn) {
-            Ok(frame) if frame.poisoned => return self.lose(1, "lost to a hardware error"),
+            Ok(frame) if frame.poisoned => {
+                self.own += 1;
+                return self.lose(1, "lost to a hardware error");
+            }
             Ok(frame) if !frame.anonymous => {
                 if !self.file {
                     self.lose(1, "are not anonymous pages");
                 }
                 return;
             }
-            Ok(_) => {}
+            Ok(_) => self.own += 1,
             Err(error) => {
+                self.own += 1;
                 // Only the first one is said.
                 if self.why_lost.is_none() {
                     self.why_lost = Some(error.to_string());
@@ -614,12 +626,16 @@ impl Autopsy<'_> {
             }
             _ => false,
         };
-        if own_pages {
+        let is_drivers = flags & (VM_PFNMAP | VM_MIXEDMAP | VM_IO) != 0;
+        if own_pages || !(shared || is_drivers) {
             // hugetlbfs counts in its own pages.
-            let check = (settled && flags & VM_HUGETLB == 0)
+            let check = (own_pages && settled && flags & VM_HUGETLB == 0)
                 .then(|| self.pages_of(area.vm_start, area.vm_pgoff, belonging))
                 .flatten();
-            self.pages(id, mm, &mut vma, check)?;
+            self.pages(id, mm, &mut vma, check, own_pages)?;
+        } else if !shared {
+            // It can have pages of both kinds.
+            self.count_own_pages(id, None);
         }
         Ok(vma)
     }
@@ -703,21 +719,30 @@ impl Autopsy<'_> {
         Some(Bytes(self.kernel.read_cstr(at, MAX_ANON_NAME).ok()?))
     }
 
-    /// The frames that belong to the mapping itself.
+    /// Notes how many pages of its own one of an address space's mappings has; `None` if that is not known.
+    fn count_own_pages(&self, id: AddressSpaceId, pages: Option<u64>) {
+        let mut all = self.own_pages.borrow_mut();
+        let known = all.entry(id).or_insert(Some(0));
+        *known = known.zip(pages).map(|(known, more)| known.saturating_add(more));
+    }
+
+    /// The frames that belong to the mapping itself; just counted unless they are to be `kept`.
     fn pages<'s>(
         &'s self,
         id: AddressSpaceId,
         mm: &Mm,
         vma: &mut Vma,
         check: Option<Pages<'s>>,
+        kept: bool,
     ) -> Result<()> {
         let mut collector = Collector {
             frames: self.frames()?,
             ranges: self.kernel.phys().ranges(),
-            file: matches!(vma.kind, VmaKind::File { .. }),
+            file: !kept || matches!(vma.kind, VmaKind::File { .. }),
             swap: self.swap(),
             check,
             pages: Vec::new(),
+            own: 0,
             huge_left: self.kernel.phys().ranges().iter().map(|range| range.len >> PAGE_SHIFT).sum(),
             lost: 0,
             why_lost: None,
@@ -744,6 +769,12 @@ impl Autopsy<'_> {
         }
         if let Some(check) = collector.check {
             self.note_memory_doubts(id, self.pages_doubts(check, (start, end)));
+        }
+        // hugetlbfs' pages are counted elsewhere.
+        let is_huge = vma.flags.contains(VmaFlags::HUGETLB);
+        self.count_own_pages(id, Some(if is_huge { 0 } else { collector.own }));
+        if !kept {
+            return Ok(());
         }
         if let Some(why) = collector.why_lost {
             let text = format!("mapping {start:x}-{end:x}: {} pages {why}", collector.lost);

@@ -312,20 +312,27 @@ impl Autopsy<'_> {
     /// process can be read.
     pub fn processes(&self) -> Result<Vec<Process>> {
         let (mut processes, mut first_loss) = (Vec::new(), None);
-        let groups = self.groups()?;
+        let (groups, mut lost) = self.groups_and_lost()?;
         for group in &groups {
             match self.process_of(group) {
                 Ok(process) => processes.extend(process),
-                Err(error) => first_loss = first_loss.or(Some(error)),
+                Err(error) => {
+                    first_loss = first_loss.or(Some(error));
+                    lost.extend(group.members.first().cloned());
+                }
             }
         }
         self.cross_check(&groups, &processes);
         finish_exits(&mut processes);
         // When nobody is left, it is not the processes that are broken.
-        match first_loss {
-            Some(error) if processes.is_empty() => Err(error),
-            _ => Ok(processes),
+        if let Some(error) = first_loss.filter(|_| processes.is_empty()) {
+            return Err(error);
         }
+        processes.extend(
+            lost.iter().filter(|leader| !leader.task.is_new()).map(|leader| self.lost_process(leader)),
+        );
+        processes.sort_by_key(|process| process.pid);
+        Ok(processes)
     }
 
     /// One user process; `None` if there is none with this PID, or it cannot be read (a finding says why).
@@ -338,31 +345,39 @@ impl Autopsy<'_> {
         Ok(group.and_then(|group| self.process_of(group).ok().flatten()))
     }
 
-    /// The thread groups of those leaders that are wanted.
-    fn groups_of(&self, is_wanted: impl Fn(&Task) -> bool) -> Result<Vec<Group>> {
+    /// The thread groups of those leaders that are wanted; and the leaders of those that cannot be read, for which there are findings.
+    fn groups_of(&self, is_wanted: impl Fn(&Task) -> bool) -> Result<(Vec<Group>, Vec<Member>)> {
         let leaders = self.leaders()?;
         // Without it all would be lost, one by one.
         self.kernel.check::<Signal>()?;
-        let mut groups = Vec::new();
+        let (mut groups, mut lost) = (Vec::new(), Vec::new());
         for leader in leaders.into_iter().filter(|l| is_wanted(&l.task)) {
             let before = self.set_subject(Some(leader.task.pid));
             match self.group(&leader) {
                 Ok(group) => groups.push(group),
-                Err(error) => self.lost(&leader.task, &error),
+                Err(error) => {
+                    self.lost(&leader.task, &error);
+                    lost.push(leader);
+                }
             }
             self.set_subject(before);
         }
-        Ok(groups)
+        Ok((groups, lost))
     }
 
     /// All threads, the kernel's own too: by process, the leader first.
     pub(crate) fn all_threads(&self) -> Result<Vec<Member>> {
-        Ok(self.groups_of(|_| true)?.into_iter().flat_map(|group| group.members).collect())
+        Ok(self.groups_of(|_| true)?.0.into_iter().flat_map(|group| group.members).collect())
     }
 
     /// The thread groups of all user processes; makes their threads known to each other.
     pub(crate) fn groups(&self) -> Result<Vec<Group>> {
-        let groups = self.groups_of(|leader| !leader.is_kernel_thread())?;
+        Ok(self.groups_and_lost()?.0)
+    }
+
+    /// Those, and the leaders of the ones that cannot be read.
+    fn groups_and_lost(&self) -> Result<(Vec<Group>, Vec<Member>)> {
+        let (groups, lost) = self.groups_of(|leader| !leader.is_kernel_thread())?;
         let known = |member: &Member| KnownTask {
             addr: member.addr,
             tid: member.task.pid,
@@ -374,7 +389,7 @@ impl Autopsy<'_> {
         };
         let all = groups.iter().flat_map(|group| &group.members).map(known).collect();
         self.known_tasks.get_or_init(|| all);
-        Ok(groups)
+        Ok((groups, lost))
     }
 
     /// Addresses, TIDs and PIDs of all user threads.
@@ -579,20 +594,12 @@ impl Autopsy<'_> {
             }
         }
         let mut process = Process {
-            pid: task.pid,
-            ppid: self.parent_pid(task),
             pgid: self.pid_number(signal.pgrp)?,
             sid: self.pid_number(signal.session)?,
-            comm: task.name(),
             state,
             threads,
             address_space: (representative.mm != 0).then_some(AddressSpaceId(representative.mm)),
-            vfork: false,
             files_id: representative.files,
-            descriptors: Vec::new(),
-            fs: FsContext::default(),
-            signals: SignalState::default(),
-            timers: Timers::default(),
             rlimits: signal
                 .rlim
                 .as_chunks::<2>()
@@ -600,19 +607,9 @@ impl Autopsy<'_> {
                 .iter()
                 .map(|[cur, max]| Rlimit { cur: *cur, max: *max })
                 .collect(),
-            ctty: None,
-            exit_signal: task.exit_signal,
             child_subreaper: signal.is_child_subreaper,
             oom_score_adj: i32::from(signal.oom_score_adj),
-            cgroup: Bytes::default(),
-            unit: None,
-            namespaces: Namespaces::default(),
-            mount_namespace: None,
-            uts_namespace: None,
-            crash_procedure: None,
-            start_boottime_ns: task.start_boottime,
-            unsupported: Vec::new(),
-            decision: Decision::Undecided,
+            ..self.bare(task)
         };
         if gone {
             process.address_space = None;
@@ -698,17 +695,74 @@ impl Autopsy<'_> {
             thread.resume = Resume::Impossible { why };
             return false;
         }
-        // The thread's address: the kernel has nothing else there.
         let Some(member) = members.iter().find(|member| member.task.pid == thread.tid) else { return false };
-        let id = AddressSpaceId(member.addr);
-        let exe = self.mapped_file(program.file.0);
-        let space = AddressSpace { exe, dumpable: 1, ..AddressSpace::default() };
-        self.address_spaces.borrow_mut().insert(id, space);
-        process.address_space = Some(id);
+        process.address_space = Some(self.program_alone(member, program.file.0));
         for action in process.signals.actions.iter_mut().filter(|action| action.handler != SIG_IGN) {
             *action = SigAction::default();
         }
         true
+    }
+
+    /// An address space of which only the program is known, by its open file.
+    fn program_alone(&self, member: &Member, file: u64) -> AddressSpaceId {
+        // The thread's address: the kernel has nothing else there.
+        let id = AddressSpaceId(member.addr);
+        let space = AddressSpace { exe: self.mapped_file(file), dumpable: 1, ..AddressSpace::default() };
+        self.address_spaces.borrow_mut().insert(id, space);
+        id
+    }
+
+    /// What is left of a process that cannot be read: who it was. It does not come back, and a finding says why, but it is named, and its parent is told.
+    fn lost_process(&self, leader: &Member) -> Process {
+        let before = self.set_subject(Some(leader.task.pid));
+        // For who asks for it by its program.
+        let file = self.program_file(leader.task.mm);
+        let address_space = file.map(|file| self.program_alone(leader, file));
+        self.set_subject(before);
+        Process { address_space, ..self.bare(&leader.task) }
+    }
+
+    /// The open file of an address space's program; `None` if there is none to be found.
+    fn program_file(&self, mm: u64) -> Option<u64> {
+        let offset = self.kernel.offset_of("mm_struct", "exe_file").ok().filter(|_| mm != 0)?;
+        self.kernel.read_u64(mm.wrapping_add(offset)).ok().filter(|file| *file != 0)
+    }
+
+    /// What a leader's own task says of a process.
+    fn bare(&self, task: &Task) -> Process {
+        Process {
+            pid: task.pid,
+            ppid: self.parent_pid(task),
+            pgid: task.pid,
+            sid: task.pid,
+            comm: task.name(),
+            state: match task.has_exited() {
+                true => ProcessState::Zombie { status: task.exit_code },
+                false => ProcessState::Alive,
+            },
+            threads: Vec::new(),
+            address_space: None,
+            vfork: false,
+            files_id: 0,
+            descriptors: Vec::new(),
+            fs: FsContext::default(),
+            signals: SignalState::default(),
+            timers: Timers::default(),
+            rlimits: Vec::new(),
+            ctty: None,
+            exit_signal: task.exit_signal,
+            child_subreaper: false,
+            oom_score_adj: 0,
+            cgroup: Bytes::default(),
+            unit: None,
+            namespaces: Namespaces::default(),
+            mount_namespace: None,
+            uts_namespace: None,
+            crash_procedure: None,
+            start_boottime_ns: task.start_boottime,
+            unsupported: Vec::new(),
+            decision: Decision::Undecided,
+        }
     }
 
     /// Whether the process is of one thread, and whoever made it waits in vfork(2) for it to give the memory back.
@@ -1040,6 +1094,29 @@ mod tests {
         let (pids, findings) = machine.found();
         assert_eq!(pids, [1, 2, 3, 4]);
         assert!(findings[0].contains("PID table"), "{findings:?}");
+    }
+
+    #[test]
+    fn a_process_that_cannot_be_read_is_named() {
+        let mut machine = Machine::new();
+        for &task in &machine.tasks {
+            machine.synth.set("task_struct", task, "signal", 0x4141_u64);
+            machine.synth.set("task_struct", task, "real_parent", machine.tasks[0]);
+        }
+        // That one had not begun to run: its parent forks again.
+        machine.synth.set("task_struct", machine.tasks[3], "__state", TASK_NEW);
+        let kernel = open(&machine.synth);
+        let autopsy = Autopsy::new(&kernel);
+        let processes = autopsy.processes().unwrap();
+        let found: Vec<_> = processes.iter().map(|p| (p.pid, p.ppid, p.comm.to_string())).collect();
+        assert_eq!(found, [1, 2, 3].map(|pid| (pid, 1, "survivor".to_owned())));
+        let findings = autopsy.findings();
+        let is_lost = |pid: Pid| {
+            findings
+                .iter()
+                .any(|f| f.pid == Some(pid) && f.severity == Severity::Broken && f.text.contains("is lost"))
+        };
+        assert!([1, 2, 3].into_iter().all(is_lost), "{findings:?}");
     }
 
     #[test]

@@ -36,6 +36,8 @@ const STACK_END_MAGIC: u64 = 0x57ac_6e9d;
 const USER_CS: u64 = 0x33;
 const USER32_CS: u64 = 0x23;
 const USER_DS: u64 = 0x2b;
+/// The flag that is always set (X86_EFLAGS_FIXED).
+const ALWAYS_ONE: u64 = 2;
 /// First address that no user program can have (five-level page tables).
 const USER_END: u64 = 1 << 56;
 /// Where `struct user_regs_struct` has the segment bases.
@@ -391,6 +393,8 @@ impl Autopsy<'_> {
                 format!("of thread {} are not those of a program", task.pid),
             ));
         }
+        // execve(2) does not set it until 6.1 (start_thread()): the CPU does.
+        regs.eflags |= ALWAYS_ONE;
         (regs.fs_base, regs.gs_base) = (task.fsbase, task.gsbase);
         // The bases that the CPU had: the program may have changed them itself (WRFSBASE) since it was switched in.
         if let Some(cpu) = on_cpu {
@@ -518,11 +522,10 @@ fn decode(bytes: &[u8]) -> Registers {
 
 /// Whether these can be a program's registers.
 fn plausible(regs: &Registers) -> bool {
-    const RESERVED_ONE: u64 = 2;
     const INTERRUPTS: u64 = 0x200;
     (regs.cs == USER_CS || regs.cs == USER32_CS)
         && regs.ss == USER_DS
-        && regs.eflags & (RESERVED_ONE | INTERRUPTS) == RESERVED_ONE | INTERRUPTS
+        && regs.eflags & INTERRUPTS != 0
         && regs.rip < USER_END
         && regs.rsp < USER_END
 }
@@ -544,7 +547,8 @@ mod tests {
         assert!(plausible(&user));
         assert!(!plausible(&Registers { cs: 0x10, ss: 0x18, ..user }));
         assert!(!plausible(&Registers { rip: 0xffff_ffff_8100_0000, ..user }));
-        assert!(!plausible(&Registers { eflags: 0, ..user }));
+        assert!(plausible(&Registers { eflags: 0x200, ..user }), "as execve(2) leaves them");
+        assert!(!plausible(&Registers { eflags: 2, ..user }));
     }
 
     #[test]

@@ -43,6 +43,7 @@ pub struct Kernel {
     pub(crate) maple: OnceLock<maple::Shapes>,
     pub(crate) xarray: OnceLock<xarray::Shape>,
     pub(crate) slab: OnceLock<Option<page::SlabShape>>,
+    pub(crate) table_type: OnceLock<Option<page::PageType>>,
 }
 
 /// Members of the kernel's general structures that the walks in this crate need, looked up once.
@@ -120,6 +121,7 @@ impl Kernel {
             maple: OnceLock::new(),
             xarray: OnceLock::new(),
             slab: OnceLock::new(),
+            table_type: OnceLock::new(),
         })
     }
 

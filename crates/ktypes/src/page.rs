@@ -61,6 +61,17 @@ impl Kernel {
         Ok(head)
     }
 
+    /// Whether a page frame is marked as a page table; all those of the two lowest levels are (pgtable_pte_page_ctor(), pgtable_pmd_page_ctor();
+    /// include/linux/mm.h, 6.1 and 6.12). `None` if it is not known how this kernel does that.
+    ///
+    /// # Errors
+    /// If the frame has no `struct page`.
+    pub fn is_page_table(&self, pfn: u64) -> Result<Option<bool>> {
+        let Some(tables) = self.table_type.get_or_init(|| PageType::of_tables(self)) else { return Ok(None) };
+        let at = self.pfn_to_page(pfn).wrapping_add(self.offset_of("page", "page_type")?);
+        Ok(Some(self.read_u32(at)? & tables.mask == tables.value))
+    }
+
     /// The slab object that an address of the direct map lies in: `None` if that page is no slab,
     /// if the address lies in padding, or if anything on the way cannot be read.
     ///
@@ -102,6 +113,27 @@ impl Kernel {
             object_start,
             object_size,
         })
+    }
+}
+
+/// The type that a page of a kind has in `page_type`: `u32 & mask == value`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct PageType {
+    mask: u32,
+    value: u32,
+}
+
+impl PageType {
+    /// Page tables: a number in the upper byte since 6.11; until 6.9 a bit that is cleared, below others that are set (PAGE_TYPE_BASE and
+    /// PG_table, which are macros). 6.10 had another bit.
+    fn of_tables(kernel: &Kernel) -> Option<PageType> {
+        const BASE: u32 = 0xf000_0000;
+        const PG_TABLE: u32 = 0x200;
+        if let Ok(kind) = kernel.enum_value_in("pagetype", "PGTY_table") {
+            return Some(PageType { mask: 0xff << 24, value: (kind as u32) << 24 });
+        }
+        kernel.enum_value_in("pageflags", "PG_slab").ok()?;
+        Some(PageType { mask: BASE | PG_TABLE, value: BASE })
     }
 }
 

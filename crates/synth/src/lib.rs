@@ -70,6 +70,8 @@ const IMAGE_VA: u64 = KERNEL_TEXT_START + 0x3500_0000;
 const HEAP_PHYS: u64 = IMAGE_PHYS + IMAGE_SIZE;
 const PRESENT_RW: u64 = 0x3;
 const PRESENT_RW_USER: u64 = 0x67;
+/// `page_type` of a page table (PG_table cleared; include/linux/page-flags.h, until 6.9).
+const PAGE_TABLE: u32 = !0x200;
 
 /// A value that a field can be set to.
 pub trait Value {
@@ -608,7 +610,7 @@ impl Synth {
         self.alloc_bytes(PAGE, PAGE)
     }
 
-    /// Puts a leaf entry into page tables, making the tables above it. `pgd` is the top table's
+    /// Puts a leaf entry into page tables, making the tables above it, which are marked as such. `pgd` is the top table's
     /// address.
     pub fn map(&mut self, pgd: u64, va: u64, size: PageSize, pte: u64) -> &mut Synth {
         let leaf = match size {
@@ -624,6 +626,11 @@ impl Synth {
                 0 => {
                     let new = self.alloc_phys(PAGE, PAGE);
                     self.write_phys(slot, &(new | PRESENT_RW_USER).to_le_bytes());
+                    // The kernel's own are made before there is a `struct page`.
+                    if va >> 63 == 0 {
+                        let page = self.page_of(new);
+                        self.set("page", page, "page_type", PAGE_TABLE);
+                    }
                     new
                 }
                 _ => entry & 0x000f_ffff_ffff_f000,

@@ -90,7 +90,7 @@ pub(crate) fn declare(synth: &mut Synth) {
                         // Of a page table: `ptdesc` since 6.6.
                         .anonymous(record().field("_pt_pad", array(U64, 4)).field("ptl", U32)),
                 )
-                .field("_mapcount", named("atomic_t"))
+                .anonymous(union().field("_mapcount", named("atomic_t")).field("page_type", U32))
                 .field("_refcount", named("atomic_t"))
                 .size(64),
         )

@@ -37,5 +37,6 @@ pub use crate::info::VmcoreInfo;
 pub use crate::kernel::{KERNEL_TEXT_START, KernelMemory};
 pub use crate::paging::{
     Entry, EntryKind, LastTable, PAGE_SHIFT, PAGE_SIZE, PageSize, PageTables, PteFormat, SpecialEntries,
+    Table, Tables,
 };
 pub use crate::phys::{FlatMemory, PhysMap, PhysRange, PhysicalMemory};

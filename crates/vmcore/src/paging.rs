@@ -78,6 +78,26 @@ pub struct LastTable {
     pub empty: usize,
 }
 
+/// A table of any level but the highest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Table {
+    /// 1 is the lowest.
+    pub level: u8,
+    /// Where it lies.
+    pub phys: u64,
+    /// The first address that it was asked for.
+    pub va: u64,
+}
+
+/// A tree of page tables without the entries of its lowest ones.
+#[derive(Clone, Debug, Default)]
+pub struct Tables {
+    /// In the order of the addresses, upper ones first.
+    pub tables: Vec<Table>,
+    /// Entries of upper tables that are not zero and lead to no table: huge pages.
+    pub huge: Vec<Entry>,
+}
+
 /// A leaf entry that is not zero: present, or holding something of Linux's own.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Entry {
@@ -424,28 +444,47 @@ impl<'m> PageTables<'m> {
     /// An entry at either end of the range may reach beyond it. Each table is walked once: damaged
     /// tables that point at themselves, or at the same table twice, end as an error.
     pub fn walk(&self, range: Range<u64>, f: &mut dyn FnMut(Entry)) -> Result<()> {
-        self.visit(range, f, &mut |_| {})
+        self.visit(range, 1, f, &mut |_, _| {})
+    }
+
+    /// The tables that cover part of `range`, but for the highest one, whose level is [`levels`](Self::levels). Those of the lowest level are not read.
+    pub fn tables(&self, range: Range<u64>) -> Result<Tables> {
+        let (mut tables, mut huge) = (Vec::new(), Vec::new());
+        let top = self.levels;
+        self.visit(range, 2, &mut |entry| huge.push(entry), &mut |table, _| {
+            if table.level < top {
+                tables.push(table);
+            }
+        })?;
+        Ok(Tables { tables, huge })
     }
 
     /// The tables of the lowest level that cover part of `range`, in ascending order.
     pub fn last_tables(&self, range: Range<u64>) -> Result<Vec<LastTable>> {
         let mut found = Vec::new();
-        self.visit(range, &mut |_| {}, &mut |table| found.push(table))?;
+        self.visit(range, 1, &mut |_| {}, &mut |table, empty| {
+            if table.level == 1 {
+                found.push(LastTable { phys: table.phys, empty });
+            }
+        })?;
         Ok(found)
     }
 
+    /// `on_table` is told of each table before those below it, and how many of its entries in the range are zero. Tables below the level
+    /// `lowest` are not read: as if all of their entries were.
     fn visit(
         &self,
         range: Range<u64>,
+        lowest: u8,
         f: &mut dyn FnMut(Entry),
-        on_table: &mut dyn FnMut(LastTable),
+        on_table: &mut dyn FnMut(Table, usize),
     ) -> Result<()> {
         if range.is_empty() {
             return Ok(());
         }
         self.check_canonical(range.start)?;
         self.check_canonical(range.end - 1)?;
-        let mut walk = Walk { tables: self, f, on_table, seen: HashSet::new() };
+        let mut walk = Walk { tables: self, lowest, f, on_table, seen: HashSet::new() };
         walk.table(self.root_phys, self.levels, range.start, range.end - 1)
     }
 
@@ -467,8 +506,9 @@ impl fmt::Debug for PageTables<'_> {
 
 struct Walk<'a, 'm> {
     tables: &'a PageTables<'m>,
+    lowest: u8,
     f: &'a mut dyn FnMut(Entry),
-    on_table: &'a mut dyn FnMut(LastTable),
+    on_table: &'a mut dyn FnMut(Table, usize),
     /// Tables that were there already. (Two mappings can have a table of huge pages together, but
     /// not one mapping with itself.)
     seen: HashSet<u64>,
@@ -485,14 +525,14 @@ impl Walk<'_, '_> {
         let (low, high) = (index(first), index(last));
         let mut bytes = [0; ENTRIES * 8];
         let bytes = &mut bytes[low * 8..(high + 1) * 8];
-        self.tables
-            .memory
-            .read_phys(table + low as u64 * 8, bytes)
-            .map_err(|_| unreadable(first, level, table))?;
-        if level == 1 {
-            let empty = bytes.as_chunks::<8>().0.iter().filter(|entry| **entry == [0; 8]).count();
-            (self.on_table)(LastTable { phys: table, empty });
+        if level >= self.lowest {
+            self.tables
+                .memory
+                .read_phys(table + low as u64 * 8, bytes)
+                .map_err(|_| unreadable(first, level, table))?;
         }
+        let empty = bytes.as_chunks::<8>().0.iter().filter(|entry| **entry == [0; 8]).count();
+        (self.on_table)(Table { level, phys: table, va: first }, empty);
         // Where the memory of entry `low` begins.
         let base = first >> shift << shift;
         for (i, pte) in bytes.chunks_exact(8).enumerate() {

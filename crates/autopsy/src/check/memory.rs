@@ -100,6 +100,8 @@ impl Autopsy<'_> {
         if self.check_slab(MM, id.0, OBJECT, doubts) {
             let checked = self.check_users(id, member.addr, machine, doubts);
             self.outcome(checked, FindingKind::Count, OBJECT, id.0, doubts);
+            let checked = self.check_page_tables(id, machine, doubts);
+            self.outcome(checked, FindingKind::Page, OBJECT, id.0, doubts);
         }
         if let Some(found) = self.memory_doubts.borrow().get(&id) {
             doubts.0.extend(found.0.iter().cloned());
@@ -115,7 +117,7 @@ impl Autopsy<'_> {
     ) -> Result<()> {
         let users: Users = self.kernel.read(id.0)?;
         // A thread counts before it has the pointer, and until after it has given it up (copy_mm(), exit_mm(), exec_mmap()).
-        let known = machine.users.get(&id.0).copied().unwrap_or(0);
+        let known = machine.users.get(&id.0).map_or(0, |tasks| tasks.len() as i64);
         if i64::from(users.mm_users) < known || users.mm_count < 1 {
             let text = format!("{known} threads use it, the kernel counted {}", users.mm_users);
             doubts.doubt(FindingKind::Count, OBJECT, id.0, text);

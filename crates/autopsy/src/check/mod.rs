@@ -15,10 +15,12 @@ pub(crate) mod credentials;
 mod file;
 pub(crate) mod memory;
 pub(crate) mod page;
+mod page_table;
 mod process;
 mod slab;
 mod socket;
 
+pub(crate) use page_table::Doing;
 pub(crate) use slab::Caches;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -96,8 +98,8 @@ struct Machine {
     tasks_change: bool,
     /// Address spaces of threads that were on a CPU.
     running: HashSet<u64>,
-    /// How many threads use each address space.
-    users: HashMap<u64, i64>,
+    /// The tasks that use each address space.
+    users: HashMap<u64, Vec<u64>>,
     /// References to open files from descriptors, mappings and programs.
     file_users: HashMap<u64, i64>,
 }
@@ -141,7 +143,7 @@ impl Autopsy<'_> {
         };
         let current = &self.cpus().current;
         for member in groups.iter().flat_map(|group| &group.members).filter(|m| m.task.mm != 0) {
-            *machine.users.entry(member.task.mm).or_default() += 1;
+            machine.users.entry(member.task.mm).or_default().push(member.addr);
             if current.contains_key(&member.addr) || member.task.on_cpu != 0 {
                 machine.running.insert(member.task.mm);
             }

@@ -466,9 +466,11 @@ fn the_lock_of_a_page_table_is_where_its_own_type_has_it() {
     machine.map(0, phys | PRESENT);
     machine.mprotect(0, 2);
     machine.take_lock();
-    assert_eq!(machine.pages(), (vec![run(0, phys, 1)], 0), "where `struct page` had it");
     let page = machine.synth.page_of(machine.table());
     let lock = machine.synth.address_of("ptdesc", page, "ptl");
+    // There `struct page` has the mark of a page table.
+    machine.synth.write(lock, &0_u32.to_le_bytes());
+    assert_eq!(machine.pages(), (vec![run(0, phys, 1)], 0), "where `struct page` had it");
     machine.synth.write(lock, &1_u32.to_le_bytes());
     assert_eq!(machine.pages(), (vec![run(0, phys, 1)], 1));
 }

@@ -8,36 +8,14 @@ use super::{Group, Member, Task};
 use crate::Autopsy;
 use crate::error::{Error, Result};
 use crate::file::File;
+use crate::memory::counters::SWAP_ENTRIES;
 
 /// `struct mm_struct` (include/linux/mm_types.h), as far as ps needs it.
 #[derive(KernelType)]
 #[kernel("mm_struct")]
 struct Mm {
     exe_file: u64,
-    /// `struct mm_rss_stat` until 6.1, an array of `struct percpu_counter` since 6.2.
-    #[kernel("rss_stat", address)]
-    rss_stat: u64,
 }
-
-/// `struct percpu_counter` (include/linux/percpu_counter.h): the sum, and what each CPU has not added to it yet.
-#[derive(KernelType)]
-#[kernel("percpu_counter")]
-struct PerCpuCounter {
-    count: i64,
-    counters: u64,
-}
-
-/// What a thread has not added to its mm's counters yet (SPLIT_RSS_COUNTING; until 6.1).
-#[derive(KernelType)]
-#[kernel("task_struct")]
-struct SplitCounters {
-    #[kernel("rss_stat.count", optional)]
-    count: Option<[i32; COUNTERS]>,
-}
-
-/// MM_FILEPAGES, MM_ANONPAGES, MM_SWAPENTS, MM_SHMEMPAGES (include/linux/mm_types_task.h): the same in 6.1 and 6.12.
-const COUNTERS: usize = 4;
-const SWAP_ENTRIES: usize = 2;
 
 /// A process as ps(1) would list it.
 #[derive(Clone, Debug, Serialize)]
@@ -75,7 +53,7 @@ impl Autopsy<'_> {
     pub fn process_summaries(&self) -> Result<Vec<ProcessSummary>> {
         let (mut summaries, mut first_loss) = (Vec::new(), None);
         // Who had not begun to run is no process yet.
-        let groups = self.groups_of(|leader| !leader.is_kernel_thread() && !leader.is_new())?;
+        let (groups, _) = self.groups_of(|leader| !leader.is_kernel_thread() && !leader.is_new())?;
         self.kernel.check::<Mm>()?;
         for group in groups {
             let before = self.set_subject(Some(group.leader.pid));
@@ -115,7 +93,8 @@ impl Autopsy<'_> {
         if representative.mm != 0
             && let Some(mm) = self.glance("memory", self.kernel.read::<Mm>(representative.mm))
         {
-            if let Some(counters) = self.glance("memory", self.memory_counters(&mm, members)) {
+            let users = members.iter().filter(|member| member.task.mm != 0).map(|member| member.addr);
+            if let Some(counters) = self.glance("memory", self.memory_counters(representative.mm, users)) {
                 // While threads count on, one of the parts can be less than nothing.
                 let pages = |count: i64| u64::try_from(count).unwrap_or(0);
                 let all: i64 = counters.iter().fold(0, |sum, count| sum.saturating_add(*count));
@@ -133,33 +112,6 @@ impl Autopsy<'_> {
     fn program(&self, file: u64) -> Result<Bytes> {
         let file: File = self.kernel.read(file)?;
         Ok(self.path(&file.f_path)?.path)
-    }
-
-    /// The page counters of an mm, with what CPUs or threads had not added yet.
-    fn memory_counters(&self, mm: &Mm, members: &[Member]) -> Result<[i64; COUNTERS]> {
-        let mut counters = [0i64; COUNTERS];
-        if self.kernel.has_member("mm_struct", "rss_stat.count") {
-            for (n, counter) in counters.iter_mut().enumerate() {
-                *counter = self.kernel.read_i64(mm.rss_stat.wrapping_add(n as u64 * 8))?;
-            }
-            for member in members.iter().filter(|member| member.task.mm != 0) {
-                let split = self.kernel.read::<SplitCounters>(member.addr)?.count.unwrap_or_default();
-                for (counter, more) in counters.iter_mut().zip(split) {
-                    *counter = counter.saturating_add(more.into());
-                }
-            }
-            return Ok(counters);
-        }
-        let size = self.kernel.size_of("percpu_counter")?;
-        for (n, counter) in counters.iter_mut().enumerate() {
-            let parts: PerCpuCounter = self.kernel.read(mm.rss_stat.wrapping_add(n as u64 * size))?;
-            *counter = parts.count;
-            for cpu in self.cpus().online() {
-                let part = self.kernel.read_i32(self.kernel.per_cpu(parts.counters, cpu)?)?;
-                *counter = counter.saturating_add(part.into());
-            }
-        }
-        Ok(counters)
     }
 
     /// What one can do without at a glance: `None` with a finding when it is damaged.

@@ -1,0 +1,178 @@
+//! Page tables against the kernel's own counts of them and of what they map (include/linux/mm.h, mm/memory.c, mm/huge_memory.c; 6.1 and 6.12).
+//!
+//! An entry that has become empty says nothing of what was there: the program would find zeroes. But a table is counted before it gets into the
+//! tree and until after it is out of it, and a page's entry and its count change under one lock, so that only who was on a CPU can have been
+//! between the two.
+
+#[cfg(test)]
+mod tests;
+
+use ktypes::KernelType;
+use snapshot::{AddressSpaceId, FindingKind, PAGE_SIZE};
+use vmcore::{Entry, EntryKind, PAGE_SHIFT, PrStatus, Tables};
+
+use super::{Doubts, Machine};
+use crate::Autopsy;
+use crate::error::Result;
+use crate::memory::counters::{ANON_PAGES, SWAP_ENTRIES};
+
+const OBJECT: &str = "memory";
+/// The kernel counts tables of three levels (mm_inc_nr_ptes(), mm_inc_nr_pmds(), mm_inc_nr_puds()), and marks those of two.
+const COUNTED_LEVELS: u8 = 3;
+const MARKED_LEVELS: u8 = 2;
+/// Pages of a table, which munmap(2) and others take out before they count them.
+const BATCH: u64 = 512;
+/// First address that no program can have, with page tables of four levels and of five.
+const fn user_end(levels: u8) -> u64 {
+    1 << (PAGE_SHIFT + 9 * levels as u32 - 1)
+}
+/// How functions begin that change other processes' page tables: reclaim, migration, truncation, huge pages, what one process does to another.
+const CHANGES_OTHERS: [&str; 9] = [
+    "rmap_walk",
+    "try_to_",
+    "unmap_mapping_",
+    "retract_page_tables",
+    "collapse_",
+    "split_huge_",
+    "handle_mm_fault",
+    "madvise_",
+    "write_protect_page",
+];
+
+#[derive(KernelType)]
+#[kernel("mm_struct")]
+struct Mm {
+    pgd: u64,
+    #[kernel("pgtables_bytes.counter")]
+    pgtables_bytes: i64,
+    #[kernel("mmap_lock.count")]
+    mmap_lock: u64,
+    #[kernel("context.ldt", optional)]
+    ldt: Option<u64>,
+}
+
+/// What may have been counted and not yet be there, or no more.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Allowance {
+    tables: u64,
+    pages: u64,
+}
+
+/// What a CPU was doing, as far as it matters here.
+#[derive(Clone, Debug)]
+pub(crate) enum Doing {
+    /// It ran a program.
+    User,
+    /// It was in the kernel, in these functions; none if that is not known.
+    Kernel(Vec<String>),
+}
+
+impl Autopsy<'_> {
+    /// Whether an address space has the page tables and the pages of its own that the kernel has counted.
+    pub(super) fn check_page_tables(
+        &self,
+        id: AddressSpaceId,
+        machine: &Machine,
+        doubts: &mut Doubts,
+    ) -> Result<()> {
+        let mm: Mm = self.kernel.read(id.0)?;
+        let users = machine.users.get(&id.0).map_or(&[][..], Vec::as_slice);
+        let allowed = self.allowance(users, mm.mmap_lock != 0);
+        let trees = self.kernel.page_tables(mm.pgd)?;
+        let found = match trees.tables(0..user_end(trees.levels())) {
+            Ok(found) => found,
+            Err(error) => {
+                doubts.doubt(FindingKind::Page, OBJECT, id.0, format!("its page tables: {error}"));
+                return Ok(());
+            }
+        };
+        for table in found.tables.iter().filter(|table| table.level <= MARKED_LEVELS) {
+            if self.kernel.is_page_table(table.phys >> PAGE_SHIFT)? == Some(false) {
+                let text = format!("what is in the place of the page table for {:x} is none", table.va);
+                doubts.doubt(FindingKind::Page, OBJECT, table.phys, text);
+            }
+        }
+        let tables = self.counted_tables(&found);
+        let counted = u64::try_from(mm.pgtables_bytes).unwrap_or(0) / PAGE_SIZE;
+        // A local descriptor table has page tables in the upper half (map_ldt_struct()).
+        if counted > tables.saturating_add(allowed.tables) && mm.ldt.is_none_or(|ldt| ldt == 0) {
+            let text = format!("{tables} page tables were found, the kernel counted {counted}");
+            doubts.doubt(FindingKind::Page, OBJECT, id.0, text);
+        }
+        let own = self.own_pages.borrow().get(&id).copied();
+        let Some(Some(own)) = own else { return Ok(()) };
+        let counters = self.memory_counters(id.0, users.iter().copied())?;
+        let counted = counters[ANON_PAGES].saturating_add(counters[SWAP_ENTRIES]);
+        if u64::try_from(counted).unwrap_or(0) > own.saturating_add(allowed.pages) {
+            let text = format!("{own} pages of its own were found, the kernel counted {counted}");
+            doubts.doubt(FindingKind::Page, OBJECT, id.0, text);
+        }
+        Ok(())
+    }
+
+    /// Tables that the kernel counts: those in the tree, and those that are kept for each huge page of an address space's own
+    /// (pgtable_trans_huge_deposit()).
+    fn counted_tables(&self, found: &Tables) -> u64 {
+        let levels = found.tables.iter().filter(|table| table.level <= COUNTED_LEVELS);
+        let deposits = found.huge.iter().filter(|entry| self.has_deposit(entry));
+        (levels.count() + deposits.count()) as u64
+    }
+
+    fn has_deposit(&self, huge: &Entry) -> bool {
+        let Ok(frames) = self.frames() else { return false };
+        match huge.kind(&self.kernel.pte_format()) {
+            EntryKind::Present { phys }
+            | EntryKind::ProtNone { phys }
+            | EntryKind::Migration { phys, .. } => {
+                let pfn = phys >> PAGE_SHIFT;
+                frames.is_zero(pfn) || frames.get(pfn).is_ok_and(|frame| frame.anonymous)
+            }
+            _ => false,
+        }
+    }
+
+    /// How far the counts may be ahead of what is there, for an address space with these users. `locked`: somebody holds its mmap_lock.
+    fn allowance(&self, users: &[u64], locked: bool) -> Allowance {
+        let all = self.page_table_changers.get_or_init(|| self.what_cpus_do());
+        let mut sum = Allowance::default();
+        for (task, doing) in all {
+            let Some(more) = allow(doing, users.contains(task), locked) else { continue };
+            sum.tables = sum.tables.saturating_add(more.tables);
+            sum.pages = sum.pages.saturating_add(more.pages);
+        }
+        sum
+    }
+
+    /// What each CPU was doing, with the task that it had.
+    fn what_cpus_do(&self) -> Vec<(u64, Doing)> {
+        let current = self.cpus().current.iter();
+        current
+            .map(|(&task, &cpu)| (task, self.what_cpu_does(task, cpu).unwrap_or(Doing::Kernel(Vec::new()))))
+            .collect()
+    }
+
+    fn what_cpu_does(&self, task: u64, cpu: u32) -> Option<Doing> {
+        let task: crate::process::Task = self.kernel.read(task).ok()?;
+        let registers = self.crash_registers(cpu, task.pid)?;
+        if registers[PrStatus::RIP] >> 63 == 0 {
+            return Some(Doing::User);
+        }
+        let names = self.places(&registers).into_iter().filter_map(|place| {
+            // A return address can be that of the next function.
+            let within = if place.exact { place.address } else { place.address.wrapping_sub(1) };
+            Some(self.kernel.symbolize(within)?.0.to_owned())
+        });
+        Some(Doing::Kernel(names.collect()))
+    }
+}
+
+/// What a CPU may have counted differently of an address space, if anything. `its_own`: it ran one of the space's threads.
+fn allow(doing: &Doing, its_own: bool, locked: bool) -> Option<Allowance> {
+    let Doing::Kernel(functions) = doing else { return None };
+    if its_own {
+        // Under the lock it may be unmapping, table by table; without, in a fault, which touches one.
+        return Some(Allowance { tables: 1, pages: if locked { u64::MAX } else { BATCH } });
+    }
+    let changes = |name: &String| CHANGES_OTHERS.iter().any(|start| name.starts_with(start));
+    (functions.is_empty() || functions.iter().any(changes)).then_some(Allowance { tables: 1, pages: BATCH })
+}
