@@ -20,23 +20,54 @@ const OBJECT: &str = "memory";
 /// The kernel counts tables of three levels (mm_inc_nr_ptes(), mm_inc_nr_pmds(), mm_inc_nr_puds()), and marks those of two.
 const COUNTED_LEVELS: u8 = 3;
 const MARKED_LEVELS: u8 = 2;
-/// Pages of a table, which munmap(2) and others take out before they count them.
+/// Pages of a table: so many are taken out before they are counted, where a range is unmapped (zap_pte_range()).
 const BATCH: u64 = 512;
 /// First address that no program can have, with page tables of four levels and of five.
 const fn user_end(levels: u8) -> u64 {
     1 << (PAGE_SHIFT + 9 * levels as u32 - 1)
 }
 /// How functions begin that change other processes' page tables: reclaim, migration, truncation, huge pages, what one process does to another.
-const CHANGES_OTHERS: [&str; 9] = [
+const CHANGES_OTHERS: &[&str] = &[
     "rmap_walk",
     "try_to_",
     "unmap_mapping_",
     "retract_page_tables",
     "collapse_",
-    "split_huge_",
+    "__split_huge_",
     "handle_mm_fault",
     "madvise_",
     "write_protect_page",
+    "replace_page",
+    "unuse_",
+];
+/// Those that put tables in or take them out.
+const CHANGES_TABLES: &[&str] = &[
+    "pmd_install",
+    "__pte_alloc",
+    "__pmd_alloc",
+    "__pud_alloc",
+    "do_huge_pmd_",
+    "do_set_pmd",
+    "zap_huge_pmd",
+    "free_pg",
+    "move_page_tables",
+    "retract_page_tables",
+    "collapse_",
+    "__split_huge_",
+];
+/// Those that take out many entries before they count them.
+const UNMAPS: &[&str] = &["zap_", "unmap_", "try_to_", "__split_huge_", "collapse_"];
+/// Those that do so entry by entry.
+const CHANGES_PAGES: &[&str] = &[
+    "handle_mm_fault",
+    "rmap_walk",
+    "change_p",
+    "move_p",
+    "madvise_",
+    "write_protect_page",
+    "replace_page",
+    "unuse_",
+    "clear_refs_",
 ];
 
 #[derive(KernelType)]
@@ -45,8 +76,6 @@ struct Mm {
     pgd: u64,
     #[kernel("pgtables_bytes.counter")]
     pgtables_bytes: i64,
-    #[kernel("mmap_lock.count")]
-    mmap_lock: u64,
     #[kernel("context.ldt", optional)]
     ldt: Option<u64>,
 }
@@ -77,7 +106,7 @@ impl Autopsy<'_> {
     ) -> Result<()> {
         let mm: Mm = self.kernel.read(id.0)?;
         let users = machine.users.get(&id.0).map_or(&[][..], Vec::as_slice);
-        let allowed = self.allowance(users, mm.mmap_lock != 0);
+        let allowed = self.allowance(users);
         let trees = self.kernel.page_tables(mm.pgd)?;
         let found = match trees.tables(0..user_end(trees.levels())) {
             Ok(found) => found,
@@ -131,12 +160,12 @@ impl Autopsy<'_> {
         }
     }
 
-    /// How far the counts may be ahead of what is there, for an address space with these users. `locked`: somebody holds its mmap_lock.
-    fn allowance(&self, users: &[u64], locked: bool) -> Allowance {
+    /// How far the counts may be ahead of what is there, for an address space with these users.
+    fn allowance(&self, users: &[u64]) -> Allowance {
         let all = self.page_table_changers.get_or_init(|| self.what_cpus_do());
         let mut sum = Allowance::default();
         for (task, doing) in all {
-            let Some(more) = allow(doing, users.contains(task), locked) else { continue };
+            let Some(more) = allow(doing, users.contains(task)) else { continue };
             sum.tables = sum.tables.saturating_add(more.tables);
             sum.pages = sum.pages.saturating_add(more.pages);
         }
@@ -167,12 +196,15 @@ impl Autopsy<'_> {
 }
 
 /// What a CPU may have counted differently of an address space, if anything. `its_own`: it ran one of the space's threads.
-fn allow(doing: &Doing, its_own: bool, locked: bool) -> Option<Allowance> {
+fn allow(doing: &Doing, its_own: bool) -> Option<Allowance> {
     let Doing::Kernel(functions) = doing else { return None };
-    if its_own {
-        // Under the lock it may be unmapping, table by table; without, in a fault, which touches one.
-        return Some(Allowance { tables: 1, pages: if locked { u64::MAX } else { BATCH } });
+    if functions.is_empty() {
+        return Some(Allowance { tables: 1, pages: BATCH });
     }
-    let changes = |name: &String| CHANGES_OTHERS.iter().any(|start| name.starts_with(start));
-    (functions.is_empty() || functions.iter().any(changes)).then_some(Allowance { tables: 1, pages: BATCH })
+    let is_in =
+        |starts: &[&str]| functions.iter().any(|name| starts.iter().any(|start| name.starts_with(start)));
+    (its_own || is_in(CHANGES_OTHERS)).then(|| Allowance {
+        tables: is_in(CHANGES_TABLES).into(),
+        pages: if is_in(UNMAPS) { BATCH } else { is_in(CHANGES_PAGES).into() },
+    })
 }

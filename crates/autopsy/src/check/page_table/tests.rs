@@ -141,22 +141,26 @@ fn who_was_changing_them_is_allowed_for() {
     let mut fake = Fake::new();
     let entry = fake.entry(START, 2);
     fake.synth.write_u64(entry, 0);
-    fake.own = Some(512);
     let kernel = |names: &[&str]| Doing::Kernel(names.iter().map(|name| (*name).to_owned()).collect());
     let own = fake.task;
     let silent = |fake: &Fake, task: u64, doing: Doing| fake.said_beside(&[(task, doing)]).is_empty();
-    assert!(silent(&fake, own, kernel(&["ksys_read"])), "its own thread was in the kernel");
-    assert!(!silent(&fake, own, Doing::User), "it was not");
-    assert!(
-        !silent(&fake, own + 8, kernel(&["ksys_read", "do_syscall_64"])),
-        "somebody who has no business there"
-    );
-    assert!(silent(&fake, own + 8, kernel(&["ptep_clear_flush", "try_to_migrate_one", "rmap_walk_anon"])));
+    assert!(silent(&fake, own, kernel(&["pmd_install", "__pte_alloc", "handle_mm_fault"])));
     assert!(silent(&fake, own + 8, kernel(&[])), "nobody knows");
+    assert!(!silent(&fake, own, kernel(&["handle_mm_fault", "do_user_addr_fault"])), "elsewhere in a fault");
+    assert!(!silent(&fake, own, Doing::User));
+    assert!(!silent(&fake, own + 8, kernel(&["free_pgtables", "unmap_region"])), "somebody's else");
+    fake.synth.set("mm_struct", fake.mm, "pgtables_bytes.counter", 5 * PAGE_SIZE);
+    assert!(!silent(&fake, own, kernel(&["free_pgtables", "unmap_region"])), "one table after the other");
+
+    let mut fake = Fake::new();
+    fake.own = Some(514);
+    assert!(silent(&fake, own, kernel(&["wp_page_copy", "handle_mm_fault"])));
+    assert!(silent(&fake, own + 8, kernel(&["ptep_clear_flush", "try_to_migrate_one", "rmap_walk_anon"])));
+    assert!(!silent(&fake, own + 8, kernel(&["ksys_read", "do_syscall_64"])), "it has no business there");
+    fake.own = Some(513);
+    assert!(!silent(&fake, own, kernel(&["wp_page_copy", "handle_mm_fault"])), "one page after the other");
+    fake.own = Some(3);
+    assert!(silent(&fake, own, kernel(&["zap_pte_range", "unmap_page_range"])));
     fake.own = Some(2);
-    assert!(!silent(&fake, own, kernel(&["zap_pte_range"])), "more than a table's pages");
-    fake.synth.set("mm_struct", fake.mm, "mmap_lock.count", 1_u64);
-    assert!(silent(&fake, own, kernel(&["zap_pte_range"])), "it holds the lock: it may be in munmap(2)");
-    fake.synth.set("mm_struct", fake.mm, "pgtables_bytes.counter", 6 * PAGE_SIZE);
-    assert!(!silent(&fake, own, kernel(&["free_pgtables"])), "one table after the other");
+    assert!(!silent(&fake, own, kernel(&["zap_pte_range", "unmap_page_range"])), "more than a table's pages");
 }
