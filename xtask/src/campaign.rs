@@ -11,6 +11,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write as _;
 use std::path::PathBuf;
+use std::process::Command;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -151,6 +153,9 @@ impl Outcome {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Crash {
     seed: u64,
+    /// What was tested, by the name of its commit.
+    #[serde(default)]
+    commit: String,
     load: String,
     kind: Kind,
     /// What was done to the kernel, or was to be done.
@@ -275,6 +280,8 @@ impl Campaign {
             return Ok(log);
         }
         let release = lab.kernel(series)?.release;
+        // Of what is built now, not of what is there when the first crash is over.
+        _ = commit();
         let before = log.counted().count();
         ui::line(format!(
             "{} crashes of kernel {release}, seed {seed}{}",
@@ -313,6 +320,7 @@ impl Campaign {
         let from = guest.machine.console.len();
         let mut crash = Crash {
             seed,
+            commit: commit().to_owned(),
             load: load.name.into(),
             kind,
             what: String::new(),
@@ -372,6 +380,22 @@ impl Campaign {
         }
         Ok(crash)
     }
+}
+
+/// The commit that is checked out when it is first asked for, with a `+` if something has been changed since.
+fn commit() -> &'static str {
+    static COMMIT: OnceLock<String> = OnceLock::new();
+    let git = |arguments: &[&str]| {
+        let output =
+            Command::new("git").args(arguments).output().ok().filter(|output| output.status.success());
+        output.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    };
+    COMMIT.get_or_init(|| {
+        let name = git(&["rev-parse", "--short=12", "HEAD"]).unwrap_or_else(|| "unknown".into());
+        let changed =
+            git(&["status", "--porcelain", "--untracked-files=no"]).is_some_and(|text| !text.is_empty());
+        name + if changed { "+" } else { "" }
+    })
 }
 
 /// How a kernel ended.

@@ -20,7 +20,10 @@ pub fn markdown<'a>(title: &str, crashes: impl Iterator<Item = &'a Crash>) -> St
             text += &row(&kind.to_string(), &these);
         }
     }
-    text + &row("**all**", &crashes)
+    let mut commits: BTreeMap<&str, usize> = BTreeMap::new();
+    crashes.iter().for_each(|crash| *commits.entry(&crash.commit).or_default() += 1);
+    let commits: Vec<String> = commits.iter().map(|(name, count)| format!("{name} ({count})")).collect();
+    text + &row("**all**", &crashes) + &format!("\nCrashes of each commit: {}.\n", commits.join(", "))
 }
 
 fn row(name: &str, crashes: &[&Crash]) -> String {
