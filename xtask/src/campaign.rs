@@ -315,7 +315,6 @@ impl Campaign {
         let kind = self.kind.unwrap_or(kind);
         let mut guest = lab.start(&load.snapshot, name)?;
         guest::seed(&mut guest, draw.u64(..))?;
-        let watch = load.watch(&mut guest)?;
         std::thread::sleep(Duration::from_millis(draw.u64(MOMENTS)));
         let from = guest.machine.console.len();
         let mut crash = Crash {
@@ -363,7 +362,7 @@ impl Campaign {
                 crash.resurrected_ms = guest.machine.now_ms().saturating_sub(panicked);
                 let report = fs::read_to_string(guest.dir.join("report.json"))?;
                 let claims = claims(&serde_json::from_str(&report).context("the report is not JSON")?);
-                load.judge(&mut guest, &watch, &claims)
+                load.judge(&mut guest, &claims)
             }
         };
         fs::write(guest.dir.join("crash.json"), serde_json::to_string_pretty(&crash)?)?;

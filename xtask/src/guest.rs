@@ -8,6 +8,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use lab::image::Flavour;
 use lab::{Accel, Channel, Guest, Key, Lab, MachineConfig, Series, Snapshot};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::{build, ui};
 
@@ -98,15 +100,15 @@ pub fn for_programs(series: Series, accel: Accel) -> MachineConfig {
 /// By which processes the report names a program.
 pub type Processes = BTreeMap<String, Vec<i32>>;
 
-/// A layer in which programs run that `start` has started, and by which processes the report names them. `inputs` must name everything that
-/// `start` depends on.
-pub fn running(
+/// A layer in which programs run that `start` has started, and what it says of them: by which processes the report names them, at least.
+/// `inputs` must name everything that `start` depends on.
+pub fn running<T: Serialize + DeserializeOwned>(
     lab: &Lab,
     booted: &Snapshot,
     label: &str,
     inputs: &Key,
-    start: impl FnOnce(&mut Channel) -> Result<Processes>,
-) -> Result<(Snapshot, Processes)> {
+    start: impl FnOnce(&mut Channel) -> Result<T>,
+) -> Result<(Snapshot, T)> {
     let snapshot = lab.derive(booted, label, inputs, |agent, machine| {
         let failed = |error: anyhow::Error| lab::Error::Guest(format!("{error:#}"));
         lab.note(&format!("starting programs for {label} (once)"));

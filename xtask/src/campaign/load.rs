@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use faults::live::Symbols;
 use lab::{Accel, Channel, Guest, Key, Lab, Series, Snapshot};
+use serde::{Deserialize, Serialize};
 use survivors::Survivor;
 
 use super::{Fate, Outcome};
@@ -96,7 +97,14 @@ pub struct Load {
     pub snapshot: Snapshot,
     /// Of its kernel.
     pub symbols: Symbols,
+    running: Running,
+}
+
+/// What runs in it, and what that showed just before it was saved.
+#[derive(Serialize, Deserialize)]
+struct Running {
     processes: Processes,
+    shown: BTreeMap<String, String>,
 }
 
 /// The loads of one kernel, made when they are first drawn.
@@ -135,7 +143,7 @@ fn make(lab: &Lab, series: Series, accel: Accel, large: bool) -> Result<Load> {
     let name = if large { "large" } else { "small" };
     let inputs = Key::new(name).with(include_str!("load.rs")).with(&real_programs::inputs().text());
     let label = format!("campaign-{name}");
-    let (snapshot, processes) = guest::running(lab, &armed, &label, &inputs, |agent| start(agent, large))?;
+    let (snapshot, running) = guest::running(lab, &armed, &label, &inputs, |agent| start(agent, large))?;
     let symbols_dir = snapshot.dir.join("symbols");
     if !symbols_dir.join("done").exists() {
         // The kernel is where it is for as long as the guest is not booted again.
@@ -144,14 +152,14 @@ fn make(lab: &Lab, series: Series, accel: Accel, large: bool) -> Result<Load> {
         Symbols::save(&mut guest.agent, &symbols_dir)?;
         std::fs::write(symbols_dir.join("done"), "")?;
     }
-    Ok(Load { name, symbols: Symbols::load(&symbols_dir)?, snapshot, processes })
+    Ok(Load { name, symbols: Symbols::load(&symbols_dir)?, snapshot, running })
 }
 
 fn survivors() -> impl Iterator<Item = &'static Survivor> {
     SURVIVORS.iter().filter_map(|name| survivors::find(name))
 }
 
-fn start(agent: &mut Channel, large: bool) -> Result<Processes> {
+fn start(agent: &mut Channel, large: bool) -> Result<Running> {
     let mut processes =
         real_programs::start(agent, |name| if large { name != NOT } else { SMALL.contains(&name) })?;
     if !large {
@@ -162,36 +170,30 @@ fn start(agent: &mut Channel, large: bool) -> Result<Processes> {
             processes.extend(started.into_iter().map(|(name, pid)| (name, vec![pid])));
         }
     }
-    Ok(processes)
+    // In a machine that is busy it takes as long as everything else that is done for a crash: once will do.
+    ui::note("looking at what they show");
+    let real = PROGRAMS.iter().filter(|real| processes.contains_key(real.name));
+    let mut look = |real: &real_programs::Real| {
+        let shown = (real.look)(agent).with_context(|| format!("look at {}", real.name));
+        Ok((real.name.to_owned(), shown?))
+    };
+    let shown: Result<_> = real.map(&mut look).collect();
+    Ok(Running { shown: shown?, processes })
 }
 
 impl Load {
-    /// What the programs show before.
-    pub fn watch(&self, guest: &mut Guest) -> Result<BTreeMap<&'static str, String>> {
-        let running = PROGRAMS.iter().filter(|real| self.processes.contains_key(real.name));
-        let look = |real: &real_programs::Real| {
-            let shown = (real.look)(&mut guest.agent).with_context(|| format!("look at {}", real.name));
-            Ok((real.name, shown?))
-        };
-        running.map(look).collect()
-    }
-
     /// The same outcome for all.
     pub fn all(&self, fate: Fate, words: &str) -> Vec<Outcome> {
         let outcome =
             |program: &String| Outcome { program: program.clone(), fate, passed: false, words: words.into() };
-        self.processes.keys().map(outcome).collect()
+        self.running.processes.keys().map(outcome).collect()
     }
 
     /// What became of each.
-    pub fn judge(
-        &self,
-        guest: &mut Guest,
-        watch: &BTreeMap<&'static str, String>,
-        claims: &BTreeMap<i32, Claim>,
-    ) -> Vec<Outcome> {
+    pub fn judge(&self, guest: &mut Guest, claims: &BTreeMap<i32, Claim>) -> Vec<Outcome> {
+        let Running { processes, shown } = &self.running;
         let told = |name: &str| -> Vec<Claim> {
-            let pids = self.processes.get(name).map_or(&[][..], Vec::as_slice);
+            let pids = processes.get(name).map_or(&[][..], Vec::as_slice);
             pids.iter().map(|pid| claims.get(pid).cloned().unwrap_or_default()).collect()
         };
         let mut outcomes = Vec::new();
@@ -203,9 +205,9 @@ impl Load {
             let (program, passed) = (name.to_owned(), trouble.is_none());
             outcomes.push(Outcome { program, fate, passed, words: words.join("; ") });
         };
-        for real in PROGRAMS.iter().filter(|real| self.processes.contains_key(real.name)) {
+        for real in PROGRAMS.iter().filter(|real| processes.contains_key(real.name)) {
             ui::note(&format!("checking {}", real.name));
-            let before = watch.get(real.name).map_or("", String::as_str);
+            let before = shown.get(real.name).map_or("", String::as_str);
             // Who is given up, or was gone before, shows nothing, and asking takes its time.
             let trouble = match told(real.name).iter().find(|claim| !claim.lives()) {
                 Some(_) => Some("it is not there".to_owned()),
@@ -213,11 +215,10 @@ impl Load {
             };
             add(real.name, trouble);
         }
-        let running: Vec<_> =
-            survivors().filter(|survivor| self.processes.contains_key(survivor.name)).collect();
+        let running: Vec<_> = survivors().filter(|survivor| processes.contains_key(survivor.name)).collect();
         let pids: Vec<i32> = running
             .iter()
-            .flat_map(|survivor| self.processes.get(survivor.name).into_iter().flatten())
+            .flat_map(|survivor| processes.get(survivor.name).into_iter().flatten())
             .copied()
             .collect();
         // Who does not end has come to no verdict.
