@@ -98,7 +98,7 @@ const CASES: &[Case] = &[
     },
     Case {
         name: "reboot",
-        expected: "nobody comes back: the machine reboots, boots as usual and has the report",
+        expected: "nobody comes back: the machine reboots, boots as usual and has the report and the kernel's pages",
         run: reboot,
     },
 ];
@@ -594,10 +594,17 @@ fn reboot(setting: &Setting) -> Result<String> {
     let report: Value = serde_json::from_str(&fs::read_to_string(guest.dir.join("report.json"))?)?;
     tells_the_panic(&report)?;
     ensure!(report["state"] == "failed", "the report's state is {}", report["state"]);
-    otherworld(&mut guest, "report")?.must(0, &["Panic     sysrq", "Trouble   "])?;
+    otherworld(&mut guest, "report")?.must(0, &["Panic     sysrq", "Trouble   ", "Vmcore    "])?;
+    let vmcore = report["vmcore"].as_str().context("the kernel's pages were not kept")?;
+    otherworld(&mut guest, &format!("inspect ps --core {vmcore}"))?.must(0, &["systemd", "systemd-journal"])?;
+    let size = guest.agent.shell(&format!("du -m {vmcore} | cut -f1"), COMMAND_DEADLINE)?;
     otherworld(&mut guest, "status")?.must(3, &["not armed"])?;
     guest.agent.shell(&format!("test -s {LATEST}"), COMMAND_DEADLINE)?;
-    Ok(format!("booted again ({}), `report` shows the panic, `status` says not armed", running.trim()))
+    Ok(format!(
+        "booted again ({}), `report` shows the panic, `status` says not armed, {} MiB of the kernel's pages",
+        running.trim(),
+        size.trim()
+    ))
 }
 
 #[cfg(test)]

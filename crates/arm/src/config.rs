@@ -112,11 +112,22 @@ pub struct Deadlines {
     pub process: u64,
     /// Everything, from the crash kernel's start on.
     pub whole: u64,
+    /// Keeping the kernel's pages when nothing has come back; comes on top of the whole.
+    pub vmcore: u64,
 }
 
 impl Default for Deadlines {
     fn default() -> Self {
-        Self { root_device: 30, fsck: 120, mount: 30, autopsy: 30, resurrect: 120, process: 20, whole: 300 }
+        Self {
+            root_device: 30,
+            fsck: 120,
+            mount: 30,
+            autopsy: 30,
+            resurrect: 120,
+            process: 20,
+            whole: 300,
+            vmcore: 120,
+        }
     }
 }
 
@@ -135,6 +146,17 @@ pub enum FailureAction {
     Continue,
 }
 
+/// What is kept of the dead kernel's memory when nothing has come back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KeepVmcore {
+    /// Nothing.
+    No,
+    /// The kernel's own pages, beside the report, if there is room.
+    #[default]
+    Kernel,
+}
+
 /// `[failure]`
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -143,11 +165,13 @@ pub struct Failure {
     pub action: FailureAction,
     /// Seconds before it.
     pub delay: u64,
+    #[allow(missing_docs)]
+    pub vmcore: KeepVmcore,
 }
 
 impl Default for Failure {
     fn default() -> Self {
-        Self { action: FailureAction::Reboot, delay: 5 }
+        Self { action: FailureAction::Reboot, delay: 5, vmcore: KeepVmcore::Kernel }
     }
 }
 
@@ -483,6 +507,7 @@ impl Config {
             ("resurrect", d.resurrect),
             ("process", d.process),
             ("whole", d.whole),
+            ("vmcore", d.vmcore),
         ];
         if let Some((key, _)) = deadlines.iter().find(|(_, seconds)| !(1..=86_400).contains(seconds)) {
             let message = format!("the deadline {key} must lie between 1 and 86400 seconds");

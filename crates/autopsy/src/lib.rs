@@ -36,6 +36,7 @@ mod inet;
 mod inode;
 mod inotify;
 mod ipc;
+mod kernel_pages;
 mod lock;
 mod memfd;
 mod memory;

@@ -1,4 +1,5 @@
-//! A process of the dead machine as an ELF core file, as the kernel would have written it had the process crashed (core(5)).
+//! A process of the dead machine as an ELF core file, as the kernel would have written it had the process crashed (core(5)); and parts of the
+//! machine's memory as a core of its kernel ([`KernelCore`]).
 //!
 //! **In:** a [`Snapshot`], one of its processes, and a [`PhysMem`] for page contents.
 //!
@@ -20,6 +21,7 @@
 //! (-ENOSYS, as a rule) and `orig_rax` the call's number. Times that a process has used are not known, and 0.
 
 mod elf;
+mod kernel;
 mod memory;
 mod notes;
 #[cfg(test)]
@@ -30,8 +32,10 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use serde::Serialize;
-use snapshot::{Bytes, Fpu, PAGE_SIZE, PhysMem, PhysMemError, Pid, Process, Resume, Severity, Snapshot};
+use snapshot::{Bytes, Fpu, PAGE_SIZE, PhysMem, PhysMemError, PhysRange, Pid, Process, Resume, Severity, Snapshot};
 
+use elf::Load;
+pub use kernel::KernelCore;
 use memory::Segment;
 pub use memory::{BIG_HOLE, Missing};
 
@@ -50,9 +54,9 @@ pub enum Error {
         why: &'static str,
     },
     /// Memory that could be read a moment ago.
-    #[error("memory at {addr:#x} of the process")]
+    #[error("memory at {addr:#x}")]
     Read {
-        /// In the process.
+        /// In the process, or a physical one of the kernel.
         addr: u64,
         #[allow(missing_docs)]
         source: PhysMemError,
@@ -98,6 +102,7 @@ impl Summary {
 /// A core file that is to be written.
 pub struct Core {
     segments: Vec<Segment>,
+    loads: Vec<Load>,
     notes: Vec<u8>,
     layout: elf::Layout,
     summary: Summary,
@@ -119,7 +124,8 @@ impl Core {
         let memory = memory::Memory::new(snapshot, space, mem);
         let threads = notes::living(process).count();
         let notes = notes::all(snapshot, process, space, &memory, mem);
-        let layout = elf::Layout::new(&memory.segments, notes.len() as u64);
+        let loads: Vec<Load> = memory.segments.iter().map(Segment::load).collect();
+        let layout = elf::Layout::new(&loads, notes.len() as u64);
         let summary = Summary {
             pid: process.pid,
             comm: process.comm.clone(),
@@ -130,7 +136,7 @@ impl Core {
             missing: memory.missing,
             doubts: doubts(snapshot, process, space.write_locked),
         };
-        Ok(Self { segments: memory.segments, notes, layout, summary })
+        Ok(Self { segments: memory.segments, loads, notes, layout, summary })
     }
 
     /// What it will have.
@@ -143,28 +149,29 @@ impl Core {
     /// # Errors
     /// When `out` cannot be written, or `mem` no longer has what it had: then the file is of no use.
     pub fn write(&self, mem: &dyn PhysMem, out: &File) -> Result<(), Error> {
-        out.set_len(self.layout.len)?;
-        out.write_all_at(&elf::headers(&self.segments, &self.layout), 0)?;
-        out.write_all_at(&self.notes, self.layout.notes)?;
-        if let Some((at, section)) = self.layout.section() {
-            out.write_all_at(&section, at)?;
-        }
+        self.layout.write(&self.loads, &self.notes, out)?;
         for (segment, offset) in self.segments.iter().zip(&self.layout.offsets) {
             for run in &segment.pages {
-                let mut done = 0;
-                let len = u64::from(run.count) * PAGE_SIZE;
-                while done < len {
-                    let now = PIECE.min(len - done);
-                    let bytes = mem
-                        .map(run.pfn * PAGE_SIZE + done, now as usize)
-                        .map_err(|source| Error::Read { addr: run.addr + done, source })?;
-                    write_sparse(out, &bytes, offset + (run.addr - segment.start) + done)?;
-                    done += now;
-                }
+                let range = PhysRange { start: run.pfn * PAGE_SIZE, len: u64::from(run.count) * PAGE_SIZE };
+                copy(mem, range, out, offset + (run.addr - segment.start), run.addr)?;
             }
         }
         Ok(())
     }
+}
+
+/// Writes memory into the file at an offset. `addr`: what it is called in errors.
+fn copy(mem: &dyn PhysMem, range: PhysRange, out: &File, offset: u64, addr: u64) -> Result<(), Error> {
+    let mut done = 0;
+    while done < range.len {
+        let now = PIECE.min(range.len - done);
+        let bytes = mem
+            .map(range.start + done, now as usize)
+            .map_err(|source| Error::Read { addr: addr + done, source })?;
+        write_sparse(out, &bytes, offset + done)?;
+        done += now;
+    }
+    Ok(())
 }
 
 /// Writes those pages that are not all zeroes.

@@ -8,6 +8,8 @@ use snapshot::{
     VmaKind,
 };
 
+use crate::elf::Load;
+
 /// Bytes of zeroes in one piece from which on they are not written as a hole of the file, but as memory without contents: programs that reserve
 /// terabytes would else have core files that are longer than file systems can have.
 pub const BIG_HOLE: u64 = 16 << 20;
@@ -39,9 +41,11 @@ pub(crate) struct Segment {
 }
 
 impl Segment {
-    /// Bytes of its contents in the file.
-    pub(crate) fn file_size(&self) -> u64 {
-        if self.has_contents { self.end - self.start } else { 0 }
+    /// As it stands in the file's headers.
+    pub(crate) fn load(&self) -> Load {
+        let size = self.end - self.start;
+        let file_size = if self.has_contents { size } else { 0 };
+        Load { prot: self.prot, virt: self.start, phys: 0, size, file_size }
     }
 }
 

@@ -43,6 +43,8 @@ enum Command {
     Inspect(cmd::inspect::Args),
     /// Write core files of processes of a dead kernel, for gdb.
     Core(cmd::core::Args),
+    /// Keep the kernel's own pages of a dead kernel's memory: a small core for `inspect`, crash(8) or drgn.
+    Vmcore(cmd::vmcore::Args),
     /// Show the report of a panic.
     Report(cmd::report::Args),
     /// Print a completion script for a shell.
@@ -95,6 +97,7 @@ pub fn main() -> ExitCode {
         Command::Status(args) => cmd::status::run(&args),
         Command::Inspect(args) => cmd::inspect::run(&args),
         Command::Core(args) => cmd::core::run(&args),
+        Command::Vmcore(args) => cmd::vmcore::run(&args),
         Command::Report(args) => cmd::report::run(&args),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "otherworld", &mut std::io::stdout());

@@ -42,6 +42,9 @@ pub struct Report {
     pub resurrection: serde_json::Value,
     /// Why the resurrection as a whole failed, and lesser troubles of init.
     pub failures: Vec<String>,
+    /// The dead kernel's own pages, if they were kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vmcore: Option<PathBuf>,
 }
 
 /// How far a resurrection went.
@@ -193,6 +196,9 @@ pub fn state_word(state: &ProcessState) -> &'static str {
     }
 }
 
+/// How the names of files with the kernel's pages end.
+const VMCORE_EXTENSION: &str = "vmcore";
+
 impl Report {
     /// The present version.
     pub const FORMAT: u32 = 1;
@@ -200,6 +206,11 @@ impl Report {
     /// File name of a report that started at `started`.
     fn file_name(&self) -> String {
         format!("{}.json", self.started.replace(':', ""))
+    }
+
+    /// Where the dead kernel's own pages go, beside the report.
+    pub fn vmcore_path(&self, dir: &Path) -> PathBuf {
+        dir.join(self.file_name()).with_extension(VMCORE_EXTENSION)
     }
 
     /// Writes the report into `dir`, also as `latest.json`, and removes the oldest beyond `keep`. Returns its path.
@@ -252,6 +263,9 @@ impl Report {
         }
         for failure in &self.failures {
             line(format!("Trouble: {failure}"));
+        }
+        if let Some(vmcore) = &self.vmcore {
+            line(format!("The kernel's pages: {}", vmcore.display()));
         }
         for doubt in self.findings.iter().filter(|f| f.severity >= Severity::Doubt) {
             let whose = doubt.pid.map(|pid| format!(" of process {pid}")).unwrap_or_default();
@@ -313,6 +327,17 @@ impl Report {
 
 /// Removes the oldest reports until `keep` are left. Their names sort by time; `current` stays even where a wrong clock makes it the
 /// oldest.
+/// Removes all cores but one: they are large.
+pub fn prune_vmcores(dir: &Path, current: &Path) -> io::Result<()> {
+    for entry in std::fs::read_dir(dir)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|ext| ext == VMCORE_EXTENSION) && path != current {
+            std::fs::remove_file(path)?;
+        }
+    }
+    Ok(())
+}
+
 fn prune(dir: &Path, keep: usize, current: &str) -> io::Result<()> {
     let mut names: Vec<_> = std::fs::read_dir(dir)?
         .filter_map(|e| e.ok()?.file_name().into_string().ok())

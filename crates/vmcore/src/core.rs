@@ -76,6 +76,7 @@ pub struct Vmcore {
     memory: Box<dyn PhysicalMemory>,
     info: VmcoreInfo,
     prstatus: Vec<PrStatus>,
+    notes: Vec<u8>,
     truncated: Option<Truncation>,
 }
 
@@ -96,7 +97,7 @@ impl Vmcore {
         let head = read_up_to(&file, 0, end).map_err(io("read"))?;
         let headers = elf::headers(&head).map_err(bad)?;
 
-        let (mut notes, mut cut) = (Notes::default(), false);
+        let (mut notes, mut raw, mut cut) = (Notes::default(), Vec::new(), false);
         for (offset, len) in headers.notes {
             if len > MAX_NOTES {
                 return Err(bad(format!("a note segment of {len} bytes")));
@@ -104,6 +105,10 @@ impl Vmcore {
             let bytes = read_up_to(&file, offset, len).map_err(io("read"))?;
             cut |= (bytes.len() as u64) < len;
             notes.add(&bytes);
+            raw.extend_from_slice(&bytes);
+            if raw.len() as u64 > MAX_NOTES {
+                return Err(bad(format!("notes of more than {MAX_NOTES} bytes")));
+            }
         }
         let info = match notes.vmcoreinfo {
             Some(info) => info,
@@ -128,13 +133,14 @@ impl Vmcore {
             memory: Box::new(FileMemory::new(file, path, promised, present)),
             info: VmcoreInfo::new(&info),
             prstatus: notes.prstatus,
+            notes: raw,
             truncated,
         })
     }
 
     /// A core made of anything that can be read by physical address: for tests and fakes.
     pub fn from_memory(memory: Box<dyn PhysicalMemory>, info: VmcoreInfo, prstatus: Vec<PrStatus>) -> Vmcore {
-        Vmcore { memory, info, prstatus, truncated: None }
+        Vmcore { memory, info, prstatus, notes: Vec::new(), truncated: None }
     }
 
     /// The vmcoreinfo text.
@@ -145,6 +151,11 @@ impl Vmcore {
     /// The registers of each CPU that saved them, in the order of the notes.
     pub fn prstatus(&self) -> &[PrStatus] {
         &self.prstatus
+    }
+
+    /// All notes as they are in the file, one after the other; empty for a core that is no file.
+    pub fn notes(&self) -> &[u8] {
+        &self.notes
     }
 
     /// Whether memory is missing at the end of the file, and how much.

@@ -17,7 +17,7 @@ use crate::cli::Exit;
 use crate::dead_memory::DeadMemory;
 
 /// The dead kernel of this machine.
-const VMCORE: &str = "/proc/vmcore";
+pub(super) const VMCORE: &str = "/proc/vmcore";
 
 /// Write core files of processes of a dead kernel, for gdb.
 ///
@@ -164,27 +164,32 @@ fn file_name(comm: &Bytes) -> String {
     comm.as_bytes().iter().map(|byte| if is_plain(*byte) { char::from(*byte) } else { '_' }).collect()
 }
 
-/// Writes a core file; one of the same name is replaced when the new one is whole.
+/// Writes a core file.
 fn write(snapshot: &Snapshot, process: &Process, memory: &dyn PhysMem, path: &Path) -> Result<Contents> {
     let core = Core::new(snapshot, process, memory)?;
+    let bytes_on_disk = write_whole(path, |file| Ok(core.write(memory, file)?))?;
+    let missing_pages = core.summary().missing_pages();
+    let Summary { threads, bytes, pages, file_pages, missing, doubts, .. } = core.summary().clone();
+    Ok(Contents { threads, bytes, bytes_on_disk, pages, file_pages, missing_pages, missing, doubts })
+}
+
+/// Has a file written that only its owner can read; one of the same name is replaced when the new one is whole. Returns how many bytes it takes on the
+/// disk.
+pub(super) fn write_whole(path: &Path, write: impl FnOnce(&File) -> Result<()>) -> Result<u64> {
     let mut part = path.as_os_str().to_owned();
     part.push(".part");
     let part = PathBuf::from(part);
-    let result = write_part(&core, memory, &part).and_then(|disk| {
+    let result = write_part(&part, write).and_then(|disk| {
         fs::rename(&part, path).with_context(|| format!("cannot make {}", path.display()))?;
         Ok(disk)
     });
     if result.is_err() {
         _ = fs::remove_file(&part);
     }
-    let bytes_on_disk = result?;
-    let missing_pages = core.summary().missing_pages();
-    let Summary { threads, bytes, pages, file_pages, missing, doubts, .. } = core.summary().clone();
-    Ok(Contents { threads, bytes, bytes_on_disk, pages, file_pages, missing_pages, missing, doubts })
+    result
 }
 
-/// Returns how many bytes the file takes.
-fn write_part(core: &Core, memory: &dyn PhysMem, part: &Path) -> Result<u64> {
+fn write_part(part: &Path, write: impl FnOnce(&File) -> Result<()>) -> Result<u64> {
     const SECTOR: u64 = 512;
     // A link that somebody has put there is not followed.
     match fs::remove_file(part) {
@@ -199,7 +204,7 @@ fn write_part(core: &Core, memory: &dyn PhysMem, part: &Path) -> Result<u64> {
         .mode(0o600)
         .open(part)
         .with_context(|| format!("cannot make {}", part.display()))?;
-    core.write(memory, &file)?;
+    write(&file)?;
     Ok(file.metadata()?.blocks() * SECTOR)
 }
 

@@ -8,6 +8,7 @@ pub mod log;
 pub mod man;
 pub mod report;
 pub mod status;
+pub mod vmcore;
 
 use std::io::Write;
 use std::path::PathBuf;

@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use arm::Manifest;
-use arm::config::{FailureAction, FsckMode};
+use arm::config::{FailureAction, FsckMode, KeepVmcore};
 use arm::devices::BlockDevice;
 use rustix::mount::MountFlags;
 use rustix::system::RebootCommand;
@@ -148,6 +148,9 @@ impl Life {
             self.mark("failed");
         }
         self.finish_report(&manifest);
+        if outcome.is_err() && !self.released && self.keep_vmcore(&manifest) {
+            self.save_report(&manifest);
+        }
         if outcome.is_err() && !self.released && config.failure.action != FailureAction::Continue {
             return self.give_up(config.failure.action, Duration::from_secs(config.failure.delay));
         }
@@ -199,7 +202,7 @@ impl Life {
 
         sys::keep_old_pids_free(manifest.pid_max);
         // Its thread takes a PID too.
-        let longest = deadlines.whole + manifest.config.failure.delay + WATCHDOG_GRACE;
+        let longest = deadlines.whole + deadlines.vmcore + manifest.config.failure.delay + WATCHDOG_GRACE;
         self.watchdog = Watchdog::start(Duration::from_secs(longest), RebootCommand::Restart);
         let Some(root) = manifest.devices.first() else { bail!("the manifest names no root device") };
         // The dead kernel is read while drivers probe and the file system is checked.
@@ -440,6 +443,24 @@ impl Life {
                 false
             }
         }
+    }
+
+    /// Keeps the dead kernel's own pages, as far as that is configured and there is room; whether there is something to report.
+    fn keep_vmcore(&mut self, manifest: &Manifest) -> bool {
+        let config = &manifest.config;
+        if config.failure.vmcore == KeepVmcore::No || !self.switched {
+            return false;
+        }
+        let path = self.report.vmcore_path(&config.report.dir);
+        say(&format!("keeping the kernel's pages in {}", path.display()));
+        let kept = crate::report::prune_vmcores(&config.report.dir, &path)
+            .context("removing the one before")
+            .and_then(|()| run::vmcore(&path, Instant::now() + Duration::from_secs(config.deadlines.vmcore)));
+        match kept {
+            Ok(()) => self.report.vmcore = Some(path),
+            Err(error) => self.trouble(format!("the kernel's pages are not kept: {error:#}")),
+        }
+        true
     }
 
     /// The report in its final form, on the disk and on the console.

@@ -1,6 +1,7 @@
 //! Running helpers within a deadline.
 
-use std::io;
+use std::io::{self, Read};
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -34,6 +35,26 @@ pub fn await_end(child: &Child, deadline: Instant) -> anyhow::Result<()> {
             Err(e) => return Err(e.into()),
         }
     }
+}
+
+/// Has this program write the dead kernel's own pages into a file.
+pub fn vmcore(path: &Path, deadline: Instant) -> anyhow::Result<()> {
+    let mut command = Command::new("/proc/self/exe");
+    command.args(["vmcore", "--output"]).arg(path).stdin(Stdio::null()).stderr(Stdio::piped());
+    let mut child = command.spawn()?;
+    // It says one line at most, which fits into the pipe.
+    let Some(status) = wait(&mut child, deadline)? else {
+        _ = std::fs::remove_file(path.with_extension("vmcore.part"));
+        bail!("it was not done within its deadline");
+    };
+    if !status.success() {
+        let mut words = String::new();
+        if let Some(stderr) = child.stderr.take() {
+            _ = stderr.take(4096).read_to_string(&mut words);
+        }
+        bail!("{} ({status})", words.trim());
+    }
+    Ok(())
 }
 
 /// How long a killed process may take to be gone.

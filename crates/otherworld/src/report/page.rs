@@ -116,6 +116,9 @@ impl Report {
         });
         page.list("Mounts", noted.collect(), ROWS);
         page.list("Trouble", self.failures.clone(), ROWS);
+        if let Some(vmcore) = &self.vmcore {
+            page.row("Vmcore", &vmcore.display().to_string());
+        }
         let machine =
             self.findings.iter().filter(|f| f.pid.is_none() && f.severity > snapshot::Severity::Note);
         page.list("Noticed", machine.map(|f| format!("{}: {}", f.object, f.text)).collect(), ROWS);
