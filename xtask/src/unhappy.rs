@@ -596,7 +596,8 @@ fn reboot(setting: &Setting) -> Result<String> {
     ensure!(report["state"] == "failed", "the report's state is {}", report["state"]);
     otherworld(&mut guest, "report")?.must(0, &["Panic     sysrq", "Trouble   ", "Vmcore    "])?;
     let vmcore = report["vmcore"].as_str().context("the kernel's pages were not kept")?;
-    otherworld(&mut guest, &format!("inspect ps --core {vmcore}"))?.must(0, &["systemd", "systemd-journal"])?;
+    otherworld(&mut guest, &format!("inspect ps --core {vmcore}"))?
+        .must(0, &["systemd", "systemd-journal"])?;
     let size = guest.agent.shell(&format!("du -m {vmcore} | cut -f1"), COMMAND_DEADLINE)?;
     otherworld(&mut guest, "status")?.must(3, &["not armed"])?;
     guest.agent.shell(&format!("test -s {LATEST}"), COMMAND_DEADLINE)?;

@@ -32,7 +32,9 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use serde::Serialize;
-use snapshot::{Bytes, Fpu, PAGE_SIZE, PhysMem, PhysMemError, PhysRange, Pid, Process, Resume, Severity, Snapshot};
+use snapshot::{
+    Bytes, Fpu, PAGE_SIZE, PhysMem, PhysMemError, PhysRange, Pid, Process, Resume, Severity, Snapshot,
+};
 
 use elf::Load;
 pub use kernel::KernelCore;

@@ -68,7 +68,8 @@ fn pages_of_hugetlbfs_are_a_programs() {
 
 #[test]
 fn pieces_are_joined_where_the_gaps_are_least() {
-    let piece = |start: u64, end: u64| PhysRange { start: start << PAGE_SHIFT, len: (end - start) << PAGE_SHIFT };
+    let piece =
+        |start: u64, end: u64| PhysRange { start: start << PAGE_SHIFT, len: (end - start) << PAGE_SHIFT };
     let found = || vec![vec![piece(0, 1), piece(2, 3), piece(9, 10)], vec![piece(10, 11)]];
     assert_eq!(few(found(), 9), found().concat());
     assert_eq!(few(found(), 3), [piece(0, 3), piece(9, 10), piece(10, 11)]);
