@@ -19,6 +19,8 @@ const LOOP: [u8; 2] = [0xeb, 0xfe];
 /// As much of the kernel's code as such two bytes are looked for in.
 const MAX_TEXT: u64 = 4 << 20;
 const PIECE: u64 = 64 << 10;
+/// Bytes a second of a disk on which one request keeps a task longer than the guests' `hung_task_timeout_secs`: 64 KiB take half a minute.
+const SLOW: u32 = 2048;
 /// QEMU's name for the guest's disk.
 const DISK: &str = "virtio0";
 /// Writes that wait for the disk.
@@ -35,9 +37,9 @@ pub(super) fn inject(guest: &mut Guest, symbols: &Symbols, draw: &mut Rng) -> Re
         1 => endless(guest, symbols, "endless loop with interrupts off", SYSTEM_CALLS, false, draw),
         2 => endless(guest, symbols, "endless loop in a softirq", SOFTIRQS, true, draw),
         _ => {
-            throttle(guest, 1)?;
+            throttle(guest, SLOW)?;
             start_in_guest(guest, WRITE)?;
-            Ok(Injected::Done("tasks hang: the disk does one operation a second".into()))
+            Ok(Injected::Done(format!("tasks hang: the disk does {SLOW} bytes a second")))
         }
     }
 }
@@ -46,9 +48,9 @@ pub(super) fn clear(guest: &mut Guest) -> Result<()> {
     throttle(guest, 0)
 }
 
-/// `operations` per second; 0 for as many as it can.
-fn throttle(guest: &mut Guest, operations: u32) -> Result<()> {
-    let limits = json!({ "device": DISK, "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": operations, "iops_rd": 0, "iops_wr": 0 });
+/// `bytes` per second; 0 for as many as it can.
+fn throttle(guest: &mut Guest, bytes: u32) -> Result<()> {
+    let limits = json!({ "device": DISK, "bps": bytes, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0 });
     guest.machine.monitor().command("block_set_io_throttle", limits).map(drop)
 }
 

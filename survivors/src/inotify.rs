@@ -60,6 +60,20 @@ impl Inotify {
 
 /// A directory and a file.
 pub fn watch(stage: &mut Stage) -> Result<()> {
+    watched(stage, || Ok(()))
+}
+
+/// The same, when the kernel has forgotten what they are called: a watch keeps the inode in memory, not its names.
+pub fn forgotten(stage: &mut Stage) -> Result<()> {
+    watched(stage, || {
+        // Inodes with something to write stay; names that were just used are passed over once.
+        nix::unistd::sync();
+        (0..4).try_for_each(|_| fs::write("/proc/sys/vm/drop_caches", "2"))?;
+        Ok(())
+    })
+}
+
+fn watched(stage: &mut Stage, prepare: impl FnOnce() -> Result<()>) -> Result<()> {
     let dir = stage.path("directory");
     fs::create_dir(&dir)?;
     let file = stage.path("file");
@@ -67,6 +81,7 @@ pub fn watch(stage: &mut Stage) -> Result<()> {
     let inotify = Inotify::new(libc::IN_NONBLOCK)?;
     let of_dir = inotify.add(&dir, libc::IN_CREATE | libc::IN_DELETE)?;
     let of_file = inotify.add(&file, libc::IN_MODIFY | libc::IN_ATTRIB)?;
+    prepare()?;
 
     let crash = stage.crash()?;
     if crash.damage {

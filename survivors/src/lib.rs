@@ -235,6 +235,7 @@ table! {
     "pidfd-zombie" pidfd::zombie Survives, Nothing, "pidfds of a zombie, and of a process that is gone";
     "pidfd-send-signal" pidfd::send_signal Survives, Nothing, "a signal to the parent through an inherited pidfd";
     "inotify-watch" inotify::watch Survives, Nothing, "events in a directory and of a file, with their watch descriptors";
+    "inotify-forgotten" inotify::forgotten Survives, Root, "the same when the kernel has forgotten the names of both";
     "inotify-numbers" inotify::numbers Survives, Nothing, "watch descriptors with gaps between them, and the next one";
     "inotify-unread" inotify::unread Survives, Nothing, "unread events are there or told to be lost";
     "inotify-blocked" inotify::blocked Survives, Nothing, "a reader that is blocked on an inotify instance";

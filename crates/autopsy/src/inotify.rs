@@ -1,7 +1,7 @@
 //! inotify instances: `fsnotify_group`, `inotify_inode_mark` (fs/notify/inotify, include/linux/fsnotify_backend.h; 6.1 and 6.12).
 
 use ktypes::KernelType;
-use snapshot::{Bytes, Inotify, Watch};
+use snapshot::{Bytes, Inotify, Mount, Watch};
 
 use crate::Autopsy;
 use crate::error::{Result, corrupt};
@@ -53,6 +53,7 @@ struct Watched {
     i_mode: u16,
     i_nlink: u32,
     i_ino: u64,
+    i_generation: u32,
     i_sb: u64,
     #[kernel("i_dentry", address)]
     names: u64,
@@ -88,17 +89,34 @@ impl Autopsy<'_> {
         let inode: Watched = self.kernel.read(addr)?;
         let sb = self.super_block(inode.i_sb)?;
         let fs_type = self.fs_type(&sb)?;
-        let (path, unsupported) = match self.name_of(addr, &inode, sb.s_dev)? {
-            Some(path) if inode.i_nlink > 0 => (path, None),
-            Some(path) => (path, Some("what it watches has been deleted".to_owned())),
-            None => {
-                let what = format!("inode {} on {fs_type}, which it watches, has no known name", inode.i_ino);
-                (Bytes::default(), Some(what))
+        let by_number = || -> Result<Option<Bytes>> {
+            match has_plain_handles(fs_type.as_bytes()) && u32::try_from(inode.i_ino).is_ok() {
+                true => self.mountpoint_of(sb.s_dev),
+                false => Ok(None),
             }
+        };
+        let mut generation = None;
+        let (path, unsupported) = match self.name_of(addr, &inode, sb.s_dev)? {
+            _ if inode.i_nlink == 0 => {
+                (Bytes::default(), Some("what it watches has been deleted".to_owned()))
+            }
+            Some(path) => (path, None),
+            None => match by_number()? {
+                Some(mountpoint) => {
+                    generation = Some(inode.i_generation);
+                    (mountpoint, None)
+                }
+                None => {
+                    let what =
+                        format!("inode {} on {fs_type}, which it watches, has no known name", inode.i_ino);
+                    (Bytes::default(), Some(what))
+                }
+            },
         };
         Ok(Watch {
             wd: mark.wd,
             path,
+            generation,
             mask,
             ino: inode.i_ino,
             file_type: u32::from(inode.i_mode) & 0o170_000,
@@ -141,13 +159,22 @@ impl Autopsy<'_> {
         Ok(None)
     }
 
-    fn below_a_mount(&self, dev: u32, path: &Bytes) -> Result<Option<Bytes>> {
+    /// The mounts of a file system, in the initial mount namespace.
+    fn mounts_of_device(&self, dev: u32) -> Result<impl Iterator<Item = &Mount>> {
         if self.mount_table.get().is_none() {
             let _ = self.mount_table.set(self.mounts()?);
         }
         let mounts = self.mount_table.get().map_or(&[][..], Vec::as_slice);
+        Ok(mounts.iter().filter(move |m| (m.dev_major, m.dev_minor) == crate::fs::device(dev)))
+    }
+
+    fn mountpoint_of(&self, dev: u32) -> Result<Option<Bytes>> {
+        Ok(self.mounts_of_device(dev)?.next().map(|mount| mount.mountpoint.clone()))
+    }
+
+    fn below_a_mount(&self, dev: u32, path: &Bytes) -> Result<Option<Bytes>> {
         let slashless = |path: &Bytes| path.as_bytes().strip_suffix(b"/").unwrap_or(path.as_bytes()).to_vec();
-        for mount in mounts.iter().filter(|m| (m.dev_major, m.dev_minor) == crate::fs::device(dev)) {
+        for mount in self.mounts_of_device(dev)? {
             let rest = slashless(path).strip_prefix(slashless(&mount.root).as_slice()).map(<[u8]>::to_vec);
             if let Some(rest) = rest.filter(|rest| rest.is_empty() || rest.starts_with(b"/")) {
                 let full = [slashless(&mount.mountpoint), rest].concat();
@@ -156,4 +183,10 @@ impl Autopsy<'_> {
         }
         Ok(None)
     }
+}
+
+/// Whether files of such a file system can be found by inode number (of 32 bits) and generation number alone: FILEID_INO32_GEN
+/// (fs/exportfs/expfs.c, fs/ext4/super.c, fs/xfs/xfs_export.c; 6.1 and 6.12).
+fn has_plain_handles(fs_type: &[u8]) -> bool {
+    matches!(fs_type, b"ext2" | b"ext3" | b"ext4" | b"xfs" | b"f2fs")
 }

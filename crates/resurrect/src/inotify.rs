@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -116,15 +117,27 @@ impl<'a> Group<'a> {
 
     fn add_as(&self, watch: &Watch, is_new: &dyn Fn(&snapshot::Bytes) -> bool) -> Result<(), String> {
         let path = watch.path.as_path();
-        let at = |what: &dyn std::fmt::Display| format!("watch {} on {}: {what}", watch.wd, path.display());
-        let meta = std::fs::symlink_metadata(path).map_err(|e| at(&e))?;
+        let at = |what: &dyn std::fmt::Display| match watch.generation {
+            None => format!("watch {} on {}: {what}", watch.wd, path.display()),
+            Some(_) => format!("watch {} on inode {} below {}: {what}", watch.wd, watch.ino, path.display()),
+        };
+        let found = watch.generation.map(|generation| sys::open_by_number(path, watch.ino, generation));
+        let found = found.transpose().map_err(|e| at(&e))?;
+        let meta = match &found {
+            Some(file) => file.metadata(),
+            None => std::fs::symlink_metadata(path),
+        };
+        let meta = meta.map_err(|e| at(&e))?;
         if meta.mode() & libc::S_IFMT != watch.file_type
             || !watch.volatile && meta.ino() != watch.ino && !is_new(&watch.path)
         {
             return Err(at(&"it is another file now"));
         }
-        let c_path = sys::c_path(path).map_err(|e| at(&e))?;
-        match self.add(&c_path, watch.mask | libc::IN_DONT_FOLLOW | libc::IN_MASK_CREATE) {
+        let (name, follow) = match &found {
+            Some(file) => (sys::c_path(Path::new(&format!("/proc/self/fd/{}", file.as_raw_fd()))), 0),
+            None => (sys::c_path(path), libc::IN_DONT_FOLLOW),
+        };
+        match self.add(&name.map_err(|e| at(&e))?, watch.mask | follow | libc::IN_MASK_CREATE) {
             Ok(wd) if wd == watch.wd => Ok(()),
             Ok(wd) => Err(at(&format!("it got the watch descriptor {wd}"))),
             Err(e) => Err(at(&e)),
@@ -227,6 +240,7 @@ mod tests {
         Watch {
             wd,
             path: path.as_os_str().as_bytes().into(),
+            generation: None,
             mask,
             ino: meta.ino(),
             file_type: meta.mode() & libc::S_IFMT,

@@ -1013,6 +1013,7 @@ mod tests {
         });
         assert_eq!(inner, Err(codes("descriptor")));
         let watch = |wd, unsupported: Option<String>| Watch {
+            generation: None,
             wd,
             path: "/x".into(),
             mask: 1,

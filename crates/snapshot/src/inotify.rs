@@ -20,8 +20,11 @@ pub struct Inotify {
 pub struct Watch {
     /// The watch descriptor.
     pub wd: i32,
-    /// A name of what is watched, in the initial mount namespace.
+    /// A name of what is watched, in the initial mount namespace; with a `generation`, where its file system is mounted.
     pub path: Bytes,
+    /// The kernel knew no name any more: the file is found by its inode number and this generation number (open_by_handle_at(2)).
+    #[serde(default)]
+    pub generation: Option<u32>,
     /// IN_*: events, IN_EXCL_UNLINK, IN_ONESHOT.
     pub mask: u32,
     /// Inode number.
