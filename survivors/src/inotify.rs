@@ -1,6 +1,6 @@
 //! inotify: what is watched, under which numbers.
 
-use std::fs;
+use std::fs::{self, File};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -60,20 +60,22 @@ impl Inotify {
 
 /// A directory and a file.
 pub fn watch(stage: &mut Stage) -> Result<()> {
-    watched(stage, || Ok(()))
+    // Who has them open keeps their names in memory.
+    watched(stage, |dir, file| Ok(vec![File::open(dir)?, File::open(file)?]))
 }
 
 /// The same, when the kernel has forgotten what they are called: a watch keeps the inode in memory, not its names.
 pub fn forgotten(stage: &mut Stage) -> Result<()> {
-    watched(stage, || {
+    watched(stage, |_, _| {
         // Inodes with something to write stay; names that were just used are passed over once.
         nix::unistd::sync();
         (0..4).try_for_each(|_| fs::write("/proc/sys/vm/drop_caches", "2"))?;
-        Ok(())
+        Ok(Vec::new())
     })
 }
 
-fn watched(stage: &mut Stage, prepare: impl FnOnce() -> Result<()>) -> Result<()> {
+/// `prepare` is told of both, and what it opens stays open.
+fn watched(stage: &mut Stage, prepare: impl FnOnce(&Path, &Path) -> Result<Vec<File>>) -> Result<()> {
     let dir = stage.path("directory");
     fs::create_dir(&dir)?;
     let file = stage.path("file");
@@ -81,7 +83,7 @@ fn watched(stage: &mut Stage, prepare: impl FnOnce() -> Result<()>) -> Result<()
     let inotify = Inotify::new(libc::IN_NONBLOCK)?;
     let of_dir = inotify.add(&dir, libc::IN_CREATE | libc::IN_DELETE)?;
     let of_file = inotify.add(&file, libc::IN_MODIFY | libc::IN_ATTRIB)?;
-    prepare()?;
+    let open = prepare(&dir, &file)?;
 
     let crash = stage.crash()?;
     if crash.damage {
@@ -97,6 +99,7 @@ fn watched(stage: &mut Stage, prepare: impl FnOnce() -> Result<()>) -> Result<()
         (of_dir, libc::IN_DELETE, "new".to_owned()),
     ];
     same("events", &expected, &inotify.read()?)?;
+    drop(open);
     same("the same watch once more", &of_dir, &inotify.add(&dir, libc::IN_CREATE)?)
 }
 

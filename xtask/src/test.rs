@@ -1,5 +1,7 @@
 //! `cargo xtask test`: everything that must hold.
 
+use std::time::Instant;
+
 use anyhow::{Result, bail};
 use clap::Args;
 use lab::Series;
@@ -78,13 +80,21 @@ impl Test {
     /// Everything that runs on one kernel.
     fn in_guests(&self, global: &Global, series: Series) -> Tally {
         let mut sum = Tally::default();
+        let mut began = Instant::now();
         // What breaks off has failed, and the rest is worth knowing all the same.
         let mut add = |what: &str, tally: Result<Tally>| {
             let tally = tally.unwrap_or_else(|error| {
                 ui::failure(format!("kernel {series}, {what}: {error:#}"));
                 Tally { passed: 0, failed: 1 }
             });
-            ui::line(format!("kernel {series}, {what}: {} passed, {} failed", tally.passed, tally.failed));
+            let took = std::mem::replace(&mut began, Instant::now()).elapsed().as_secs();
+            ui::line(format!(
+                "kernel {series}, {what}: {} passed, {} failed, in {}:{:02}",
+                tally.passed,
+                tally.failed,
+                took / 60,
+                took % 60
+            ));
             sum.add(tally);
         };
         let runs = if self.quick { 1 } else { 3 };
