@@ -90,7 +90,7 @@ impl Autopsy<'_> {
         let sb = self.super_block(inode.i_sb)?;
         let fs_type = self.fs_type(&sb)?;
         let by_number = || -> Result<Option<Bytes>> {
-            match has_plain_handles(fs_type.as_bytes()) && u32::try_from(inode.i_ino).is_ok() {
+            match has_handles(fs_type.as_bytes()) {
                 true => self.mountpoint_of(sb.s_dev),
                 false => Ok(None),
             }
@@ -185,8 +185,7 @@ impl Autopsy<'_> {
     }
 }
 
-/// Whether files of such a file system can be found by inode number (of 32 bits) and generation number alone: FILEID_INO32_GEN
-/// (fs/exportfs/expfs.c, fs/ext4/super.c, fs/xfs/xfs_export.c; 6.1 and 6.12).
-fn has_plain_handles(fs_type: &[u8]) -> bool {
+/// Whether files of such a file system can be found by inode number and generation number alone (fs/exportfs/expfs.c, fs/xfs/xfs_export.c; 6.1 and 6.12).
+fn has_handles(fs_type: &[u8]) -> bool {
     matches!(fs_type, b"ext2" | b"ext3" | b"ext4" | b"xfs" | b"f2fs")
 }

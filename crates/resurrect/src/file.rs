@@ -452,7 +452,10 @@ impl Files {
                 self.seek(fd, file)?
             }
             FileKind::Directory => {
-                let fd = sys::open(path, flags | libc::O_DIRECTORY, 0).map_err(|e| io("open", e))?;
+                // Beforehand, as the flags stay with the open file.
+                let is_directory = libc::O_PATH | libc::O_DIRECTORY | flags & libc::O_NOFOLLOW;
+                sys::open(path, is_directory, 0).map_err(|e| io("open", e))?;
+                let fd = sys::open(path, flags, 0).map_err(|e| io("open", e))?;
                 self.seek(fd, file)?
             }
             FileKind::Path => sys::open(path, flags | libc::O_PATH, 0).map_err(|e| io("open", e))?,

@@ -14,6 +14,7 @@ use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use snapshot::{Inotify, MAX_WATCH_DESCRIPTOR, Watch};
 
+use crate::handle::{Handles, path_of};
 use crate::sys;
 
 /// Removed watches leave an event each; the queue holds 16384 by default.
@@ -85,6 +86,12 @@ fn set_flags(fd: BorrowedFd<'_>, flags: i32) -> Result<(), String> {
     sys::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags.into()).map(drop).map_err(|e| format!("F_SETFL: {e}"))
 }
 
+/// What has these numbers on the file system that is mounted there.
+fn by_number(mountpoint: &Path, ino: u64, generation: u32) -> Result<OwnedFd, String> {
+    let handles = Handles::of(mountpoint).ok_or("its file system does not find files by number")?;
+    handles.open(ino, generation).map_err(|e| e.to_string())?.ok_or_else(|| "it is not there any more".into())
+}
+
 struct Group<'a> {
     fd: BorrowedFd<'a>,
     /// Something that nobody else watches, opened by its name: what is done to it is reported.
@@ -121,23 +128,19 @@ impl<'a> Group<'a> {
             None => format!("watch {} on {}: {what}", watch.wd, path.display()),
             Some(_) => format!("watch {} on inode {} below {}: {what}", watch.wd, watch.ino, path.display()),
         };
-        let found = watch.generation.map(|generation| sys::open_by_number(path, watch.ino, generation));
-        let found = found.transpose().map_err(|e| at(&e))?;
-        let meta = match &found {
-            Some(file) => file.metadata(),
-            None => std::fs::symlink_metadata(path),
-        };
+        let found = watch.generation.map(|generation| by_number(path, watch.ino, generation));
+        let found = found.transpose().map_err(|why| at(&why))?;
+        let name = found.as_ref().map_or_else(|| path.to_owned(), path_of);
+        let meta = if found.is_some() { name.metadata() } else { name.symlink_metadata() };
         let meta = meta.map_err(|e| at(&e))?;
         if meta.mode() & libc::S_IFMT != watch.file_type
             || !watch.volatile && meta.ino() != watch.ino && !is_new(&watch.path)
         {
             return Err(at(&"it is another file now"));
         }
-        let (name, follow) = match &found {
-            Some(file) => (sys::c_path(Path::new(&format!("/proc/self/fd/{}", file.as_raw_fd()))), 0),
-            None => (sys::c_path(path), libc::IN_DONT_FOLLOW),
-        };
-        match self.add(&name.map_err(|e| at(&e))?, watch.mask | follow | libc::IN_MASK_CREATE) {
+        let follow = if found.is_some() { 0 } else { libc::IN_DONT_FOLLOW };
+        let name = sys::c_path(&name).map_err(|e| at(&e))?;
+        match self.add(&name, watch.mask | follow | libc::IN_MASK_CREATE) {
             Ok(wd) if wd == watch.wd => Ok(()),
             Ok(wd) => Err(at(&format!("it got the watch descriptor {wd}"))),
             Err(e) => Err(at(&e)),

@@ -27,27 +27,6 @@ pub(crate) fn c_path(path: &Path) -> Result<CString> {
     CString::new(path.as_os_str().as_bytes()).map_err(|_| Errno::EINVAL)
 }
 
-/// A file (O_PATH) of the file system that is mounted at `mountpoint`, by its inode number and generation number: open_by_handle_at(2).
-pub(crate) fn open_by_number(mountpoint: &Path, ino: u64, generation: u32) -> std::io::Result<File> {
-    /// `struct file_handle` with FILEID_INO32_GEN (include/linux/exportfs.h), which file systems of disks with inode numbers of 32 bits know.
-    #[repr(C)]
-    struct Handle {
-        handle_bytes: u32,
-        handle_type: i32,
-        ino: u32,
-        generation: u32,
-    }
-    let ino = u32::try_from(ino).map_err(|_| Errno::EOVERFLOW)?;
-    let mount = File::open(mountpoint)?;
-    let handle = Handle { handle_bytes: 8, handle_type: 1, ino, generation };
-    let (fd, flags) = (mount.as_raw_fd() as u64, (libc::O_PATH | libc::O_CLOEXEC) as u64);
-    // SAFETY: the handle is as long as it says, and outlives the call; the descriptor that comes back is nobody else's.
-    unsafe {
-        let found = raw(libc::SYS_open_by_handle_at, [fd, &raw const handle as u64, flags, 0, 0, 0])?;
-        Ok(File::from_raw_fd(found as RawFd))
-    }
-}
-
 /// open(2).
 pub(crate) fn open(path: &Path, flags: i32, mode: u32) -> Result<OwnedFd> {
     let path = c_path(path)?;
