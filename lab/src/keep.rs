@@ -30,6 +30,8 @@ impl Held {
         let path = dir.join("meta.json");
         let meta = File::open(&path).at(&path)?;
         meta.lock_shared().at(&path)?;
+        // Whoever was removing it held the lock until then.
+        fs::metadata(&path).at(&path)?;
         meta.set_modified(SystemTime::now()).at(&path)?;
         Ok(Self { _meta: Arc::new(meta) })
     }
@@ -44,8 +46,9 @@ struct Layer {
 
 impl Layer {
     fn remove(&self) {
-        let free = File::open(self.dir.join("meta.json")).is_ok_and(|meta| meta.try_lock().is_ok());
-        if free {
+        let Ok(meta) = File::open(self.dir.join("meta.json")) else { return };
+        // The lock is held until nothing is left.
+        if meta.try_lock().is_ok() {
             let _ = fs::remove_dir_all(&self.dir);
         }
     }

@@ -255,8 +255,8 @@ impl Lab {
         };
         let meta_path = part.join("meta.json");
         fs::write(&meta_path, serde_json::to_string_pretty(&meta).unwrap_or_default()).at(&meta_path)?;
+        let held = Held::take(&part)?;
         fs::rename(&part, &dir).at(&dir)?;
-        let held = Held::take(&dir)?;
         self.prune_snapshots(label);
         Ok(Snapshot { key: name, dir, config: config.clone(), _held: held })
     }
