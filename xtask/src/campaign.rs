@@ -320,7 +320,7 @@ impl Campaign {
         let mut crash = Crash {
             seed,
             commit: commit().to_owned(),
-            load: load.name.into(),
+            load: load.name().into(),
             kind,
             what: String::new(),
             killed: false,

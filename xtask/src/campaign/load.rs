@@ -17,8 +17,6 @@ use crate::ui;
 
 /// From the resurrection to all verdicts.
 const VERDICT_DEADLINE: Duration = Duration::from_secs(90);
-/// Of so many crashes one is with the large programs.
-const LARGE_EVERY: u32 = 4;
 /// The CPU of computing survivors.
 const COMPUTING_CPU: usize = 1;
 /// Warnings kill, as BUGs do, and the watchdogs bark soon.
@@ -84,15 +82,37 @@ const SURVIVORS: &[&str] = &[
     "seccomp-filter",
     "aio-contexts",
 ];
-/// Real programs beside them.
-const SMALL: &[&str] = &["bash", "tmux", "python3", "redis", "nginx"];
-/// Not among the large ones: its screen changes when the pane beside it is gone.
-const NOT: &str = "vim";
+/// What runs beside what. All at once would have the emulated machines take most of a crash's time to find out that all of them are well.
+struct Selection {
+    name: &'static str,
+    real: &'static [&'static str],
+    /// The survivors, or every third of them, from this one on.
+    third: Option<usize>,
+}
+
+const THIRDS: usize = 3;
+const SELECTIONS: [Selection; 4] = [
+    Selection { name: "first", real: &["bash", "tmux"], third: Some(0) },
+    Selection { name: "second", real: &["python3", "redis"], third: Some(1) },
+    Selection { name: "third", real: &["nginx"], third: Some(2) },
+    // Not vim, whose screen changes when the pane beside it is gone.
+    Selection {
+        name: "large",
+        real: &["bash", "top", "tmux", "python3", "redis", "nginx", "postgres", "mariadb"],
+        third: None,
+    },
+];
+
+impl Selection {
+    fn survivors(&self) -> impl Iterator<Item = &'static Survivor> {
+        let third = self.third.into_iter().flat_map(|first| SURVIVORS.iter().skip(first).step_by(THIRDS));
+        third.filter_map(|name| survivors::find(name))
+    }
+}
 
 /// A saved guest.
 pub struct Load {
-    /// Its name.
-    pub name: &'static str,
+    selection: &'static Selection,
     /// With everything running, and armed.
     pub snapshot: Snapshot,
     /// Of its kernel.
@@ -112,38 +132,37 @@ pub struct Loads<'a> {
     lab: &'a Lab,
     series: Series,
     accel: Accel,
-    small: Option<Load>,
-    large: Option<Load>,
+    made: [Option<Load>; SELECTIONS.len()],
 }
 
 impl<'a> Loads<'a> {
     /// None yet.
     pub fn new(lab: &'a Lab, series: Series, accel: Accel) -> Self {
-        Self { lab, series, accel, small: None, large: None }
+        Self { lab, series, accel, made: Default::default() }
     }
 
     /// One of them.
     pub fn draw(&mut self, draw: &mut fastrand::Rng) -> Result<&Load> {
-        let large = draw.u32(..LARGE_EVERY) == 0;
-        let slot = if large { &mut self.large } else { &mut self.small };
+        let drawn = draw.usize(..SELECTIONS.len());
+        let slot = &mut self.made[drawn];
         if slot.is_none() {
-            *slot = Some(make(self.lab, self.series, self.accel, large)?);
+            *slot = Some(make(self.lab, self.series, self.accel, &SELECTIONS[drawn])?);
         }
         slot.as_ref().context("no load")
     }
 }
 
-fn make(lab: &Lab, series: Series, accel: Accel, large: bool) -> Result<Load> {
+fn make(lab: &Lab, series: Series, accel: Accel, selection: &'static Selection) -> Result<Load> {
     let config =
         real_programs::selection(&[PROGRAM]) + &format!("\n[after]\nstart = [\"{AGENT_COMMAND}\"]\n");
     let installation =
         Installation { config, saver: true, prepare: SYSCTLS.into(), ..Installation::default() };
     let booted = lab.booted(&guest::for_programs(series, accel))?;
     let armed = guest::armed(lab, &booted, &installation)?;
-    let name = if large { "large" } else { "small" };
+    let name = selection.name;
     let inputs = Key::new(name).with(include_str!("load.rs")).with(&real_programs::inputs().text());
     let label = format!("campaign-{name}");
-    let (snapshot, running) = guest::running(lab, &armed, &label, &inputs, |agent| start(agent, large))?;
+    let (snapshot, running) = guest::running(lab, &armed, &label, &inputs, |agent| start(agent, selection))?;
     let symbols_dir = snapshot.dir.join("symbols");
     if !symbols_dir.join("done").exists() {
         // The kernel is where it is for as long as the guest is not booted again.
@@ -152,19 +171,15 @@ fn make(lab: &Lab, series: Series, accel: Accel, large: bool) -> Result<Load> {
         Symbols::save(&mut guest.agent, &symbols_dir)?;
         std::fs::write(symbols_dir.join("done"), "")?;
     }
-    Ok(Load { name, symbols: Symbols::load(&symbols_dir)?, snapshot, running })
+    Ok(Load { selection, symbols: Symbols::load(&symbols_dir)?, snapshot, running })
 }
 
-fn survivors() -> impl Iterator<Item = &'static Survivor> {
-    SURVIVORS.iter().filter_map(|name| survivors::find(name))
-}
-
-fn start(agent: &mut Channel, large: bool) -> Result<Running> {
-    let mut processes =
-        real_programs::start(agent, |name| if large { name != NOT } else { SMALL.contains(&name) })?;
-    if !large {
-        for computing in [false, true] {
-            let these: Vec<_> = survivors().filter(|survivor| survivor.is_computing() == computing).collect();
+fn start(agent: &mut Channel, selection: &Selection) -> Result<Running> {
+    let mut processes = real_programs::start(agent, |name| selection.real.contains(&name))?;
+    for computing in [false, true] {
+        let these: Vec<_> =
+            selection.survivors().filter(|survivor| survivor.is_computing() == computing).collect();
+        if !these.is_empty() {
             ui::note(&format!("starting {} survivors", these.len()));
             let started = survive::start(agent, &these, computing.then_some(COMPUTING_CPU), false)?;
             processes.extend(started.into_iter().map(|(name, pid)| (name, vec![pid])));
@@ -182,6 +197,11 @@ fn start(agent: &mut Channel, large: bool) -> Result<Running> {
 }
 
 impl Load {
+    /// Its name.
+    pub fn name(&self) -> &'static str {
+        self.selection.name
+    }
+
     /// The same outcome for all.
     pub fn all(&self, fate: Fate, words: &str) -> Vec<Outcome> {
         let outcome =
@@ -215,7 +235,7 @@ impl Load {
             };
             add(real.name, trouble);
         }
-        let running: Vec<_> = survivors().filter(|survivor| processes.contains_key(survivor.name)).collect();
+        let running: Vec<_> = self.selection.survivors().collect();
         let pids: Vec<i32> = running
             .iter()
             .flat_map(|survivor| processes.get(survivor.name).into_iter().flatten())
