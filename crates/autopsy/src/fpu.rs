@@ -10,6 +10,7 @@ use snapshot::{Fpu, FpuSource, Severity};
 use crate::Autopsy;
 use crate::error::{Result, corrupt};
 use crate::process::Task;
+use crate::raw::word;
 use crate::saver;
 
 /// thread_info.flags: the registers are not in the CPU but in memory (TIF_NEED_FPU_LOAD).
@@ -287,10 +288,6 @@ fn to_standard(
     out[SOFTWARE.start..SOFTWARE.start + 8].copy_from_slice(&to.features.to_le_bytes());
     out[XSTATE_BV..XSTATE_BV + 8].copy_from_slice(&stored.to_le_bytes());
     Ok(out)
-}
-
-fn word(bytes: &[u8], at: usize) -> u64 {
-    bytes.get(at..).and_then(|tail| tail.first_chunk()).map_or(0, |word| u64::from_le_bytes(*word))
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use vmcore::{PAGE_SHIFT, PhysRange};
 
 use crate::Autopsy;
 use crate::error::Result;
+use crate::raw::{half, word};
 
 /// Frames whose `struct page`s are read in one go.
 const BLOCK: u64 = 64;
@@ -186,12 +187,4 @@ fn few(mut found: Vec<Vec<PhysRange>>, most: usize) -> Vec<PhysRange> {
         gap *= 2;
     }
     found.concat()
-}
-
-fn word(bytes: &[u8], at: usize) -> u64 {
-    bytes.get(at..).and_then(|tail| tail.first_chunk()).map_or(0, |word| u64::from_le_bytes(*word))
-}
-
-fn half(bytes: &[u8], at: usize) -> u32 {
-    bytes.get(at..).and_then(|tail| tail.first_chunk()).map_or(0, |word| u32::from_le_bytes(*word))
 }

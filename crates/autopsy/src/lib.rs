@@ -50,6 +50,7 @@ mod pipe;
 mod proc;
 mod process;
 mod pty;
+mod raw;
 mod saver;
 mod seccomp;
 mod signal;

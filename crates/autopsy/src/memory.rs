@@ -18,6 +18,7 @@ use vmcore::{Entry, EntryKind, PAGE_SHIFT, PAGE_SIZE, PageSize, PteFormat};
 use crate::check::memory::Belonging;
 use crate::check::page::Pages;
 use crate::error::{Result, corrupt};
+use crate::raw::word;
 use crate::swap::{Slot, Swap};
 use crate::{Autopsy, syscall_name};
 
@@ -169,7 +170,7 @@ pub(crate) struct Frames<'k> {
     layout: PageLayout,
     bits: PageBits,
     /// How page-table entries of this kernel are to be read.
-    format: PteFormat,
+    pub(crate) format: PteFormat,
     blocks: RefCell<HashMap<u64, Block>>,
     /// Those that cannot be read: each would take as long again for all of its pages.
     unreadable: RefCell<HashSet<u64>>,
@@ -307,10 +308,6 @@ impl<'k> Frames<'k> {
         }
         Ok(block)
     }
-}
-
-fn word(bytes: &[u8], at: usize) -> u64 {
-    bytes.get(at..).and_then(|tail| tail.first_chunk()).map_or(0, |word| u64::from_le_bytes(*word))
 }
 
 /// Collects the pages of one mapping into runs.

@@ -11,8 +11,8 @@ use std::collections::{BTreeMap, HashSet};
 
 use ktypes::KernelType;
 use snapshot::{
-    AddressSpace, AddressSpaceId, Bytes, Decision, FsContext, Namespaces, PendingSignal, Pid, Process,
-    ProcessState, Resume, Rlimit, Severity, SigAction, SignalState, Thread, ThreadState, Timers, TtyId,
+    AddressSpace, AddressSpaceId, Bytes, Namespaces, PendingSignal, Pid, Process, ProcessState, Resume,
+    Rlimit, Severity, SigAction, SignalState, Thread, ThreadState, TtyId,
 };
 
 use crate::Autopsy;
@@ -731,37 +731,14 @@ impl Autopsy<'_> {
     /// What a leader's own task says of a process.
     fn bare(&self, task: &Task) -> Process {
         Process {
-            pid: task.pid,
             ppid: self.parent_pid(task),
-            pgid: task.pid,
-            sid: task.pid,
-            comm: task.name(),
             state: match task.has_exited() {
                 true => ProcessState::Zombie { status: task.exit_code },
                 false => ProcessState::Alive,
             },
-            threads: Vec::new(),
-            address_space: None,
-            vfork: false,
-            files_id: 0,
-            descriptors: Vec::new(),
-            fs: FsContext::default(),
-            signals: SignalState::default(),
-            timers: Timers::default(),
-            rlimits: Vec::new(),
-            ctty: None,
             exit_signal: task.exit_signal,
-            child_subreaper: false,
-            oom_score_adj: 0,
-            cgroup: Bytes::default(),
-            unit: None,
-            namespaces: Namespaces::default(),
-            mount_namespace: None,
-            uts_namespace: None,
-            crash_procedure: None,
             start_boottime_ns: task.start_boottime,
-            unsupported: Vec::new(),
-            decision: Decision::Undecided,
+            ..Process::new(task.pid, task.name())
         }
     }
 

@@ -8,9 +8,9 @@ use object::elf::{
 };
 use object::read::elf::{FileHeader, ProgramHeader};
 use snapshot::{
-    AddressSpace, AddressSpaceId, AltStack, Credentials, Decision, FileId, FileKind, FpuSource, FsContext,
-    Inode, InodeId, MmLayout, OpenFile, PageRun, PhysMap, PhysRange, ProcessState, Prot, Registers,
-    Scheduling, Seccomp, SignalState, SwapArea, Thread, ThreadState, Timers, Vma, VmaFlags, VmaKind,
+    AddressSpace, AddressSpaceId, AltStack, Credentials, FileId, FileKind, FpuSource, Inode, InodeId,
+    MmLayout, OpenFile, PageRun, PhysMap, PhysRange, ProcessState, Prot, Registers, Scheduling, Seccomp,
+    SwapArea, Thread, ThreadState, Vma, VmaFlags, VmaKind,
 };
 
 use super::*;
@@ -99,34 +99,12 @@ fn thread(tid: Pid) -> Thread {
 
 fn process(threads: &[Pid]) -> Process {
     Process {
-        pid: threads[0],
         ppid: 1,
         pgid: 3,
         sid: 2,
-        comm: "program".into(),
-        state: ProcessState::Alive,
         threads: threads.iter().map(|tid| thread(*tid)).collect(),
         address_space: Some(AddressSpaceId(1)),
-        vfork: false,
-        files_id: 0,
-        descriptors: Vec::new(),
-        fs: FsContext::default(),
-        signals: SignalState::default(),
-        timers: Timers::default(),
-        rlimits: Vec::new(),
-        ctty: None,
-        exit_signal: 17,
-        child_subreaper: false,
-        oom_score_adj: 0,
-        cgroup: Bytes::default(),
-        unit: None,
-        namespaces: Default::default(),
-        mount_namespace: None,
-        uts_namespace: None,
-        crash_procedure: None,
-        start_boottime_ns: 0,
-        unsupported: Vec::new(),
-        decision: Decision::Undecided,
+        ..Process::new(threads[0], "program".into())
     }
 }
 

@@ -624,34 +624,11 @@ mod tests {
             seccomp: Seccomp::Off,
         };
         Process {
-            pid,
             ppid,
-            pgid: pid,
-            sid: pid,
-            comm: "program".into(),
-            state: ProcessState::Alive,
             threads: vec![thread],
             address_space: Some(AddressSpaceId(pid as u64)),
-            vfork: false,
             files_id: pid as u64,
-            descriptors: Vec::new(),
-            fs: FsContext::default(),
-            signals: SignalState::default(),
-            timers: Timers::default(),
-            rlimits: Vec::new(),
-            ctty: None,
-            exit_signal: 17,
-            child_subreaper: false,
-            oom_score_adj: 0,
-            cgroup: Bytes::default(),
-            unit: None,
-            namespaces: Namespaces::default(),
-            mount_namespace: None,
-            uts_namespace: None,
-            crash_procedure: None,
-            start_boottime_ns: 0,
-            unsupported: Vec::new(),
-            decision: Decision::Undecided,
+            ..Process::new(pid, "program".into())
         }
     }
 

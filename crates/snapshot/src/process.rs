@@ -75,6 +75,41 @@ pub struct Process {
 }
 
 impl Process {
+    /// One that lives and has nothing yet, leader of a session of its own.
+    pub fn new(pid: Pid, comm: Bytes) -> Self {
+        const SIGCHLD: i32 = 17;
+        Self {
+            pid,
+            ppid: 0,
+            pgid: pid,
+            sid: pid,
+            comm,
+            state: ProcessState::Alive,
+            threads: Vec::new(),
+            address_space: None,
+            vfork: false,
+            files_id: 0,
+            descriptors: Vec::new(),
+            fs: FsContext::default(),
+            signals: SignalState::default(),
+            timers: Timers::default(),
+            rlimits: Vec::new(),
+            ctty: None,
+            exit_signal: SIGCHLD,
+            child_subreaper: false,
+            oom_score_adj: 0,
+            cgroup: Bytes::default(),
+            unit: None,
+            namespaces: Namespaces::default(),
+            mount_namespace: None,
+            uts_namespace: None,
+            crash_procedure: None,
+            start_boottime_ns: 0,
+            unsupported: Vec::new(),
+            decision: Decision::Undecided,
+        }
+    }
+
     /// The leader's entry.
     pub fn leader(&self) -> Option<&Thread> {
         self.threads.iter().find(|t| t.tid == self.pid)

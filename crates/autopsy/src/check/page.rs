@@ -16,6 +16,7 @@ use super::Doubts;
 use super::memory::Belonging;
 use crate::Autopsy;
 use crate::error::Result;
+use crate::raw::{half, word};
 
 /// Pages that are looked at in one go: those of one huge page.
 const MAX_RUN: u64 = 512;
@@ -161,8 +162,8 @@ impl<'k> Pages<'k> {
             return Some(Facts {
                 mapping: word(page, layout.mapping),
                 index: word(page, layout.index),
-                references: half(page, layout.refcount),
-                mapped: (!is_head).then(|| half(page, layout.mapcount).wrapping_add(1)),
+                references: half(page, layout.refcount) as i32,
+                mapped: (!is_head).then(|| (half(page, layout.mapcount) as i32).wrapping_add(1)),
             });
         }
         let head = link - 1;
@@ -175,7 +176,7 @@ impl<'k> Pages<'k> {
         Some(Facts {
             mapping: word(page, layout.mapping),
             index: word(page, layout.index).wrapping_add(within),
-            references: half(page, layout.refcount),
+            references: half(page, layout.refcount) as i32,
             mapped: None,
         })
     }
@@ -217,14 +218,6 @@ impl<'k> Pages<'k> {
         let read = || kernel.read_u64(anon_vma.wrapping_add(offset)).ok();
         *self.roots.entry(anon_vma).or_insert_with(read)
     }
-}
-
-fn word(bytes: &[u8], at: usize) -> u64 {
-    bytes.get(at..).and_then(|tail| tail.first_chunk()).map_or(0, |word| u64::from_le_bytes(*word))
-}
-
-fn half(bytes: &[u8], at: usize) -> i32 {
-    bytes.get(at..).and_then(|tail| tail.first_chunk()).map_or(0, |word| i32::from_le_bytes(*word))
 }
 
 impl Autopsy<'_> {

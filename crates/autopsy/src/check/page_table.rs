@@ -149,7 +149,7 @@ impl Autopsy<'_> {
 
     fn has_deposit(&self, huge: &Entry) -> bool {
         let Ok(frames) = self.frames() else { return false };
-        match huge.kind(&self.kernel.pte_format()) {
+        match huge.kind(&frames.format) {
             EntryKind::Present { phys }
             | EntryKind::ProtNone { phys }
             | EntryKind::Migration { phys, .. } => {

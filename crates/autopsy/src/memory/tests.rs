@@ -1,9 +1,7 @@
 //! Page tables of fake processes, entry by entry.
 
 use ktypes::Kernel;
-use snapshot::{
-    Decision, FsContext, Mode, Namespaces, Policy, Process, ProcessState, SignalState, Snapshot, decide,
-};
+use snapshot::{Decision, Mode, Policy, Process, Snapshot, decide};
 use synth::{PTR, Record, Synth, U32, U64, array, named};
 use vmcore::{PageSize, PageTables, PrStatus};
 
@@ -194,36 +192,7 @@ impl Machine {
 /// Why a process that consists of this mapping does not come back.
 fn reasons(vma: Vma) -> Vec<String> {
     let id = AddressSpaceId(1);
-    let process = Process {
-        pid: PID,
-        ppid: 0,
-        pgid: PID,
-        sid: PID,
-        comm: "program".into(),
-        state: ProcessState::Alive,
-        threads: Vec::new(),
-        address_space: Some(id),
-        vfork: false,
-        files_id: 1,
-        descriptors: Vec::new(),
-        fs: FsContext::default(),
-        signals: SignalState::default(),
-        timers: snapshot::Timers::default(),
-        rlimits: Vec::new(),
-        ctty: None,
-        exit_signal: 17,
-        child_subreaper: false,
-        oom_score_adj: 0,
-        cgroup: Bytes::default(),
-        unit: None,
-        namespaces: Namespaces::default(),
-        mount_namespace: None,
-        uts_namespace: None,
-        crash_procedure: None,
-        start_boottime_ns: 0,
-        unsupported: Vec::new(),
-        decision: Decision::Undecided,
-    };
+    let process = Process { address_space: Some(id), files_id: 1, ..Process::new(PID, "program".into()) };
     let mut snapshot = Snapshot { processes: vec![process], ..Snapshot::default() };
     snapshot
         .address_spaces
