@@ -7,18 +7,15 @@ use serde_json::json;
 
 use crate::gdb::Register;
 use crate::live::{Live, Symbols};
-use crate::{Injected, places_in, reach, start_in_guest};
+use crate::{Injected, call, places_in, reach, start_in_guest};
 use lab::Guest;
-use lab::{Error, Result};
+use lab::Result;
 
 const WAIT: Duration = Duration::from_secs(8);
 /// Interrupts are let through (EFLAGS.IF).
 const INTERRUPTS: u64 = 0x200;
-/// `jmp .`
-const LOOP: [u8; 2] = [0xeb, 0xfe];
-/// As much of the kernel's code as such two bytes are looked for in.
-const MAX_TEXT: u64 = 4 << 20;
-const PIECE: u64 = 64 << 10;
+/// What a CPU that panics second does: nothing, for ever (kernel/panic.c).
+const LOOP: &str = "panic_smp_self_stop";
 /// Bytes a second of a disk on which one request keeps a task longer than the guests' `hung_task_timeout_secs`: 64 KiB take half a minute.
 const SLOW: u32 = 2048;
 /// QEMU's name for the guest's disk.
@@ -69,8 +66,7 @@ fn endless(
         live.leave()?;
         return Ok(Injected::Not(what.into()));
     };
-    let target = find_loop(&mut live)?;
-    live.gdb.set(reached.cpu, Register::Rip, target)?;
+    call(&mut live, &reached, LOOP, 0)?;
     let mut flags = u64::from(reached.registers.eflags);
     if !interrupts {
         flags &= !INTERRUPTS;
@@ -81,16 +77,4 @@ fn endless(
     let done = format!("{what}, from {at} on CPU {}", reached.cpu);
     // They may have been off there already.
     Ok(if flags & INTERRUPTS != 0 { Injected::Done(done) } else { Injected::Deaf(done) })
-}
-
-/// Two bytes of code that are an endless loop, wherever: only the one CPU is sent there.
-fn find_loop(live: &mut Live<'_>) -> Result<u64> {
-    let (start, end) = (live.symbols.address("_stext")?, live.symbols.address("_etext")?);
-    for at in (start..end.min(start + MAX_TEXT)).step_by(PIECE as usize) {
-        let bytes = live.read(at, PIECE.min(end - at) as usize)?;
-        if let Some(n) = bytes.windows(2).position(|pair| pair == LOOP) {
-            return Ok(at + n as u64);
-        }
-    }
-    Err(Error::Guest("no endless loop in its kernel's code".into()))
 }

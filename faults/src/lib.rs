@@ -157,7 +157,8 @@ fn reach(
 fn call(live: &mut Live<'_>, reached: &Reached, function: &str, argument: u64) -> Result<()> {
     let target = live.symbols.address(function)?;
     let stack = reached.registers.general[Register::Rsp as usize].wrapping_sub(8);
-    live.write(stack, &reached.at.to_le_bytes())?;
+    // Who unwinds a stack looks for what was before the address to which it returns: that is the instruction that was about to be executed.
+    live.write(stack, &(reached.at + 1).to_le_bytes())?;
     live.gdb.set(reached.cpu, Register::Rsp, stack)?;
     live.gdb.set(reached.cpu, Register::Rdi, argument)?;
     live.gdb.set(reached.cpu, Register::Rax, 0)?;

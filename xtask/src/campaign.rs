@@ -112,14 +112,15 @@ impl Fate {
         }
     }
 
-    /// By what the program's own check says, and by what the report claims of its processes.
-    fn judge(passed: bool, claims: &[Claim]) -> Self {
+    /// By what the program's own check says, by what the report claims of its processes, and of those that these have made.
+    fn judge(passed: bool, claims: &[Claim], descendants: &[Claim]) -> Self {
         let known = |claim: &Claim| !claim.fate.is_empty();
-        match (passed, claims) {
+        let mut all = claims.iter().chain(descendants);
+        match passed {
             _ if !claims.iter().all(known) => Fate::EndedBefore,
             _ if !claims.iter().all(Claim::lives) => Fate::GivenUp,
-            (true, _) if claims.iter().all(Claim::whole) => Fate::Whole,
-            (false, _) if claims.iter().all(explains_nothing) => Fate::SilentDamage,
+            true if all.all(Claim::whole) => Fate::Whole,
+            false if all.all(explains_nothing) => Fate::SilentDamage,
             _ => Fate::WithLoss,
         }
     }
@@ -128,8 +129,8 @@ impl Fate {
 /// Whether what a report says a process has lost is nothing that a program's check can have failed for.
 fn explains_nothing(claim: &Claim) -> bool {
     // The crash kernel has one CPU, and its network is not set up.
-    const HARMLESS: [&str; 4] = ["affinity", "network", "cgroup", "crash-procedure"];
-    claim.reasons.iter().all(|(code, _)| HARMLESS.contains(&code.as_str()))
+    const HARMLESS: [&str; 5] = ["affinity", "network", "cgroup", "crash-procedure", "memory-sharing"];
+    claim.lives() && claim.reasons.iter().all(|(code, _)| HARMLESS.contains(&code.as_str()))
 }
 
 /// One program after one crash.
@@ -513,21 +514,31 @@ mod tests {
     fn outcomes_exclude_each_other() {
         let claim = |fate: &str, reason: &str| {
             let reasons = (!reason.is_empty()).then(|| ("file".to_owned(), reason.to_owned()));
-            Claim { fate: fate.into(), reasons: reasons.into_iter().collect() }
+            Claim { ppid: 1, fate: fate.into(), reasons: reasons.into_iter().collect() }
         };
         let whole = claim("resurrected", "");
         let loss = claim("resurrected-with-losses", "a file");
-        assert_eq!(Fate::judge(true, &[whole.clone(), whole.clone()]), Fate::Whole);
-        assert_eq!(Fate::judge(false, std::slice::from_ref(&whole)), Fate::SilentDamage);
-        assert_eq!(Fate::judge(true, &[whole.clone(), loss.clone()]), Fate::WithLoss);
-        assert_eq!(Fate::judge(false, std::slice::from_ref(&loss)), Fate::WithLoss);
-        assert_eq!(Fate::judge(false, &[loss, claim("given-up", "x")]), Fate::GivenUp);
-        assert_eq!(Fate::judge(false, &[whole, Claim::default()]), Fate::EndedBefore);
+        let judge = |passed, claims: &[&Claim], descendants: &[&Claim]| {
+            let [claims, descendants] =
+                [claims, descendants].map(|all| all.iter().copied().cloned().collect::<Vec<_>>());
+            Fate::judge(passed, &claims, &descendants)
+        };
+        let given_up = claim("given-up", "x");
+        assert_eq!(judge(true, &[&whole, &whole], &[&whole]), Fate::Whole);
+        assert_eq!(judge(false, &[&whole], &[]), Fate::SilentDamage);
+        assert_eq!(judge(true, &[&whole, &loss], &[]), Fate::WithLoss);
+        assert_eq!(judge(false, &[&loss], &[]), Fate::WithLoss);
+        assert_eq!(judge(false, &[&loss, &given_up], &[]), Fate::GivenUp);
+        assert_eq!(judge(false, &[&whole, &Claim::default()], &[]), Fate::EndedBefore);
+        // A child or grandchild that does not come back is a loss of who made it, and explains what it says.
+        assert_eq!(judge(false, &[&whole], &[&whole, &given_up]), Fate::WithLoss);
+        assert_eq!(judge(true, &[&whole], &[&given_up]), Fate::WithLoss);
+        assert_eq!(judge(false, &[&whole], &[&whole]), Fate::SilentDamage);
         let elsewhere = Claim {
             reasons: vec![("affinity".into(), "CPU 1".into())],
             ..claim("resurrected-with-losses", "")
         };
-        assert_eq!(Fate::judge(false, &[elsewhere]), Fate::SilentDamage, "that is no explanation");
+        assert_eq!(judge(false, &[&elsewhere], &[]), Fate::SilentDamage, "that is no explanation");
         let lost = Outcome { program: "x".into(), fate: Fate::WithLoss, passed: false, words: String::new() };
         assert!(!lost.survived(), "its check has failed");
     }

@@ -203,7 +203,7 @@ mod tests {
 
     fn claim(fate: &str, code: &str) -> Claim {
         let reasons = if code.is_empty() { vec![] } else { vec![(code.to_owned(), String::new())] };
-        Claim { fate: fate.into(), reasons }
+        Claim { ppid: 1, fate: fate.into(), reasons }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! All of them run side by side in one guest. What each says of itself in the kernel that came after is held against two things: what is
 //! promised of it, and what the report claims. A process that the report calls whole and whose survivor fails is the worst outcome.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs;
 use std::time::{Duration, Instant};
@@ -371,6 +371,8 @@ fn swapped_bytes(guest: &Guest) -> Result<u64> {
 /// What the report says of a process.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Claim {
+    /// Whose child it was; 0 if it says nothing.
+    pub ppid: i32,
     /// `resurrected`, `given-up` …; empty if it says nothing.
     pub fate: String,
     /// Code and text of each reason.
@@ -413,9 +415,26 @@ pub fn claims(report: &serde_json::Value) -> BTreeMap<i32, Claim> {
     let claim = |process: &serde_json::Value| {
         let reasons = process["reasons"].as_array().into_iter().flatten();
         let reasons = reasons.map(|reason| (text(&reason["code"]), text(&reason["text"]))).collect();
-        Some((process["pid"].as_i64()? as i32, Claim { fate: text(&process["fate"]), reasons }))
+        let number = |key| process[key].as_i64().map(|pid| pid as i32);
+        let ppid = number("ppid").unwrap_or(0);
+        Some((number("pid")?, Claim { ppid, fate: text(&process["fate"]), reasons }))
     };
     report["processes"].as_array().into_iter().flatten().filter_map(claim).collect()
+}
+
+/// What a report says of a process's children, grandchildren and so on.
+pub fn descendants(claims: &BTreeMap<i32, Claim>, pid: i32) -> Vec<Claim> {
+    let (mut family, mut all) = (BTreeSet::from([pid]), Vec::new());
+    let mut next = vec![pid];
+    while let Some(parent) = next.pop() {
+        for (child, claim) in claims.iter().filter(|(_, claim)| claim.ppid == parent) {
+            if family.insert(*child) {
+                next.push(*child);
+                all.push(claim.clone());
+            }
+        }
+    }
+    all
 }
 
 /// What became of one survivor: a row of the table.
@@ -505,7 +524,7 @@ mod tests {
 
     fn claim(fate: &str, reason: &str) -> Claim {
         let reasons = (!reason.is_empty()).then(|| ("descriptor".to_owned(), reason.to_owned()));
-        Claim { fate: fate.into(), reasons: reasons.into_iter().collect() }
+        Claim { ppid: 1, fate: fate.into(), reasons: reasons.into_iter().collect() }
     }
 
     #[test]
@@ -540,8 +559,11 @@ mod tests {
             judge("fail memory-small: page 3", claim("resurrected", "")).reason.starts_with("FALSE REPORT")
         );
         assert!(judge("", claim("resurrected", "")).reason.starts_with("FALSE REPORT"));
-        let control_group =
-            Claim { fate: "resurrected-with-losses".into(), reasons: vec![("cgroup".into(), String::new())] };
+        let control_group = Claim {
+            ppid: 1,
+            fate: "resurrected-with-losses".into(),
+            reasons: vec![("cgroup".into(), String::new())],
+        };
         assert!(judge("fail memory-small: page 3", control_group).reason.starts_with("FALSE REPORT"));
         assert!(judge("pass memory-small", claim("given-up", "x")).reason.starts_with("FALSE REPORT"));
         assert!(

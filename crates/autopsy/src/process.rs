@@ -122,6 +122,9 @@ pub(crate) struct Task {
     pub timer_slack_ns: u64,
     #[kernel("syscall_dispatch.selector", optional)]
     pub dispatch_selector: Option<u64>,
+    /// Where the stack is mapped with a page below it that is not (CONFIG_VMAP_STACK).
+    #[kernel(optional)]
+    pub stack_vm_area: Option<u64>,
     #[kernel("thread.sp")]
     pub kernel_sp: u64,
     #[kernel("thread.es")]

@@ -60,6 +60,13 @@ struct RunQueue {
     curr: u64,
 }
 
+/// An area of the kernel's own mappings (include/linux/vmalloc.h).
+#[derive(KernelType)]
+#[kernel("vm_struct")]
+struct VmStruct {
+    addr: u64,
+}
+
 /// Who was where when the kernel died.
 pub(crate) struct Cpus {
     /// CPU on which a task (by address) was current.
@@ -378,10 +385,7 @@ impl Autopsy<'_> {
         live: Option<CpuRegisters>,
         edge: Option<&Edge>,
     ) -> Result<Registers> {
-        if self.kernel.read_u64(task.stack)? != STACK_END_MAGIC {
-            let text = format!("thread {}: its kernel stack overflowed", task.pid);
-            self.find(Severity::Doubt, "thread", text);
-        }
+        self.check_stack(task, on_cpu)?;
         let mut regs = match edge {
             Some(Edge::Program(regs)) => **regs,
             Some(Edge::Unknown) | None => self.stored_registers(task)?,
@@ -409,6 +413,29 @@ impl Autopsy<'_> {
         regs.fs = task.fsindex.into();
         regs.gs = task.gsindex.into();
         Ok(regs)
+    }
+
+    /// What became of the last word of a thread's stack.
+    fn check_stack(&self, task: &Task, on_cpu: Option<u32>) -> Result<()> {
+        if self.kernel.read_u64(task.stack)? == STACK_END_MAGIC {
+            return Ok(());
+        }
+        let text = format!("thread {}: its kernel stack overflowed", task.pid);
+        // Who goes further than that comes to the guarding page, and the machine dies of it: nothing else has been overwritten.
+        if on_cpu.is_some() && on_cpu == self.cpus().panicking && self.is_guarded(task) {
+            self.find(Severity::Note, "thread", text + ", as far as the page that guards it");
+        } else {
+            self.find(Severity::Doubt, "thread", text);
+        }
+        Ok(())
+    }
+
+    /// Whether what overflows a thread's stack stops the machine and overwrites nothing: it is mapped alone
+    /// (alloc_thread_stack_node(), kernel/fork.c), and behind each such area there is nothing (__get_vm_area_node(), mm/vmalloc.c).
+    fn is_guarded(&self, task: &Task) -> bool {
+        let area = task.stack_vm_area.filter(|area| *area != 0);
+        area.and_then(|area| self.kernel.read::<VmStruct>(area).ok())
+            .is_some_and(|area| area.addr == task.stack)
     }
 
     /// `pt_regs` at the top of a thread's stack.
@@ -532,7 +559,10 @@ fn plausible(regs: &Registers) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use synth::{Synth, named};
+
     use super::*;
+    use crate::testing::{declare, open};
 
     #[test]
     fn registers_of_the_kernel_are_refused() {
@@ -549,6 +579,36 @@ mod tests {
         assert!(!plausible(&Registers { rip: 0xffff_ffff_8100_0000, ..user }));
         assert!(plausible(&Registers { eflags: 0x200, ..user }), "as execve(2) leaves them");
         assert!(!plausible(&Registers { eflags: 2, ..user }));
+    }
+
+    #[test]
+    fn a_stack_that_overflowed_into_its_guard_has_damaged_nothing() {
+        let mut synth = Synth::new();
+        declare::<Task>(&mut synth, &[("tasks", named("list_head"))]);
+        declare::<RunQueue>(&mut synth, &[]);
+        declare::<VmStruct>(&mut synth, &[]);
+        let [task, area] = ["task_struct", "vm_struct"].map(|name| synth.alloc(name));
+        let stack = synth.vmalloc(16 << 10);
+        synth.set("task_struct", task, "stack", stack).set("task_struct", task, "stack_vm_area", area);
+        synth.set("vm_struct", area, "addr", stack);
+        let queues = synth.per_cpu_variable("runqueues", synth.size_of("rq"));
+        synth.write_u64(synth.per_cpu(queues, 1), task);
+        let panicked = synth.variable("panic_cpu", "rq");
+        synth.write_u64(panicked, 1);
+        let said = |synth: &Synth, cpu| {
+            let kernel = open(synth);
+            let autopsy = Autopsy::new(&kernel);
+            let task = kernel.read::<Task>(task).unwrap();
+            autopsy.check_stack(&task, Some(cpu)).unwrap();
+            let found = autopsy.findings().into_iter().find(|finding| finding.text.contains("overflowed"));
+            found.map(|finding| finding.severity)
+        };
+        assert_eq!(said(&synth, 1), Some(Severity::Note));
+        assert_eq!(said(&synth, 0), Some(Severity::Doubt), "it did not die of it");
+        synth.set("vm_struct", area, "addr", stack + 0x1000);
+        assert_eq!(said(&synth, 1), Some(Severity::Doubt), "nothing guards it");
+        synth.write_u64(stack, STACK_END_MAGIC);
+        assert_eq!(said(&synth, 1), None);
     }
 
     #[test]

@@ -100,6 +100,9 @@ pub struct MountFate {
 pub struct Fate {
     #[allow(missing_docs)]
     pub pid: Pid,
+    /// Its parent's PID; zero if it had none that could be seen, or in a report that does not say.
+    #[serde(default)]
+    pub ppid: Pid,
     #[allow(missing_docs)]
     pub comm: Bytes,
     /// In a word.
@@ -172,7 +175,7 @@ pub fn fates(
             Decision::GiveUp { reasons } => (FateKind::GivenUp, reasons.clone()),
             Decision::Continue { .. } => continued(process),
         };
-        Fate { pid: process.pid, comm: process.comm.clone(), fate, reasons }
+        Fate { pid: process.pid, ppid: process.ppid, comm: process.comm.clone(), fate, reasons }
     };
     snapshot.processes.iter().map(fate).collect()
 }
@@ -431,7 +434,7 @@ mod tests {
 
     #[test]
     fn who_was_let_go_is_not_called_failed() {
-        let fate = |pid, fate| Fate { pid, comm: "x".into(), fate, reasons: vec![] };
+        let fate = |pid, fate| Fate { pid, ppid: 1, comm: "x".into(), fate, reasons: vec![] };
         let mut all = [fate(7, FateKind::Failed), fate(8, FateKind::Failed), fate(9, FateKind::Resurrected)];
         went_on(&mut all, &[7, 9]);
         let words: Vec<FateKind> = all.iter().map(|f| f.fate).collect();
@@ -444,6 +447,7 @@ mod tests {
         let mut r = report("2026-01-01T00:00:00Z");
         let fate = |pid, comm: &str, fate, reasons: &[&str]| Fate {
             pid,
+            ppid: 1,
             comm: comm.into(),
             fate,
             reasons: reasons.iter().map(|t| Reason::new("x", *t)).collect(),

@@ -208,7 +208,7 @@ fn fate(outcome: resurrect::Outcome) -> Fate {
             (FateKind::Failed, vec![Reason::new("failed", format!("{step}: {reason}"))])
         }
     };
-    Fate { pid: outcome.pid, comm: outcome.comm, fate, reasons }
+    Fate { pid: outcome.pid, ppid: outcome.ppid, comm: outcome.comm, fate, reasons }
 }
 
 /// Tells PID 1 how it goes. Should PID 1 be gone, nothing matters any more: errors are left alone.

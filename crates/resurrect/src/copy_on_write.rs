@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use snapshot::{
-    AddressSpace, PAGE_SIZE, PageRun, PhysMem, PhysRange, Pid, Process, Snapshot, VmaFlags, VmaKind,
+    AddressSpace, PAGE_SIZE, PageRun, PhysMem, PhysRange, Pid, Process, Reason, Snapshot, VmaFlags, VmaKind,
 };
 
 use crate::memory::{self, Area};
@@ -46,15 +46,41 @@ pub(crate) struct Kept {
     pages: Vec<PageRun>,
 }
 
-/// Flags and a counter in shared memory, which stays for the life of the program.
+/// What has become of filling an area, and a counter of bytes: in shared memory, which stays for the life of the program.
 struct Done {
-    flags: &'static [AtomicU8],
+    slots: &'static [Slot],
     bytes: &'static AtomicU64,
+}
+
+/// Of one area. All zeroes as long as nothing has become of it.
+struct Slot {
+    state: AtomicU8,
+    /// Why it is not filled, as text that ends at a zero.
+    why: [AtomicU8; 127],
+}
+
+const FILLED: u8 = 1;
+const REFUSED: u8 = 2;
+
+impl Slot {
+    fn is(&self, state: u8) -> bool {
+        self.state.load(Ordering::Acquire) == state
+    }
+
+    fn refuse(&self, why: &str) {
+        self.why.iter().zip(why.bytes()).for_each(|(slot, byte)| slot.store(byte, Ordering::Relaxed));
+        self.state.store(REFUSED, Ordering::Release);
+    }
+
+    fn why(&self) -> String {
+        let bytes = self.why.iter().map(|byte| byte.load(Ordering::Relaxed)).take_while(|byte| *byte != 0);
+        String::from_utf8_lossy(&bytes.collect::<Vec<u8>>()).into_owned()
+    }
 }
 
 impl Done {
     fn new(count: usize) -> Result<Self, Errno> {
-        let len = size_of::<AtomicU64>() + count;
+        let len = size_of::<AtomicU64>() + count * size_of::<Slot>();
         // SAFETY: a fresh mapping of zeroes, long enough, aligned to a page and never unmapped; atomics of zero are valid.
         unsafe {
             let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
@@ -63,13 +89,19 @@ impl Done {
                 return Err(Errno::last());
             }
             let bytes = &*start.cast::<AtomicU64>();
-            let flags = start.cast::<u8>().add(size_of::<AtomicU64>()).cast::<AtomicU8>();
-            Ok(Self { flags: std::slice::from_raw_parts(flags, count), bytes })
+            let slots = start.cast::<u8>().add(size_of::<AtomicU64>()).cast::<Slot>();
+            Ok(Self { slots: std::slice::from_raw_parts(slots, count), bytes })
         }
     }
 
-    fn is_set(&self, index: usize) -> bool {
-        self.flags.get(index).is_some_and(|flag| flag.load(Ordering::Acquire) != 0)
+    fn is(&self, index: usize, state: u8) -> bool {
+        self.slots.get(index).is_some_and(|slot| slot.is(state))
+    }
+
+    fn refuse(&self, index: usize, why: &str) {
+        if let Some(slot) = self.slots.get(index) {
+            slot.refuse(why);
+        }
     }
 }
 
@@ -159,6 +191,7 @@ impl Plan {
             Role::Zombie(_) | Role::Placeholder => None,
         };
         let (mut fillers, mut makers, mut count) = (BTreeMap::new(), BTreeMap::new(), 0);
+        let mut refused = Vec::new();
         for (id, node) in plan.nodes.iter().enumerate() {
             let Some((maker, mm)) = process(&id).and_then(|p| Some((p, space(snapshot, p)?))) else {
                 continue;
@@ -170,8 +203,7 @@ impl Plan {
                 made.iter().filter_map(|p| space(snapshot, p)).map(|mm| (mm, memory::areas(mm))).collect();
             let mut filled = Vec::new();
             for area in if theirs.is_empty() { vec![] } else { memory::areas(mm) } {
-                let is_taken = taken.iter().any(|(start, end)| *start < area.end && area.start < *end);
-                if !is_shareable(&area) || is_taken {
+                if !is_shareable(&area) {
                     continue;
                 }
                 let pages = pages_in(mm, area.start, area.end);
@@ -179,10 +211,13 @@ impl Plan {
                     let alike = areas.iter().filter(|other| is_alike(other, &area));
                     alike.map(|a| compare(&pages_in(mm, a.start, a.end), &pages).0).sum::<u64>()
                 };
-                if theirs.iter().map(in_common).max() < Some(MIN_PAGES)
-                    || !are_in_memory(mem.ranges(), &pages)
-                {
+                if theirs.iter().map(in_common).max() < Some(MIN_PAGES) {
                     continue;
+                }
+                if taken.iter().any(|(start, end)| *start < area.end && area.start < *end) {
+                    refused.push((count, "the resurrector itself is in its place"));
+                } else if !are_in_memory(mem.ranges(), &pages) {
+                    refused.push((count, "some of it is not in the dump"));
                 }
                 filled.push(Filled { area, pages, index: count });
                 count += 1;
@@ -191,12 +226,15 @@ impl Plan {
                 fillers.insert(maker.pid, filled);
             }
         }
-        Ok(Self { fillers, makers, done: Done::new(count)? })
+        let done = Done::new(count)?;
+        refused.into_iter().for_each(|(index, why)| done.refuse(index, why));
+        Ok(Self { fillers, makers, done })
     }
 
     /// How long filling it all may take, beyond what skeletons take anyway.
     pub(crate) fn patience(&self) -> Duration {
-        let pages = self.fillers.values().flatten().flat_map(|filled| &filled.pages);
+        let all = self.fillers.values().flatten().filter(|filled| !self.done.is(filled.index, REFUSED));
+        let pages = all.flat_map(|filled| &filled.pages);
         let bytes: u64 = pages.map(|run| u64::from(run.count) * PAGE_SIZE).sum();
         Duration::from_millis(bytes / (SLOWEST / 1000))
     }
@@ -209,7 +247,7 @@ impl Plan {
     /// Memory of a process that is where it belongs, by ascending address: what it has filled, and what it has inherited.
     pub(crate) fn kept(&self, pid: Pid, areas: &[Area]) -> Vec<Kept> {
         let of =
-            |pid: Pid| self.fillers.get(&pid).into_iter().flatten().filter(|f| self.done.is_set(f.index));
+            |pid: Pid| self.fillers.get(&pid).into_iter().flatten().filter(|f| self.done.is(f.index, FILLED));
         let mut kept = Vec::new();
         for area in areas {
             match of(pid).find(|filled| filled.area == *area) {
@@ -225,7 +263,7 @@ impl Plan {
     /// What of an area whoever made the process had filled for it.
     fn inherited(&self, pid: Pid, area: &Area) -> Vec<Kept> {
         let maker = self.makers.get(&pid).and_then(|maker| self.fillers.get(maker));
-        let done = maker.into_iter().flatten().filter(|filled| self.done.is_set(filled.index));
+        let done = maker.into_iter().flatten().filter(|filled| self.done.is(filled.index, FILLED));
         let alike = done.filter(|filled| is_alike(&filled.area, area));
         let part = |filled: &Filled| {
             let (start, end) = (filled.area.start.max(area.start), filled.area.end.min(area.end));
@@ -235,18 +273,43 @@ impl Plan {
         alike.map(part).collect()
     }
 
+    /// What a process no longer shares with whoever made it, and why: it takes more memory than before.
+    pub(crate) fn lost(&self, pid: Pid, mm: &AddressSpace, areas: &[Area]) -> Vec<Reason> {
+        let Some(maker) = self.makers.get(&pid) else { return vec![] };
+        let theirs = self.fillers.get(maker).into_iter().flatten();
+        let lost = theirs.filter(|filled| !self.done.is(filled.index, FILLED)).filter_map(|filled| {
+            let alike = areas.iter().filter(|area| is_alike(area, &filled.area));
+            let shared: u64 = alike.map(|a| compare(&pages_in(mm, a.start, a.end), &filled.pages).0).sum();
+            let why = self.done.slots.get(filled.index).map(Slot::why).unwrap_or_default();
+            let why = if why.is_empty() { "it was not filled in time" } else { &why };
+            let kib = shared * PAGE_SIZE / 1024;
+            let text = format!(
+                "{kib} KiB at {:x} that it shared with PID {maker} since fork(2) are its own now: {why}",
+                filled.area.start
+            );
+            (shared >= MIN_PAGES).then(|| Reason::new("memory-sharing", text))
+        });
+        lost.collect()
+    }
+
     /// Fills in what the calling skeleton is to hand on. What cannot be filled is not shared, which costs memory and nothing else.
     pub(crate) fn fill(&self, process: &Process, mem: &dyn PhysMem) {
         let Some(all) = self.fillers.get(&process.pid) else { return };
         mem.after_fork();
         // All of them before anything else is mapped that could take their places.
-        let all = all.iter().map(|filled| (filled, self.inherited(process.pid, &filled.area)));
-        let mapped: Vec<_> = all.filter(|(filled, inherited)| map(&filled.area, inherited).is_ok()).collect();
+        let mut mapped = Vec::new();
+        for filled in all.iter().filter(|filled| !self.done.is(filled.index, REFUSED)) {
+            let inherited = self.inherited(process.pid, &filled.area);
+            match map(&filled.area, &inherited) {
+                Ok(()) => mapped.push((filled, inherited)),
+                Err(errno) => self.done.refuse(filled.index, &format!("it cannot be mapped there ({errno})")),
+            }
+        }
         for (filled, inherited) in mapped {
-            if pour(process.pid, filled, &inherited, mem, self.done.bytes).is_ok()
-                && let Some(flag) = self.done.flags.get(filled.index)
-            {
-                flag.store(1, Ordering::Release);
+            let Some(slot) = self.done.slots.get(filled.index) else { continue };
+            match pour(process.pid, filled, &inherited, mem, self.done.bytes) {
+                Ok(()) => slot.state.store(FILLED, Ordering::Release),
+                Err(why) => slot.refuse(&why),
             }
         }
     }
@@ -264,21 +327,21 @@ fn pour(
     inherited: &[Kept],
     mem: &dyn PhysMem,
     bytes: &AtomicU64,
-) -> Result<(), Errno> {
+) -> Result<(), String> {
     let mut reverse = ReverseMap::default();
     let owner = reverse.owner(Owner::Process(pid));
     for kept in inherited {
         for (start, end) in kept.to_drop(&filled.pages) {
             // SAFETY: the range is private memory that was mapped for this process, and that nothing here uses.
             let r = unsafe { libc::madvise(start as *mut _, (end - start) as usize, libc::MADV_DONTNEED) };
-            Errno::result(r)?;
+            Errno::result(r).map_err(|errno| format!("what is not its own cannot be dropped ({errno})"))?;
         }
     }
     let there: Vec<PageRun> = inherited.iter().flat_map(|kept| kept.pages.iter().copied()).collect();
     compare(&filled.pages, &there).1.into_iter().for_each(|run| reverse.add(owner, run));
     let poured = reverse.pour(mem, &mut |_| {});
     bytes.fetch_add(poured.bytes, Ordering::AcqRel);
-    if poured.failed.is_empty() { Ok(()) } else { Err(Errno::EIO) }
+    poured.failed.into_values().next().map_or(Ok(()), Err)
 }
 
 impl Kept {
@@ -358,6 +421,44 @@ mod tests {
         assert_eq!(gaps(2, 9, &[kept(2, 3), kept(7, 20)]), [(3, 7)]);
         assert_eq!(gaps(0, 10, &[kept(0, 10)]), []);
         assert_eq!(gaps(0, 10, &[kept(20, 30)]), [(0, 10)]);
+    }
+
+    #[test]
+    fn what_is_no_longer_shared_is_named_with_its_reason() {
+        let vma = |pfn| snapshot::Vma {
+            start: 0x7000_0000,
+            end: 0x7000_0000 + 64 * PAGE_SIZE,
+            prot: snapshot::Prot::READ | snapshot::Prot::WRITE,
+            shared: false,
+            flags: VmaFlags::ACCOUNT,
+            kind: VmaKind::Anonymous,
+            name: None,
+            pages: vec![PageRun { addr: 0x7000_0000, pfn, count: 64 }],
+            lost_pages: 0,
+        };
+        let space = |pfn| AddressSpace { vmas: vec![vma(pfn)], ..AddressSpace::default() };
+        let (mm, other) = (space(100), space(500));
+        let areas = memory::areas(&mm);
+        let filled = Filled { area: areas[0].clone(), pages: mm.vmas[0].pages.clone(), index: 0 };
+        let plan = Plan {
+            fillers: BTreeMap::from([(7, vec![filled])]),
+            makers: BTreeMap::from([(8, 7), (9, 7)]),
+            done: Done::new(1).unwrap(),
+        };
+        let said = |pid, mm| plan.lost(pid, mm, &areas).into_iter().map(|r| r.text).collect::<Vec<_>>();
+        assert!(said(8, &mm)[0].ends_with("it was not filled in time"), "{:?}", said(8, &mm));
+        plan.done.refuse(0, "x".repeat(200).as_str());
+        plan.done.refuse(0, "there is no memory\0");
+        assert_eq!(
+            said(8, &mm),
+            [
+                "256 KiB at 70000000 that it shared with PID 7 since fork(2) are its own now: there is no memory"
+            ]
+        );
+        assert!(said(9, &other).is_empty(), "nothing of it was the other's");
+        assert!(said(7, &mm).is_empty(), "it was made by nobody who fills");
+        plan.done.slots[0].state.store(FILLED, Ordering::Release);
+        assert!(said(8, &mm).is_empty());
     }
 
     #[test]

@@ -115,6 +115,8 @@ use crate::pour::{OwnerId, ReverseMap};
 use crate::process::{Build, Common, Failure, Own};
 use crate::skeleton::State;
 
+/// As /proc/self/maps calls the dead kernel's memory.
+const DUMP: &[u8] = b"/proc/vmcore";
 /// How long program text may be read from the disk for comparison.
 const TEXT_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -312,6 +314,8 @@ pub struct FileStale {
 pub struct Outcome {
     #[allow(missing_docs)]
     pub pid: Pid,
+    /// Its parent's PID.
+    pub ppid: Pid,
     #[allow(missing_docs)]
     pub comm: Bytes,
     #[allow(missing_docs)]
@@ -499,8 +503,10 @@ impl<'a> Run<'a> {
         let plan = self.plan(&mut wanted)?;
         let own = Own::read().map_err(system("read our own properties"))?;
         scratch.map().map_err(system("map the scratch area"))?;
+        // Of the dump nothing is mapped in those that are forked from here (MADV_DONTFORK).
+        let stays = |line: &&memory::MapsLine| line.path.as_bytes() != DUMP;
         let taken: Vec<(u64, u64)> =
-            maps.iter().map(|l| (l.start, l.end)).chain([scratch.reserved()]).collect();
+            maps.iter().filter(stays).map(|l| (l.start, l.end)).chain([scratch.reserved()]).collect();
         let copy_on_write = copy_on_write::Plan::new(self.snapshot, &plan, &mem, &taken)
             .map_err(system("share memory with the processes"))?;
         let deadline = self.deadline.or_after(self.options.process_deadline + copy_on_write.patience());
@@ -1221,7 +1227,7 @@ impl<'a> Run<'a> {
             .snapshot
             .processes
             .iter()
-            .map(|p| Outcome { pid: p.pid, comm: p.comm.clone(), fate: fate(p.pid) })
+            .map(|p| Outcome { pid: p.pid, ppid: p.ppid, comm: p.comm.clone(), fate: fate(p.pid) })
             .collect();
         report
     }

@@ -153,7 +153,8 @@ impl<'a> Build<'a> {
         let areas = memory::areas(mm);
         let vdso = memory::vdso_start(mm).ok_or("no vDSO").map_err(failure("seize"))?;
         let instruction = vdso + common.syscall_offset;
-        let (others, losses) = (vec![], vec![]);
+        let others = vec![];
+        let losses = common.copy_on_write.lost(process.pid, mm, &areas);
         let kept = common.copy_on_write.kept(process.pid, &areas);
         let leaves_files_open = false;
         Ok(Self {

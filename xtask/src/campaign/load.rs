@@ -212,15 +212,18 @@ impl Load {
     /// What became of each.
     pub fn judge(&self, guest: &mut Guest, claims: &BTreeMap<i32, Claim>) -> Vec<Outcome> {
         let Running { processes, shown } = &self.running;
+        let pids = |name: &str| processes.get(name).map_or(&[][..], Vec::as_slice);
         let told = |name: &str| -> Vec<Claim> {
-            let pids = processes.get(name).map_or(&[][..], Vec::as_slice);
-            pids.iter().map(|pid| claims.get(pid).cloned().unwrap_or_default()).collect()
+            pids(name).iter().map(|pid| claims.get(pid).cloned().unwrap_or_default()).collect()
         };
         let mut outcomes = Vec::new();
         let mut add = |name: &str, trouble: Option<String>| {
-            let claims = told(name);
-            let fate = Fate::judge(trouble.is_none(), &claims);
-            let notable = claims.iter().filter(|claim| !claim.whole()).map(Claim::to_string);
+            let own = told(name);
+            // A program's are those that its processes have made, too.
+            let theirs: Vec<Claim> =
+                pids(name).iter().flat_map(|pid| survive::descendants(claims, *pid)).collect();
+            let fate = Fate::judge(trouble.is_none(), &own, &theirs);
+            let notable = own.iter().chain(&theirs).filter(|claim| !claim.whole()).map(Claim::to_string);
             let words: Vec<String> = trouble.clone().into_iter().chain(notable).collect();
             let (program, passed) = (name.to_owned(), trouble.is_none());
             outcomes.push(Outcome { program, fate, passed, words: words.join("; ") });

@@ -230,7 +230,7 @@ mod tests {
 
     fn fate(pid: i32, comm: &str, fate: FateKind, reasons: &[(&str, &str)]) -> Fate {
         let reasons = reasons.iter().map(|(code, text)| Reason::new(code, *text)).collect();
-        Fate { pid, comm: comm.into(), fate, reasons }
+        Fate { pid, ppid: 1, comm: comm.into(), fate, reasons }
     }
 
     fn report() -> Report {
