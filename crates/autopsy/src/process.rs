@@ -674,7 +674,10 @@ impl Autopsy<'_> {
             };
             let space = self.address_space(id, &call_of, &mut unsupported);
             if self.part("memory", space).is_none() {
-                process.address_space = None;
+                // For who asks for it by its program.
+                let member = members.iter().find(|member| member.task.mm == id.0);
+                let program = member.and_then(|member| Some((member, self.program_file(id.0)?)));
+                process.address_space = program.map(|(member, file)| self.program_alone(member, file));
             }
             process.crash_procedure =
                 self.address_spaces.borrow().get(&id).and_then(|mm| self.crash_procedure(mm));

@@ -121,7 +121,11 @@ impl Core {
         let space = snapshot.address_spaces.get(&id);
         let space = space.ok_or_else(|| no_memory("its mappings could not be read"))?;
         if space.vmas.is_empty() {
-            return Err(no_memory("it was executing another program, which had none yet"));
+            let executes = process.threads.iter().any(|thread| matches!(thread.resume, Resume::Exec(_)));
+            return Err(no_memory(match executes {
+                true => "it was executing another program, which had none yet",
+                false => "its mappings could not be read",
+            }));
         }
         let memory = memory::Memory::new(snapshot, space, mem);
         let threads = notes::living(process).count();

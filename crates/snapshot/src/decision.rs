@@ -364,6 +364,10 @@ fn judge_memory(
         let text = "its memory map was being changed when the kernel died (mmap_lock held for writing)";
         reasons.push(Reason::new("memory-locked", text));
     }
+    // Of what could not be read only the program is known.
+    if mm.vmas.is_empty() && !is_executing {
+        reasons.push(Reason::new("memory", "its address space could not be read"));
+    }
     if mm.exe.is_none() {
         reasons.push(Reason::new("memory", "its executable could not be found"));
     }
@@ -637,10 +641,25 @@ mod tests {
         for p in &s.processes {
             let exe = FileId(1000 + p.pid as u64);
             s.files.insert(exe, open_file(FileKind::Regular, &format!("/usr/bin/program{}", p.pid)));
-            let mm = AddressSpace { exe: Some(exe), ..AddressSpace::default() };
+            let vmas = vec![anonymous(0x10_0000, 0x20_0000)];
+            let mm = AddressSpace { exe: Some(exe), vmas, ..AddressSpace::default() };
             s.address_spaces.insert(AddressSpaceId(p.pid as u64), mm);
         }
         s
+    }
+
+    fn anonymous(start: u64, end: u64) -> Vma {
+        Vma {
+            start,
+            end,
+            prot: Prot::READ,
+            shared: false,
+            flags: VmaFlags::default(),
+            kind: VmaKind::Anonymous,
+            name: None,
+            pages: vec![],
+            lost_pages: 0,
+        }
     }
 
     fn open_file(kind: FileKind, path: &str) -> OpenFile {
@@ -799,17 +818,7 @@ mod tests {
     fn each_thing_that_cannot_come_back_is_a_reason() {
         let with_vma = |s: &mut Snapshot, kind, pages, lost_pages| {
             let mm = s.address_spaces.get_mut(&AddressSpaceId(500)).unwrap();
-            mm.vmas.push(Vma {
-                start: 0x1000,
-                end: 0x2000,
-                prot: Prot::READ,
-                shared: false,
-                flags: VmaFlags::default(),
-                kind,
-                name: None,
-                pages,
-                lost_pages,
-            });
+            mm.vmas.push(Vma { kind, pages, lost_pages, ..anonymous(0x1000, 0x2000) });
         };
         let with_fd = |s: &mut Snapshot, file: OpenFile| {
             s.files.insert(FileId(7), file);
@@ -825,6 +834,8 @@ mod tests {
         assert_eq!(reasons(|s| s.processes[0].unsupported.push("POSIX timers".into())), ["unsupported"]);
         assert_eq!(reasons(|s| s.processes[0].namespaces.pid = false), ["namespace"]);
         assert_eq!(reasons(|s| s.address_spaces.clear()), ["memory"]);
+        let unread = |s: &mut Snapshot| s.address_spaces.get_mut(&AddressSpaceId(500)).unwrap().vmas.clear();
+        assert_eq!(reasons(unread), ["memory"], "though its program is known");
         assert_eq!(
             reasons(|s| s.address_spaces.get_mut(&AddressSpaceId(500)).unwrap().write_locked = true),
             ["memory-locked"]
