@@ -21,6 +21,8 @@ const RECORD: Duration = Duration::from_secs(300);
 pub struct Channel {
     reader: BufReader<UnixStream>,
     last_id: u32,
+    /// A greeting that came while something else was waited for, until it is asked for.
+    greeting: Option<Hello>,
 }
 
 /// Who is at the other end.
@@ -52,7 +54,7 @@ pub struct Exit {
 impl Channel {
     /// A channel over any stream. Over one whose other end is closed, every call fails at once.
     pub fn new(stream: UnixStream) -> Self {
-        Self { reader: BufReader::with_capacity(1 << 16, stream), last_id: 0 }
+        Self { reader: BufReader::with_capacity(1 << 16, stream), last_id: 0, greeting: None }
     }
 
     fn send(&mut self, request: &Request, payload: &[u8]) -> Result<u32> {
@@ -63,7 +65,7 @@ impl Channel {
         Ok(self.last_id)
     }
 
-    /// The next frame that `wanted` accepts; others (late answers, greetings) are dropped.
+    /// The next frame that `wanted` accepts; late answers are dropped, greetings are kept.
     fn receive(
         &mut self,
         what: &str,
@@ -79,6 +81,10 @@ impl Channel {
             self.reader.get_ref().set_read_timeout(Some(left)).map_err(lost)?;
             match read_frame(&mut self.reader) {
                 Ok(frame) if wanted(&frame) => return Ok(frame),
+                // Who had been asked is gone, and another is there.
+                Ok(Frame { id: 0, message: Response::Hello { kernel, crash_kernel, uptime_ms }, .. }) => {
+                    self.greeting = Some(Hello { kernel, crash_kernel, uptime_ms });
+                }
                 Ok(_) => {}
                 Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
                 Err(error) => return Err(lost(error)),
@@ -109,6 +115,9 @@ impl Channel {
     /// Waits for the agent's first words, those of the crash kernel's agent if `crash_kernel`.
     pub fn wait_hello(&mut self, crash_kernel: bool, timeout: Duration) -> Result<Hello> {
         let what = if crash_kernel { "the start of the crash kernel's agent" } else { "the agent's start" };
+        if let Some(hello) = self.greeting.take().filter(|hello| hello.crash_kernel == crash_kernel) {
+            return Ok(hello);
+        }
         let wanted = |frame: &Frame<Response>| matches!(frame.message, Response::Hello { crash_kernel: found, .. } if found == crash_kernel);
         match self.receive(what, timeout, wanted)?.message {
             Response::Hello { kernel, crash_kernel, uptime_ms } => {
@@ -300,4 +309,22 @@ fn lost(error: std::io::Error) -> Error {
 
 fn unexpected(response: &Response) -> Error {
     Error::Guest(format!("unexpected answer {response:?}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_comes_while_somebody_else_is_asked_is_not_forgotten() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut channel = Channel::new(ours);
+        let hello = Response::Hello { kernel: "6.1".into(), crash_kernel: true, uptime_ms: 7 };
+        write_frame(&mut theirs, 0, &hello, &[]).unwrap();
+        // The one that was asked died of the question.
+        let moment = Duration::from_millis(20);
+        assert!(matches!(channel.ping(moment), Err(Error::Timeout { .. })));
+        assert_eq!(channel.wait_hello(true, moment).unwrap().uptime_ms, 7);
+        assert!(matches!(channel.wait_hello(true, moment), Err(Error::Timeout { .. })), "it came once");
+    }
 }

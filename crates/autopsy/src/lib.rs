@@ -153,9 +153,11 @@ pub struct Autopsy<'k> {
     pub(crate) now: OnceCell<Clocks>,
     pub(crate) caches: check::Caches,
     pub(crate) page_layout: OnceCell<Option<check::page::Layout>>,
-    /// What was noticed about address spaces while they were read, for all who use them.
     /// Anonymous pages of each address space that were found, in memory and in swap; `None` if that cannot be known.
     pub(crate) own_pages: RefCell<HashMap<AddressSpaceId, Option<u64>>>,
+    /// For how many address spaces pages were looked for that their page tables do not show.
+    pub(crate) found_again: Cell<u32>,
+    /// What was noticed about address spaces while they were read, for all who use them.
     pub(crate) memory_doubts: RefCell<BTreeMap<AddressSpaceId, check::Doubts>>,
 }
 
@@ -198,6 +200,7 @@ impl<'k> Autopsy<'k> {
             now: OnceCell::new(),
             caches: check::Caches::default(),
             page_layout: OnceCell::new(),
+            found_again: Cell::new(0),
             own_pages: RefCell::default(),
             memory_doubts: RefCell::default(),
         }

@@ -2,6 +2,7 @@
 
 pub(crate) mod counters;
 pub(crate) mod fault;
+mod rmap;
 #[cfg(test)]
 mod tests;
 
@@ -13,7 +14,7 @@ use snapshot::{
     AddressSpace, AddressSpaceId, Bytes, FileId, FileKind, MmLayout, PageRun, Prot, Severity, SwapArea, Vma,
     VmaFlags, VmaKind,
 };
-use vmcore::{Entry, EntryKind, PAGE_SHIFT, PAGE_SIZE, PageSize, PteFormat};
+use vmcore::{Entry, EntryKind, PAGE_SHIFT, PAGE_SIZE, PageSize, PteFormat, Table};
 
 use crate::check::memory::Belonging;
 use crate::check::page::Pages;
@@ -81,6 +82,9 @@ const FLAGS: [(u64, VmaFlags); 18] = [
     (0x4000_0000, VmaFlags::NOHUGEPAGE),
     (0x8000_0000, VmaFlags::MERGEABLE),
 ];
+
+/// Page tables of so many levels, counted from the lowest, are marked as such in their `struct page`s (until 6.12).
+pub(crate) const MARKED_LEVELS: u8 = 2;
 
 // mm_struct.flags (include/linux/sched/coredump.h).
 const MMF_DUMPABLE_MASK: u64 = 3;
@@ -328,7 +332,23 @@ struct Collector<'a, 'k> {
     why_lost: Option<String>,
 }
 
-impl Collector<'_, '_> {
+impl<'a, 'k> Collector<'a, 'k> {
+    fn new(frames: &'a Frames<'k>, ranges: &'a [vmcore::PhysRange], swap: &'a Swap, file: bool) -> Self {
+        let huge_left = ranges.iter().map(|range| range.len >> PAGE_SHIFT).sum();
+        Self {
+            frames,
+            ranges,
+            file,
+            swap,
+            check: None,
+            pages: Vec::new(),
+            huge_left,
+            own: 0,
+            lost: 0,
+            why_lost: None,
+        }
+    }
+
     fn entry(&mut self, entry: &Entry, start: u64, end: u64) {
         let from = entry.va.max(start);
         let to = (entry.va + entry.size.bytes()).min(end);
@@ -462,6 +482,12 @@ impl Autopsy<'_> {
         }
         let frames = Frames::new(self.kernel)?;
         Ok(self.frames.get_or_init(|| frames))
+    }
+
+    /// Whether a table of an address space can be one, as far as its `struct page` says.
+    fn is_table(&self, table: Table) -> bool {
+        table.level > MARKED_LEVELS
+            || !matches!(self.kernel.is_page_table(table.phys >> PAGE_SHIFT), Ok(Some(false)) | Err(_))
     }
 
     /// Reads an address space into the table, unless it is there. `call_of`: the system call that a task (by address) of the process
@@ -732,33 +758,35 @@ impl Autopsy<'_> {
         check: Option<Pages<'s>>,
         kept: bool,
     ) -> Result<()> {
-        let mut collector = Collector {
-            frames: self.frames()?,
-            ranges: self.kernel.phys().ranges(),
-            file: !kept || matches!(vma.kind, VmaKind::File { .. }),
-            swap: self.swap(),
-            check,
-            pages: Vec::new(),
-            own: 0,
-            huge_left: self.kernel.phys().ranges().iter().map(|range| range.len >> PAGE_SHIFT).sum(),
-            lost: 0,
-            why_lost: None,
-        };
+        let is_file = !kept || matches!(vma.kind, VmaKind::File { .. });
+        let ranges = self.kernel.phys().ranges();
+        let mut collector =
+            Collector { check, ..Collector::new(self.frames()?, ranges, self.swap(), is_file) };
         let (start, end) = (vma.start, vma.end);
         let tables = self.kernel.page_tables(mm.pgd)?;
         let in_flight = self.page_tables_in_flight();
         let mut taken = in_flight.taken(id.0, start, end);
         taken.retain(|entry| matches!(tables.lookup(entry.va), Ok(None)));
         let mut taken = taken.into_iter().peekable();
-        tables.walk(start..end, &mut |entry| {
-            while let Some(before) = taken.next_if(|taken| taken.va < entry.va) {
-                collector.entry(&before, start, end);
-            }
-            collector.entry(&entry, start, end);
-        })?;
+        let mut damaged = 0;
+        tables.walk_around(
+            start..end,
+            &|table| self.is_table(table),
+            &mut |entry| {
+                while let Some(before) = taken.next_if(|taken| taken.va < entry.va) {
+                    collector.entry(&before, start, end);
+                }
+                collector.entry(&entry, start, end);
+            },
+            &mut |range, _| damaged += (range.end - range.start) >> PAGE_SHIFT,
+        )?;
+        if damaged > 0 {
+            collector.lose(damaged, "are behind damaged page tables");
+        }
         taken.for_each(|entry| collector.entry(&entry, start, end));
         for (from, to) in in_flight.changing(id.0, start, end) {
-            for table in tables.last_tables(from..to)? {
+            // Where they cannot be walked they are damaged, which has been noted.
+            for table in tables.last_tables(from..to).unwrap_or_default() {
                 if table.empty > 0 && self.is_table_locked(table.phys)? {
                     collector.lose(1, "may be missing: a CPU was changing their page table");
                 }

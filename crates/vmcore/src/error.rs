@@ -117,6 +117,14 @@ pub enum NotMapped {
         /// Where it is.
         table: u64,
     },
+    /// What is in the place of a page table is none.
+    #[error("what is in the place of the page table of level {level}, at physical {table:#x}, is none")]
+    NoTable {
+        /// Level of the table.
+        level: u8,
+        /// Where it should be.
+        table: u64,
+    },
     /// The page table itself lies outside the core.
     #[error("the page table of level {level} at physical {table:#x} is not in the core")]
     TableUnreadable {

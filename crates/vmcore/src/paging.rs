@@ -16,6 +16,8 @@ pub const PAGE_SHIFT: u32 = 12;
 pub const PAGE_SIZE: u64 = 1 << PAGE_SHIFT;
 
 const ENTRIES: usize = 512;
+/// Damaged entries that are walked around. A wrong one can lead to a page full of such.
+const MAX_LOST: usize = 64;
 /// Bits of an entry that hold a physical address: the architecture's maximum of 52.
 const ADDRESS_BITS: u64 = (1 << 52) - PAGE_SIZE;
 
@@ -447,6 +449,30 @@ impl<'m> PageTables<'m> {
         self.visit(range, 1, f, &mut |_, _| {})
     }
 
+    /// As [`walk`](Self::walk), around what is damaged: `lost` is told of the addresses (of `range`) below each entry or table that is none, with the
+    /// reason. `is_table` is asked whether a table can be one.
+    ///
+    /// # Errors
+    /// If the highest table cannot be read, or too much is damaged for this to lead anywhere.
+    pub fn walk_around(
+        &self,
+        range: Range<u64>,
+        is_table: &dyn Fn(Table) -> bool,
+        f: &mut dyn FnMut(Entry),
+        lost: &mut dyn FnMut(Range<u64>, Error),
+    ) -> Result<()> {
+        let mut count = 0;
+        let mut lose = |range, error| {
+            count += 1;
+            if count > MAX_LOST {
+                return Err(error);
+            }
+            lost(range, error);
+            Ok(())
+        };
+        self.visit_with(range, 1, f, &mut |_, _| {}, is_table, &mut lose)
+    }
+
     /// The tables that cover part of `range`, but for the highest one, whose level is [`levels`](Self::levels). Those of the lowest level are not read.
     pub fn tables(&self, range: Range<u64>) -> Result<Tables> {
         let (mut tables, mut huge) = (Vec::new(), Vec::new());
@@ -479,12 +505,24 @@ impl<'m> PageTables<'m> {
         f: &mut dyn FnMut(Entry),
         on_table: &mut dyn FnMut(Table, usize),
     ) -> Result<()> {
+        self.visit_with(range, lowest, f, on_table, &|_| true, &mut |_, error| Err(error))
+    }
+
+    fn visit_with(
+        &self,
+        range: Range<u64>,
+        lowest: u8,
+        f: &mut dyn FnMut(Entry),
+        on_table: &mut dyn FnMut(Table, usize),
+        is_table: &dyn Fn(Table) -> bool,
+        lose: &mut Lose<'_>,
+    ) -> Result<()> {
         if range.is_empty() {
             return Ok(());
         }
         self.check_canonical(range.start)?;
         self.check_canonical(range.end - 1)?;
-        let mut walk = Walk { tables: self, lowest, f, on_table, seen: HashSet::new() };
+        let mut walk = Walk { tables: self, lowest, f, on_table, is_table, lose, seen: HashSet::new() };
         walk.table(self.root_phys, self.levels, range.start, range.end - 1)
     }
 
@@ -504,11 +542,16 @@ impl fmt::Debug for PageTables<'_> {
     }
 }
 
+/// Told of addresses that are lost, and why; goes on unless that is an error.
+type Lose<'a> = dyn FnMut(Range<u64>, Error) -> Result<()> + 'a;
+
 struct Walk<'a, 'm> {
     tables: &'a PageTables<'m>,
     lowest: u8,
     f: &'a mut dyn FnMut(Entry),
     on_table: &'a mut dyn FnMut(Table, usize),
+    is_table: &'a dyn Fn(Table) -> bool,
+    lose: &'a mut Lose<'a>,
     /// Tables that were there already. (Two mappings can have a table of huge pages together, but
     /// not one mapping with itself.)
     seen: HashSet<u64>,
@@ -519,6 +562,9 @@ impl Walk<'_, '_> {
     fn table(&mut self, table: u64, level: u8, first: u64, last: u64) -> Result<()> {
         if !self.seen.insert(table) {
             return Err(Error::NotMapped { va: first, why: NotMapped::TableTwice { level, table } });
+        }
+        if level < self.tables.levels && !(self.is_table)(Table { level, phys: table, va: first }) {
+            return Err(Error::NotMapped { va: first, why: NotMapped::NoTable { level, table } });
         }
         let shift = shift(level);
         let index = |va: u64| (va >> shift) as usize % ENTRIES;
@@ -541,17 +587,18 @@ impl Walk<'_, '_> {
                 continue;
             }
             let va = base + ((i as u64) << shift);
-            match classify(pte, level) {
-                Step::Empty => {}
-                Step::Leaf(size) => (self.f)(Entry { va, size, pte }),
-                Step::Table => {
-                    let end = va | ((1 << shift) - 1);
-                    let below = pte & self.tables.address_mask;
-                    self.table(below, level - 1, first.max(va), last.min(end))?;
+            let (start, end) = (first.max(va), last.min(va | ((1 << shift) - 1)));
+            let below = match classify(pte, level) {
+                Step::Empty => Ok(()),
+                Step::Leaf(size) => {
+                    (self.f)(Entry { va, size, pte });
+                    Ok(())
                 }
-                Step::Bad => {
-                    return Err(Error::NotMapped { va, why: NotMapped::BadEntry { level, pte } });
-                }
+                Step::Table => self.table(pte & self.tables.address_mask, level - 1, start, end),
+                Step::Bad => Err(Error::NotMapped { va, why: NotMapped::BadEntry { level, pte } }),
+            };
+            if let Err(error) = below {
+                (self.lose)(start..end.saturating_add(1), error)?;
             }
         }
         Ok(())

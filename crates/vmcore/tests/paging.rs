@@ -302,3 +302,59 @@ fn the_encryption_bit_is_no_address() {
     let tables = PageTables::new(&core, synth.phys(pgd) | c_bit, 4, c_bit);
     assert_eq!(tables.translate(0x1001).unwrap(), 0x5001);
 }
+
+#[test]
+fn what_is_damaged_is_walked_around() {
+    Space::each(|mut space| {
+        for va in [0x1000, 4 * M, G, 2 * G, 512 * G] {
+            space.map(va, PageSize::Size4K, 0x5000 | PRESENT);
+        }
+        let entry = |space: &Space, va: u64, level: u32| {
+            let mut table = space.synth.phys(space.pgd);
+            for above in (level + 1..=u32::from(space.levels)).rev() {
+                let slot = table + (va >> (12 + 9 * (above - 1)) & 511) * 8;
+                table = space.synth.read_u64(space.synth.direct(slot)) & 0x000f_ffff_ffff_f000;
+            }
+            table + (va >> (12 + 9 * (level - 1)) & 511) * 8
+        };
+        let walked = |space: &Space, none: Option<u64>| {
+            let (mut found, mut lost) = (Vec::new(), Vec::new());
+            space.with_tables(|tables| {
+                tables
+                    .walk_around(
+                        0x1000..1 << 47,
+                        &|table| Some(table.phys) != none,
+                        &mut |entry| found.push(entry.va),
+                        &mut |range, error| lost.push((range.start, range.end, error.to_string())),
+                    )
+                    .unwrap();
+            });
+            (found, lost)
+        };
+        assert_eq!(walked(&space, None), (vec![0x1000, 4 * M, G, 2 * G, 512 * G], vec![]));
+
+        // A table that is far away, one that is none, and one that is its own.
+        let far = entry(&space, 0x1000, 2);
+        space.synth.write_phys(far, &(1u64 << 40 | PRESENT | RW_USER).to_le_bytes());
+        let slot = entry(&space, G, 2);
+        let none = space.synth.read_u64(space.synth.direct(slot)) & 0x000f_ffff_ffff_f000;
+        let own = entry(&space, 2 * G, 3);
+        space.synth.write_phys(own, &(own & !0xfff | PRESENT | RW_USER).to_le_bytes());
+        let (found, lost) = walked(&space, Some(none));
+        assert_eq!(found, [4 * M, 512 * G]);
+        let ranges: Vec<_> = lost.iter().map(|(start, end, _)| (*start, *end)).collect();
+        assert_eq!(ranges, [(0x1000, 2 * M), (G, G + 2 * M), (2 * G, 3 * G)]);
+        assert!(lost[0].2.contains("not in the core"), "{}", lost[0].2);
+        assert!(lost[1].2.contains("is none"), "{}", lost[1].2);
+        assert!(lost[2].2.contains("comes up twice"), "{}", lost[2].2);
+
+        // A page full of addresses that lead nowhere.
+        let table = entry(&space, 4 * M, 3) & !0xfff;
+        for n in 0..512 {
+            space.synth.write_phys(table + n * 8, &(((1 << 40) + (n << 12)) | PRESENT).to_le_bytes());
+        }
+        let result = space
+            .with_tables(|tables| tables.walk_around(0..1 << 47, &|_| true, &mut |_| {}, &mut |_, _| {}));
+        assert!(matches!(result, Err(Error::NotMapped { why: NotMapped::TableUnreadable { .. }, .. })));
+    });
+}

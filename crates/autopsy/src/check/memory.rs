@@ -106,6 +106,8 @@ impl Autopsy<'_> {
         if let Some(found) = self.memory_doubts.borrow().get(&id) {
             doubts.0.extend(found.0.iter().cloned());
         }
+        let mended = self.mend_pages(id, machine, doubts);
+        self.outcome(mended, FindingKind::Page, OBJECT, id.0, doubts);
     }
 
     fn check_users(
@@ -167,7 +169,8 @@ impl Autopsy<'_> {
         }
     }
 
-    fn check_belonging(
+    /// See [`check_mapping`](Self::check_mapping).
+    pub(crate) fn check_belonging(
         &self,
         vma: u64,
         (start, end): (u64, u64),

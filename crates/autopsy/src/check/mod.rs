@@ -49,6 +49,11 @@ pub(crate) struct Doubt {
 pub(crate) struct Doubts(Vec<Doubt>);
 
 impl Doubts {
+    /// Nothing was found.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Two sources disagree.
     pub(crate) fn doubt(
         &mut self,

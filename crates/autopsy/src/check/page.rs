@@ -117,6 +117,13 @@ impl<'k> Pages<'k> {
         self.run = (addr, pfn, 1);
     }
 
+    /// Whether a page can be mapped at an address.
+    pub(crate) fn belongs(&mut self, addr: u64, pfn: u64) -> bool {
+        let page = self.kernel.read_bytes(self.kernel.pfn_to_page(pfn), self.layout.size);
+        let facts = page.ok().and_then(|page| self.facts(pfn, &page));
+        facts.is_some_and(|facts| self.contradiction(addr, facts).is_none())
+    }
+
     /// How many pages do not belong where they are, and of the first its address and the reason.
     pub(crate) fn finish(mut self) -> (u64, Option<(u64, &'static str)>) {
         self.look();
@@ -220,7 +227,42 @@ impl<'k> Pages<'k> {
     }
 }
 
+/// A page of memory of the programs' own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Anonymous {
+    pub pfn: u64,
+    /// Its `anon_vma`.
+    pub owner: u64,
+    /// Its place there, in pages.
+    pub index: u64,
+    /// How often it is mapped; unknown for parts of compound pages.
+    pub mapped: Option<i32>,
+}
+
 impl Autopsy<'_> {
+    /// All anonymous pages that are mapped somewhere, by ascending address. Of what cannot be read there is nothing.
+    pub(crate) fn anonymous_pages(&self, each: &mut dyn FnMut(Anonymous)) -> Result<()> {
+        let layout = Layout::of(self.kernel)?;
+        let mut pages = Pages::new(self.kernel, layout, 0, 0, Belonging::default());
+        for range in self.kernel.phys().ranges() {
+            let (mut pfn, end) = (range.start >> PAGE_SHIFT, range.end() >> PAGE_SHIFT);
+            while pfn < end {
+                let count = MAX_RUN.min(end - pfn);
+                let bytes =
+                    self.kernel.read_bytes(self.kernel.pfn_to_page(pfn), layout.size * count as usize);
+                for (page, pfn) in bytes.unwrap_or_default().chunks_exact(layout.size).zip(pfn..) {
+                    let Some(facts) = pages.facts(pfn, page) else { continue };
+                    let Facts { mapping, index, references, mapped } = facts;
+                    if mapping & FLAGS == ANON && references > 0 && mapped.is_none_or(|mapped| mapped > 0) {
+                        each(Anonymous { pfn, owner: mapping & !FLAGS, index, mapped });
+                    }
+                }
+                pfn += count;
+            }
+        }
+        Ok(())
+    }
+
     /// To look at the pages of a mapping that begins with page `pgoff` of what it shows; `None` where this kernel does not have what is
     /// compared, which is noted.
     pub(crate) fn pages_of(&self, start: u64, pgoff: u64, belonging: Belonging) -> Option<Pages<'_>> {

@@ -8,18 +8,18 @@
 mod tests;
 
 use ktypes::KernelType;
-use snapshot::{AddressSpaceId, FindingKind, PAGE_SIZE};
+use snapshot::{AddressSpaceId, FindingKind, PAGE_SIZE, Severity};
 use vmcore::{Entry, EntryKind, PAGE_SHIFT, PrStatus, Tables};
 
-use super::{Doubts, Machine};
+use super::{Doubt, Doubts, Machine};
 use crate::Autopsy;
 use crate::error::Result;
+use crate::memory::MARKED_LEVELS;
 use crate::memory::counters::{ANON_PAGES, SWAP_ENTRIES};
 
 const OBJECT: &str = "memory";
-/// The kernel counts tables of three levels (mm_inc_nr_ptes(), mm_inc_nr_pmds(), mm_inc_nr_puds()), and marks those of two.
+/// The kernel counts tables of three levels (mm_inc_nr_ptes(), mm_inc_nr_pmds(), mm_inc_nr_puds()).
 const COUNTED_LEVELS: u8 = 3;
-const MARKED_LEVELS: u8 = 2;
 /// Pages of a table: so many are taken out before they are counted, where a range is unmapped (zap_pte_range()).
 const BATCH: u64 = 512;
 /// First address that no program can have, with page tables of four levels and of five.
@@ -158,6 +158,42 @@ impl Autopsy<'_> {
             }
             _ => false,
         }
+    }
+
+    /// Whether nobody was changing an address space with these users when the kernel died.
+    fn is_settled(&self, users: &[u64]) -> bool {
+        self.allowance(users) == Allowance::default()
+    }
+
+    /// Where page tables are damaged: finds what they do not show, and takes back what is in doubt because of them.
+    pub(super) fn mend_pages(
+        &self,
+        id: AddressSpaceId,
+        machine: &Machine,
+        doubts: &mut Doubts,
+    ) -> Result<()> {
+        let is_lost = || {
+            let spaces = self.address_spaces.borrow();
+            spaces.get(&id).is_some_and(|space| space.vmas.iter().any(|vma| vma.lost_pages > 0))
+        };
+        let of_pages = |doubt: &Doubt| doubt.kind == FindingKind::Page && doubt.object == OBJECT;
+        if !doubts.0.iter().any(of_pages) && !is_lost() {
+            return Ok(());
+        }
+        let users = machine.users.get(&id.0).map_or(&[][..], Vec::as_slice);
+        if !self.is_settled(users) {
+            return Ok(());
+        }
+        if let Some(found) = self.find_pages_again(id, users)? {
+            for doubt in doubts.0.iter_mut().filter(|doubt| of_pages(doubt)) {
+                doubt.severity = Severity::Note;
+            }
+            let text = format!(
+                "its page tables are damaged; {found} pages were found by what the kernel knows of each page, and all that it has counted are there"
+            );
+            doubts.note(FindingKind::Page, OBJECT, id.0, text);
+        }
+        Ok(())
     }
 
     /// How far the counts may be ahead of what is there, for an address space with these users.

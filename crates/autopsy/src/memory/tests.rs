@@ -430,14 +430,14 @@ fn the_lock_of_a_page_table_is_where_its_own_type_has_it() {
     // As since 6.6.
     machine
         .synth
-        .structure("ptdesc", Record::new().field("_pt_pad", array(U64, 6)).field("ptl", U32).size(64));
+        .structure("ptdesc", Record::new().field("_pt_pad", array(U64, 7)).field("ptl", U32).size(64));
     let phys = machine.page();
     machine.map(0, phys | PRESENT);
     machine.mprotect(0, 2);
     machine.take_lock();
     let page = machine.synth.page_of(machine.table());
     let lock = machine.synth.address_of("ptdesc", page, "ptl");
-    // There `struct page` has the mark of a page table.
+    // There `struct page` has nothing that matters here.
     machine.synth.write(lock, &0_u32.to_le_bytes());
     assert_eq!(machine.pages(), (vec![run(0, phys, 1)], 0), "where `struct page` had it");
     machine.synth.write(lock, &1_u32.to_le_bytes());

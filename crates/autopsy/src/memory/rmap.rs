@@ -1,0 +1,321 @@
+//! Pages that damaged page tables no longer show, found again by what the kernel knows of each page: whose it is and at which place there
+//! (`page.mapping`, `page.index`), and how often it is mapped (reverse mapping: mm/rmap.c, include/linux/rmap.h; 6.1 and 6.12).
+//!
+//! Nothing is guessed. A page is taken for one of an address space's only where it can be no other's (all but one of the places in which it is
+//! mapped are known) and the place can have no other; and all of it counts only if afterwards the address space has exactly as many pages as
+//! the kernel has counted, in memory and in swap. What swap entries were cannot be found out: whoever has lost one does not come back.
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ops::Range;
+
+use ktypes::KernelType;
+use snapshot::{AddressSpaceId, Vma, VmaFlags, VmaKind};
+use vmcore::{Entry, EntryKind, PAGE_SHIFT, PAGE_SIZE, PageTables};
+
+use super::counters::{ANON_PAGES, SWAP_ENTRIES};
+use super::{Collector, MAX_VMAS, PAGE_DEVMAP};
+use crate::Autopsy;
+use crate::check::Doubts;
+use crate::check::page::{Anonymous, Pages};
+use crate::error::Result;
+use crate::swap::Slot;
+
+/// Address spaces for which this is tried: each time all of the machine's `struct page`s are looked at.
+const MAX_ADDRESS_SPACES: u32 = 16;
+/// `anon_vma`s that one mapping can have pages of: one for each fork(2) between it and its oldest ancestor.
+const MAX_CHAIN: usize = 1 << 16;
+/// RWSEM_WRITER_LOCKED (kernel/locking/rwsem.c).
+const WRITER_LOCKED: u64 = 1;
+
+#[derive(KernelType)]
+#[kernel("mm_struct")]
+struct Mm {
+    #[kernel(address)]
+    mm_mt: u64,
+    pgd: u64,
+    #[kernel("mmap_lock.count")]
+    mmap_lock: u64,
+}
+
+#[derive(KernelType)]
+#[kernel("vm_area_struct")]
+struct Area {
+    vm_start: u64,
+    vm_end: u64,
+    vm_pgoff: u64,
+    #[kernel(address)]
+    anon_vma_chain: u64,
+}
+
+/// Links a mapping to an `anon_vma` that its pages can be of.
+#[derive(KernelType)]
+#[kernel("anon_vma_chain")]
+struct Link {
+    vma: u64,
+    anon_vma: u64,
+}
+
+/// A mapping that has pages of its own.
+struct Mapping {
+    /// Its place among the address space's.
+    number: usize,
+    start: u64,
+    end: u64,
+    pgoff: u64,
+    owners: HashSet<u64>,
+    /// Entries that are as they must be, by address.
+    sound: Vec<Entry>,
+    /// What is below entries and tables that are damaged.
+    damaged: Vec<Range<u64>>,
+    /// Pages that were found again, by address.
+    found: BTreeMap<u64, u64>,
+    swapped: u64,
+}
+
+/// Pages that may be the ones that are missing, by address.
+type Candidates = BTreeMap<(usize, u64), Vec<Anonymous>>;
+
+impl Autopsy<'_> {
+    /// Looks for the pages of an address space whose page tables are damaged, and puts them into it. Returns how many were found; `None` if it
+    /// could not be completed, and nothing is changed then.
+    pub(crate) fn find_pages_again(&self, id: AddressSpaceId, users: &[u64]) -> Result<Option<u64>> {
+        let tried = self.found_again.get();
+        if tried == MAX_ADDRESS_SPACES {
+            return Ok(None);
+        }
+        self.found_again.set(tried + 1);
+        let mm: Mm = self.kernel.read(id.0)?;
+        if mm.mmap_lock & WRITER_LOCKED != 0 {
+            return Ok(None);
+        }
+        let tables = self.kernel.page_tables(mm.pgd)?;
+        let Some(mut mappings) = self.mappings(id, &mm, &tables)? else { return Ok(None) };
+        let candidates = self.candidates(&mappings)?;
+        let mapped = self.mapped_elsewhere(id, &candidates);
+        let mut count = 0;
+        for ((number, address), pages) in candidates {
+            let Some(mapping) = mappings.get_mut(number) else { continue };
+            let damaged = mapping.damaged.iter().any(|range| range.contains(&address));
+            let mut missing = pages.iter().filter(|page| {
+                let known = mapped.get(&page.pfn).copied().unwrap_or(0);
+                match page.mapped {
+                    Some(mapped) => i64::from(mapped) - known == 1,
+                    // Of parts of huge pages it is not known how often they are mapped: only where something is missing.
+                    None => known == 0 && damaged,
+                }
+            });
+            match (missing.next(), missing.next()) {
+                (Some(page), None) => {
+                    mapping.found.insert(address, page.pfn);
+                    count += 1;
+                }
+                (None, _) => {}
+                (Some(_), Some(_)) => return Ok(None),
+            }
+        }
+        let counters = self.memory_counters(id.0, users.iter().copied())?;
+        let [in_memory, swapped] =
+            [ANON_PAGES, SWAP_ENTRIES].map(|n| u64::try_from(counters[n]).unwrap_or(0));
+        let mut spaces = self.address_spaces.borrow_mut();
+        let Some(space) = spaces.get_mut(&id) else { return Ok(None) };
+        let mut all = Vec::new();
+        let (mut own, mut in_swap) = (0, 0);
+        for mapping in &mappings {
+            let Some(vma) = space.vmas.get(mapping.number) else { return Ok(None) };
+            let collected = self.collect(vma, mapping)?;
+            own += collected.own;
+            in_swap += mapping.swapped;
+            if collected.lost > 0 {
+                return Ok(None);
+            }
+            all.push((mapping.number, collected.pages));
+        }
+        if (own.saturating_sub(in_swap), in_swap) != (in_memory, swapped) {
+            return Ok(None);
+        }
+        for (number, pages) in all {
+            if let Some(vma) = space.vmas.get_mut(number) {
+                (vma.pages, vma.lost_pages) = (pages, 0);
+            }
+        }
+        Ok(Some(count))
+    }
+
+    /// The mappings of an address space that have pages of their own, with what is sound and what is damaged; `None` if there are some of which that
+    /// cannot be told.
+    fn mappings(&self, id: AddressSpaceId, mm: &Mm, tables: &PageTables<'_>) -> Result<Option<Vec<Mapping>>> {
+        let mut addresses = Vec::new();
+        self.kernel.maple_for_each(mm.mm_mt, MAX_VMAS, |_, _, vma| {
+            addresses.push(vma);
+            Ok(())
+        })?;
+        let spaces = self.address_spaces.borrow();
+        let Some(space) = spaces.get(&id).filter(|space| space.vmas.len() == addresses.len()) else {
+            return Ok(None);
+        };
+        let mut mappings = Vec::new();
+        for (number, (vma, addr)) in space.vmas.iter().zip(addresses).enumerate() {
+            let area: Area = self.kernel.read(addr)?;
+            match vma.kind {
+                _ if (vma.start, vma.end) != (area.vm_start, area.vm_end) => return Ok(None),
+                VmaKind::Anonymous | VmaKind::File { .. } if !vma.shared => {}
+                // Those have no pages of their own, or do not count here.
+                VmaKind::Unsupported { .. } => return Ok(None),
+                _ if vma.lost_pages > 0 => return Ok(None),
+                _ => continue,
+            }
+            if vma.flags.contains(VmaFlags::HUGETLB) {
+                return Ok(None);
+            }
+            let mut mapping = Mapping {
+                number,
+                start: vma.start,
+                end: vma.end,
+                pgoff: area.vm_pgoff,
+                owners: self.owners(addr, area.anon_vma_chain)?,
+                sound: Vec::new(),
+                damaged: Vec::new(),
+                found: BTreeMap::new(),
+                swapped: 0,
+            };
+            let (mut belonging, mut doubts) = (Default::default(), Doubts::default());
+            self.check_belonging(addr, (vma.start, vma.end), false, &mut belonging, &mut doubts)?;
+            let Some(mut pages) = self.pages_of(vma.start, area.vm_pgoff, belonging) else {
+                return Ok(None);
+            };
+            if !doubts.is_empty() || !self.sort_entries(vma, tables, &mut mapping, &mut pages)? {
+                return Ok(None);
+            }
+            mappings.push(mapping);
+        }
+        Ok(Some(mappings))
+    }
+
+    /// The `anon_vma`s that a mapping's pages can be of.
+    fn owners(&self, vma: u64, chain: u64) -> Result<HashSet<u64>> {
+        let offset = self.kernel.offset_of("anon_vma_chain", "same_vma")?;
+        let mut owners = HashSet::new();
+        for node in self.kernel.list_head(chain, MAX_CHAIN) {
+            let link: Link = self.kernel.read(node?.wrapping_sub(offset))?;
+            if link.vma == vma {
+                owners.insert(link.anon_vma);
+            }
+        }
+        Ok(owners)
+    }
+
+    /// What of a mapping's page tables is sound; `false` if there is something that is neither sound nor damaged.
+    fn sort_entries(
+        &self,
+        vma: &Vma,
+        tables: &PageTables<'_>,
+        mapping: &mut Mapping,
+        pages: &mut Pages<'_>,
+    ) -> Result<bool> {
+        let frames = self.frames()?;
+        let mut entries = Vec::new();
+        let damaged = &mut mapping.damaged;
+        tables.walk_around(
+            vma.start..vma.end,
+            &|table| self.is_table(table),
+            &mut |entry| entries.push(entry),
+            &mut |range, _| damaged.push(range),
+        )?;
+        for entry in entries {
+            let from = entry.va.max(vma.start);
+            let to = (entry.va + entry.size.bytes()).min(vma.end);
+            let (skip, count) = ((from - entry.va) >> PAGE_SHIFT, to.saturating_sub(from) >> PAGE_SHIFT);
+            let is_sound = match entry.kind(&frames.format) {
+                EntryKind::Present { phys } | EntryKind::ProtNone { phys }
+                    if entry.pte & PAGE_DEVMAP == 0 =>
+                {
+                    let first = (phys >> PAGE_SHIFT) + skip;
+                    let is_sound = |i: u64| {
+                        frames.is_zero(first + i) || pages.belongs(from + (i << PAGE_SHIFT), first + i)
+                    };
+                    (0..count).all(is_sound)
+                }
+                EntryKind::Swap { kind, offset } => {
+                    let there = (0..count)
+                        .all(|i| !matches!(self.swap().slot(kind.into(), offset + skip + i), Slot::Lost(_)));
+                    mapping.swapped += if there { count } else { 0 };
+                    there
+                }
+                EntryKind::Marker { bits } if bits & !1 == 0 => true,
+                EntryKind::Unknown { .. } => false,
+                // On its way, or a device's.
+                _ => return Ok(false),
+            };
+            match is_sound {
+                true => mapping.sound.push(entry),
+                false => mapping.damaged.push(from..to),
+            }
+        }
+        Ok(true)
+    }
+
+    /// All anonymous pages that are of one of the mappings' owners and belong where nothing sound is.
+    fn candidates(&self, mappings: &[Mapping]) -> Result<Candidates> {
+        let mut by_owner: HashMap<u64, Vec<usize>> = HashMap::new();
+        for (n, mapping) in mappings.iter().enumerate() {
+            mapping.owners.iter().for_each(|owner| by_owner.entry(*owner).or_default().push(n));
+        }
+        let mut candidates = Candidates::new();
+        self.anonymous_pages(&mut |page| {
+            for n in by_owner.get(&page.owner).into_iter().flatten() {
+                let Some(mapping) = mappings.get(*n) else { continue };
+                let Some(address) = mapping.address_of(page.index) else { continue };
+                if !mapping.is_sound(address) {
+                    candidates.entry((*n, address)).or_default().push(page);
+                }
+            }
+        })?;
+        Ok(candidates)
+    }
+
+    /// How often each candidate is known to be mapped, by other address spaces.
+    fn mapped_elsewhere(&self, id: AddressSpaceId, candidates: &Candidates) -> BTreeMap<u64, i64> {
+        let mut mapped: BTreeMap<u64, i64> =
+            candidates.values().flatten().map(|page| (page.pfn, 0)).collect();
+        let spaces = self.address_spaces.borrow();
+        let others = spaces.iter().filter(|(other, _)| **other != id);
+        for run in others.flat_map(|(_, space)| &space.vmas).flat_map(|vma| &vma.pages) {
+            let end = run.pfn.saturating_add(run.count.into());
+            mapped.range_mut(run.pfn..end).for_each(|(_, count)| *count += 1);
+        }
+        mapped
+    }
+
+    /// The mapping's pages, as if its page tables had been whole.
+    fn collect(&self, vma: &Vma, mapping: &Mapping) -> Result<Collector<'_, '_>> {
+        let is_file = matches!(vma.kind, VmaKind::File { .. });
+        let mut collector = Collector::new(self.frames()?, self.kernel.phys().ranges(), self.swap(), is_file);
+        let mut found = mapping.found.iter().peekable();
+        for entry in &mapping.sound {
+            while let Some((address, pfn)) = found.next_if(|(address, _)| **address < entry.va) {
+                collector.page(*address, *pfn);
+            }
+            collector.entry(entry, mapping.start, mapping.end);
+        }
+        found.for_each(|(address, pfn)| collector.page(*address, *pfn));
+        Ok(collector)
+    }
+}
+
+impl Mapping {
+    /// Where a page with this index is, if it is in this mapping.
+    fn address_of(&self, index: u64) -> Option<u64> {
+        let within = index.checked_sub(self.pgoff)?.checked_mul(PAGE_SIZE)?;
+        self.start.checked_add(within).filter(|address| *address < self.end)
+    }
+
+    /// Whether there is an entry for an address that is as it must be.
+    fn is_sound(&self, address: u64) -> bool {
+        let after = self.sound.partition_point(|entry| entry.va <= address);
+        let entry = after.checked_sub(1).and_then(|n| self.sound.get(n));
+        entry.is_some_and(|entry| address - entry.va < entry.size.bytes())
+    }
+}
