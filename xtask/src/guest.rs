@@ -91,7 +91,8 @@ pub fn keep_table(guest: &Guest, rows: &[impl std::fmt::Display], failed: bool) 
 pub fn for_programs(series: Series, accel: Accel) -> MachineConfig {
     MachineConfig {
         flavour: Flavour::Programs,
-        memory_mib: 4096,
+        // Below 4 GiB there is not always room for as much in one piece, depending on where the kernel puts itself: above there is.
+        memory_mib: 5120,
         crashkernel_mib: 1536,
         ..MachineConfig::new(series, accel)
     }

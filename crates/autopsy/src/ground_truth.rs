@@ -12,7 +12,7 @@ mod machine;
 
 pub use machine::{MachineComparison, compare_machine};
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Write as _;
 use std::io;
 use std::ops::Range;
@@ -181,7 +181,60 @@ struct Switches {
 /// epoll_pwait, io_pgetevents, epoll_pwait2. /proc shows that mask, the snapshot the one that the program goes on with.
 const MASKING: [&str; 7] = ["128 ", "130 ", "270 ", "271 ", "281 ", "333 ", "441 "];
 
+/// What of a process's own pages is found without its page tables ([`Autopsy::pages_by_owner`]).
+#[derive(Clone, Debug)]
+pub struct FoundPages {
+    #[allow(missing_docs)]
+    pub pid: Pid,
+    /// How many the page tables show.
+    pub shown: u64,
+    /// How many were found with whole page tables (there are none to be found), and with none of the lowest; or why not all were.
+    pub found: [Result<u64, String>; 2],
+    /// Those that were found are others.
+    pub differ: bool,
+}
+
 impl Autopsy<'_> {
+    /// Looks for all processes' own pages by what the kernel knows of each page, as if page tables were damaged.
+    ///
+    /// # Errors
+    /// As [`autopsy`](crate::autopsy).
+    pub fn pages_by_owner(&self) -> Result<Vec<FoundPages>> {
+        let processes = self.processes()?;
+        let mut users: HashMap<u64, Vec<u64>> = HashMap::new();
+        for member in self.groups()?.iter().flat_map(|group| &group.members) {
+            users.entry(member.task.mm).or_default().push(member.addr);
+        }
+        let runs = |id| -> Vec<Vec<snapshot::PageRun>> {
+            let spaces = self.address_spaces.borrow();
+            spaces.get(&id).into_iter().flat_map(|space| &space.vmas).map(|vma| vma.pages.clone()).collect()
+        };
+        let users: Vec<(snapshot::AddressSpaceId, &[u64])> = processes
+            .iter()
+            .filter_map(|process| process.address_space)
+            .map(|id| (id, users.get(&id.0).map_or(&[][..], Vec::as_slice)))
+            .collect();
+        let shown: Vec<_> = users.iter().map(|(id, _)| runs(*id)).collect();
+        let found = [0, 1].map(|lowest| {
+            let is_table = |table: vmcore::Table| table.level > lowest && self.is_table(table);
+            self.find_pages_again(&users, &is_table)
+        });
+        let mut all = Vec::new();
+        let known = processes.iter().filter_map(|process| Some((process.pid, process.address_space?)));
+        for ((pid, id), shown) in known.zip(shown) {
+            let of = |found: &BTreeMap<_, Result<u64, String>>| {
+                found.get(&id).cloned().unwrap_or_else(|| Err("it is not known".into()))
+            };
+            all.push(FoundPages {
+                pid,
+                differ: runs(id) != shown,
+                shown: shown.iter().flatten().map(|run| u64::from(run.count)).sum(),
+                found: [of(&found[0]), of(&found[1])],
+            });
+        }
+        Ok(all)
+    }
+
     /// Everything, and beside the snapshot the record of it that can be compared with a recording of /proc.
     ///
     /// # Errors

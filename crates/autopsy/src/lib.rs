@@ -109,7 +109,7 @@ pub fn autopsy(kernel: &Kernel) -> Result<Snapshot> {
 /// The texts of the findings, by process, severity and kind.
 type Texts = BTreeMap<(Option<Pid>, Severity, snapshot::FindingKind), BTreeSet<String>>;
 /// What was read once for many who ask for it, or why it could not be.
-type OrWhyNot<T> = Result<T, String>;
+pub(crate) type OrWhyNot<T> = Result<T, String>;
 
 /// A dead kernel under examination: what was learned so far, so that shared objects are read once.
 pub struct Autopsy<'k> {
@@ -155,8 +155,6 @@ pub struct Autopsy<'k> {
     pub(crate) page_layout: OnceCell<Option<check::page::Layout>>,
     /// Anonymous pages of each address space that were found, in memory and in swap; `None` if that cannot be known.
     pub(crate) own_pages: RefCell<HashMap<AddressSpaceId, Option<u64>>>,
-    /// For how many address spaces pages were looked for that their page tables do not show.
-    pub(crate) found_again: Cell<u32>,
     /// What was noticed about address spaces while they were read, for all who use them.
     pub(crate) memory_doubts: RefCell<BTreeMap<AddressSpaceId, check::Doubts>>,
 }
@@ -200,7 +198,6 @@ impl<'k> Autopsy<'k> {
             now: OnceCell::new(),
             caches: check::Caches::default(),
             page_layout: OnceCell::new(),
-            found_again: Cell::new(0),
             own_pages: RefCell::default(),
             memory_doubts: RefCell::default(),
         }

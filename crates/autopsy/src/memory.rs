@@ -31,8 +31,8 @@ const USER_END: u64 = 1 << 56;
 const MAX_AUXV: u64 = 256;
 /// ANON_VMA_NAME_MAX_LEN, include/uapi/linux/prctl.h.
 const MAX_ANON_NAME: usize = 80;
-/// _PAGE_BIT_DEVMAP (arch/x86/include/asm/pgtable_types.h).
-const PAGE_DEVMAP: u64 = 1 << 58;
+/// _PAGE_BIT_DEVMAP (arch/x86/include/asm/pgtable_types.h) until 6.5, and since 6.6, where the other one means something else (_PAGE_BIT_SAVED_DIRTY).
+const PAGE_DEVMAP: [u64; 2] = [1 << 58, 1 << 57];
 /// PAGE_MAPPING_ANON: the lowest bit of `page.mapping` (KSM pages have it, too).
 const MAPPING_ANON: u64 = 1;
 
@@ -84,7 +84,7 @@ const FLAGS: [(u64, VmaFlags); 18] = [
 ];
 
 /// Page tables of so many levels, counted from the lowest, are marked as such in their `struct page`s (until 6.12).
-pub(crate) const MARKED_LEVELS: u8 = 2;
+const MARKED_LEVELS: u8 = 2;
 
 // mm_struct.flags (include/linux/sched/coredump.h).
 const MMF_DUMPABLE_MASK: u64 = 3;
@@ -180,6 +180,8 @@ pub(crate) struct Frames<'k> {
     unreadable: RefCell<HashSet<u64>>,
     /// The block that was asked for last: neighbours are often neighbours in physical memory.
     last: Cell<(u64, Block)>,
+    /// The bit of entries for pages of a device.
+    devmap: u64,
     /// Page frame of the page of zeroes that reads of untouched memory get.
     zero_pfn: u64,
     /// The same, of 2 MiB.
@@ -242,6 +244,8 @@ impl<'k> Frames<'k> {
                 poisoned: bit("PG_hwpoison").unwrap_or(0),
             },
             format: kernel.pte_format(),
+            // `struct ptdesc` is as old as the change.
+            devmap: PAGE_DEVMAP[usize::from(kernel.size_of("ptdesc").is_ok())],
             blocks: RefCell::default(),
             unreadable: RefCell::default(),
             last: Cell::new((u64::MAX, Block::default())),
@@ -358,7 +362,7 @@ impl<'a, 'k> Collector<'a, 'k> {
         // The page of an entry that waits for a migration is about to lose its owner.
         // Pages of a device (DAX) have other rules than those of memory.
         let is_settled = matches!(kind, EntryKind::Present { .. } | EntryKind::ProtNone { .. })
-            && entry.pte & PAGE_DEVMAP == 0;
+            && entry.pte & self.frames.devmap == 0;
         match kind {
             EntryKind::Present { phys }
             | EntryKind::ProtNone { phys }
@@ -485,9 +489,15 @@ impl Autopsy<'_> {
     }
 
     /// Whether a table of an address space can be one, as far as its `struct page` says.
-    fn is_table(&self, table: Table) -> bool {
-        table.level > MARKED_LEVELS
-            || !matches!(self.kernel.is_page_table(table.phys >> PAGE_SHIFT), Ok(Some(false)) | Err(_))
+    pub(crate) fn is_table(&self, table: Table) -> bool {
+        use ktypes::Error::{MissingMember, MissingType};
+        if table.level > MARKED_LEVELS {
+            return true;
+        }
+        match self.kernel.is_page_table(table.phys >> PAGE_SHIFT) {
+            Ok(mark) => mark != Some(false),
+            Err(error) => matches!(error, MissingMember { .. } | MissingType { .. }),
+        }
     }
 
     /// Reads an address space into the table, unless it is there. `call_of`: the system call that a task (by address) of the process

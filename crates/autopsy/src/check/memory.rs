@@ -100,14 +100,10 @@ impl Autopsy<'_> {
         if self.check_slab(MM, id.0, OBJECT, doubts) {
             let checked = self.check_users(id, member.addr, machine, doubts);
             self.outcome(checked, FindingKind::Count, OBJECT, id.0, doubts);
-            let checked = self.check_page_tables(id, machine, doubts);
-            self.outcome(checked, FindingKind::Page, OBJECT, id.0, doubts);
         }
-        if let Some(found) = self.memory_doubts.borrow().get(&id) {
+        if let Some(found) = machine.page_tables.get(&id) {
             doubts.0.extend(found.0.iter().cloned());
         }
-        let mended = self.mend_pages(id, machine, doubts);
-        self.outcome(mended, FindingKind::Page, OBJECT, id.0, doubts);
     }
 
     fn check_users(

@@ -107,6 +107,8 @@ struct Machine {
     users: HashMap<u64, Vec<u64>>,
     /// References to open files from descriptors, mappings and programs.
     file_users: HashMap<u64, i64>,
+    /// What is in doubt about address spaces' mappings and page tables.
+    page_tables: HashMap<AddressSpaceId, Doubts>,
 }
 
 impl Autopsy<'_> {
@@ -145,6 +147,7 @@ impl Autopsy<'_> {
             running: HashSet::new(),
             users: HashMap::new(),
             file_users: HashMap::new(),
+            page_tables: HashMap::new(),
         };
         let current = &self.cpus().current;
         for member in groups.iter().flat_map(|group| &group.members).filter(|m| m.task.mm != 0) {
@@ -164,6 +167,8 @@ impl Autopsy<'_> {
         for id in opened.chain(sound.flat_map(|id| self.mapped_by(*id))) {
             *machine.file_users.entry(id.0).or_default() += 1;
         }
+        drop((doubted, spaces));
+        machine.page_tables = self.check_all_page_tables(&machine);
         machine
     }
 

@@ -7,6 +7,8 @@
 #[cfg(test)]
 mod tests;
 
+use std::collections::HashMap;
+
 use ktypes::KernelType;
 use snapshot::{AddressSpaceId, FindingKind, PAGE_SIZE, Severity};
 use vmcore::{Entry, EntryKind, PAGE_SHIFT, PrStatus, Tables};
@@ -14,12 +16,13 @@ use vmcore::{Entry, EntryKind, PAGE_SHIFT, PrStatus, Tables};
 use super::{Doubt, Doubts, Machine};
 use crate::Autopsy;
 use crate::error::Result;
-use crate::memory::MARKED_LEVELS;
 use crate::memory::counters::{ANON_PAGES, SWAP_ENTRIES};
 
 const OBJECT: &str = "memory";
 /// The kernel counts tables of three levels (mm_inc_nr_ptes(), mm_inc_nr_pmds(), mm_inc_nr_puds()).
 const COUNTED_LEVELS: u8 = 3;
+/// Address spaces whose pages are looked for: more than a few have other reasons.
+const MAX_DAMAGED: usize = 64;
 /// Pages of a table: so many are taken out before they are counted, where a range is unmapped (zap_pte_range()).
 const BATCH: u64 = 512;
 /// First address that no program can have, with page tables of four levels and of five.
@@ -115,11 +118,9 @@ impl Autopsy<'_> {
                 return Ok(());
             }
         };
-        for table in found.tables.iter().filter(|table| table.level <= MARKED_LEVELS) {
-            if self.kernel.is_page_table(table.phys >> PAGE_SHIFT)? == Some(false) {
-                let text = format!("what is in the place of the page table for {:x} is none", table.va);
-                doubts.doubt(FindingKind::Page, OBJECT, table.phys, text);
-            }
+        for table in found.tables.iter().filter(|table| !self.is_table(**table)) {
+            let text = format!("what is in the place of the page table for {:x} is none", table.va);
+            doubts.doubt(FindingKind::Page, OBJECT, table.phys, text);
         }
         let tables = self.counted_tables(&found);
         let counted = u64::try_from(mm.pgtables_bytes).unwrap_or(0) / PAGE_SIZE;
@@ -160,40 +161,61 @@ impl Autopsy<'_> {
         }
     }
 
-    /// Whether nobody was changing an address space with these users when the kernel died.
-    fn is_settled(&self, users: &[u64]) -> bool {
-        self.allowance(users) == Allowance::default()
-    }
-
-    /// Where page tables are damaged: finds what they do not show, and takes back what is in doubt because of them.
-    pub(super) fn mend_pages(
-        &self,
-        id: AddressSpaceId,
-        machine: &Machine,
-        doubts: &mut Doubts,
-    ) -> Result<()> {
-        let is_lost = || {
-            let spaces = self.address_spaces.borrow();
-            spaces.get(&id).is_some_and(|space| space.vmas.iter().any(|vma| vma.lost_pages > 0))
-        };
-        let of_pages = |doubt: &Doubt| doubt.kind == FindingKind::Page && doubt.object == OBJECT;
-        if !doubts.0.iter().any(of_pages) && !is_lost() {
-            return Ok(());
-        }
-        let users = machine.users.get(&id.0).map_or(&[][..], Vec::as_slice);
-        if !self.is_settled(users) {
-            return Ok(());
-        }
-        if let Some(found) = self.find_pages_again(id, users)? {
-            for doubt in doubts.0.iter_mut().filter(|doubt| of_pages(doubt)) {
-                doubt.severity = Severity::Note;
+    /// What is in doubt about the page tables of all address spaces. Where they are damaged, what they do not show is found if it can be, and what was in
+    /// doubt because of them is told no longer.
+    pub(super) fn check_all_page_tables(&self, machine: &Machine) -> HashMap<AddressSpaceId, Doubts> {
+        let ids: Vec<AddressSpaceId> = self.address_spaces.borrow().keys().copied().collect();
+        let mut all = HashMap::new();
+        for id in ids.into_iter().filter(|id| machine.users.contains_key(&id.0)) {
+            let mut doubts = Doubts::default();
+            let checked = self.check_page_tables(id, machine, &mut doubts);
+            self.outcome(checked, FindingKind::Page, OBJECT, id.0, &mut doubts);
+            if let Some(found) = self.memory_doubts.borrow().get(&id) {
+                doubts.0.extend(found.0.iter().cloned());
             }
-            let text = format!(
-                "its page tables are damaged; {found} pages were found by what the kernel knows of each page, and all that it has counted are there"
-            );
-            doubts.note(FindingKind::Page, OBJECT, id.0, text);
+            all.insert(id, doubts);
         }
-        Ok(())
+        let is_lost = |id: &AddressSpaceId| {
+            let spaces = self.address_spaces.borrow();
+            spaces.get(id).is_some_and(|space| space.vmas.iter().any(|vma| vma.lost_pages > 0))
+        };
+        let damaged = all.iter().filter(|(id, doubts)| doubts.0.iter().any(is_of_pages) || is_lost(id));
+        let damaged: Vec<(AddressSpaceId, &[u64])> = damaged
+            .filter_map(|(id, _)| Some((*id, machine.users.get(&id.0)?.as_slice())))
+            .take(MAX_DAMAGED)
+            .collect();
+        if damaged.is_empty() {
+            return all;
+        }
+        for (id, found) in self.find_pages_again(&damaged, &|table| self.is_table(table)) {
+            let doubts = all.entry(id).or_default();
+            let (severity, text) = match found {
+                Ok(found) => {
+                    let damage = doubts.0.iter_mut().filter(|doubt| is_of_pages(doubt));
+                    damage.for_each(|doubt| doubt.severity = Severity::Note);
+                    let found = format!(
+                        "its page tables are damaged; {found} pages were found by what the kernel knows of each page, and all that it has counted are there"
+                    );
+                    // Who has run meanwhile may have read anything.
+                    match machine.running.contains(&id.0) {
+                        true => (Severity::Doubt, found + "; it was running with them when the kernel died"),
+                        false => (Severity::Loss, found + "; whether it had run with them is not known"),
+                    }
+                }
+                Err(why) => (
+                    Severity::Note,
+                    format!(
+                        "what its page tables do not show cannot be found by what the kernel knows of each page: {why}"
+                    ),
+                ),
+            };
+            // First: the others can be many.
+            let mut first = Doubts::default();
+            first.add(severity, FindingKind::Page, OBJECT, id.0, text);
+            first.0.append(&mut doubts.0);
+            *doubts = first;
+        }
+        all
     }
 
     /// How far the counts may be ahead of what is there, for an address space with these users.
@@ -229,6 +251,10 @@ impl Autopsy<'_> {
         });
         Some(Doing::Kernel(names.collect()))
     }
+}
+
+fn is_of_pages(doubt: &Doubt) -> bool {
+    doubt.severity == Severity::Doubt && doubt.kind == FindingKind::Page && doubt.object == OBJECT
 }
 
 /// What a CPU may have counted differently of an address space, if anything. `its_own`: it ran one of the space's threads.

@@ -3,7 +3,8 @@
 //!
 //! Nothing is guessed. A page is taken for one of an address space's only where it can be no other's (all but one of the places in which it is
 //! mapped are known) and the place can have no other; and all of it counts only if afterwards the address space has exactly as many pages as
-//! the kernel has counted, in memory and in swap. What swap entries were cannot be found out: whoever has lost one does not come back.
+//! the kernel has counted, in memory and in swap. So who was changing entries when the kernel died needs no allowance: what had been taken out, and
+//! is still a page of the mapping's, may as well be there; where two pages can be the one, and where a count was ahead, nothing is found. What swap entries were cannot be found out: whoever has lost one does not come back.
 
 #[cfg(test)]
 mod tests;
@@ -13,18 +14,16 @@ use std::ops::Range;
 
 use ktypes::KernelType;
 use snapshot::{AddressSpaceId, Vma, VmaFlags, VmaKind};
-use vmcore::{Entry, EntryKind, PAGE_SHIFT, PAGE_SIZE, PageTables};
+use vmcore::{Entry, EntryKind, PAGE_SHIFT, PAGE_SIZE, PageTables, Table};
 
 use super::counters::{ANON_PAGES, SWAP_ENTRIES};
-use super::{Collector, MAX_VMAS, PAGE_DEVMAP};
-use crate::Autopsy;
+use super::{Collector, MAX_VMAS};
 use crate::check::Doubts;
 use crate::check::page::{Anonymous, Pages};
 use crate::error::Result;
 use crate::swap::Slot;
+use crate::{Autopsy, OrWhyNot};
 
-/// Address spaces for which this is tried: each time all of the machine's `struct page`s are looked at.
-const MAX_ADDRESS_SPACES: u32 = 16;
 /// `anon_vma`s that one mapping can have pages of: one for each fork(2) between it and its oldest ancestor.
 const MAX_CHAIN: usize = 1 << 16;
 /// RWSEM_WRITER_LOCKED (kernel/locking/rwsem.c).
@@ -76,77 +75,119 @@ struct Mapping {
 }
 
 /// Pages that may be the ones that are missing, by address.
-type Candidates = BTreeMap<(usize, u64), Vec<Anonymous>>;
+type Candidates = BTreeMap<u64, Vec<Anonymous>>;
 
 impl Autopsy<'_> {
-    /// Looks for the pages of an address space whose page tables are damaged, and puts them into it. Returns how many were found; `None` if it
-    /// could not be completed, and nothing is changed then.
-    pub(crate) fn find_pages_again(&self, id: AddressSpaceId, users: &[u64]) -> Result<Option<u64>> {
-        let tried = self.found_again.get();
-        if tried == MAX_ADDRESS_SPACES {
-            return Ok(None);
+    /// Looks for the pages of address spaces whose page tables are damaged, and puts them into these. `users`: the tasks that use each. `is_table`
+    /// says which tables may be used. Returns how many pages were found for each; or why not all of them can be, and nothing is changed then.
+    pub(crate) fn find_pages_again(
+        &self,
+        users: &[(AddressSpaceId, &[u64])],
+        is_table: &dyn Fn(Table) -> bool,
+    ) -> BTreeMap<AddressSpaceId, OrWhyNot<u64>> {
+        let mut outcomes = BTreeMap::new();
+        let mut spaces = Vec::new();
+        for (id, users) in users {
+            match self.mappings(*id, is_table) {
+                Ok(Ok(mappings)) => spaces.push((*id, *users, mappings)),
+                Ok(Err(why)) => _ = outcomes.insert(*id, Err(why)),
+                Err(error) => _ = outcomes.insert(*id, Err(error.to_string())),
+            }
         }
-        self.found_again.set(tried + 1);
-        let mm: Mm = self.kernel.read(id.0)?;
-        if mm.mmap_lock & WRITER_LOCKED != 0 {
-            return Ok(None);
+        let all: Vec<&Mapping> = spaces.iter().flat_map(|(.., mappings)| mappings).collect();
+        let (mut candidates, failed) = match self.candidates(&all) {
+            Ok(candidates) => (candidates.into_iter(), None),
+            Err(error) => (Vec::new().into_iter(), Some(error.to_string())),
+        };
+        for (id, users, mut mappings) in spaces {
+            let candidates: Vec<_> = candidates.by_ref().take(mappings.len()).collect();
+            let outcome = match &failed {
+                Some(why) => Err(why.clone()),
+                None => self
+                    .complete(id, users, &mut mappings, &candidates)
+                    .unwrap_or_else(|error| Err(error.to_string())),
+            };
+            outcomes.insert(id, outcome);
         }
-        let tables = self.kernel.page_tables(mm.pgd)?;
-        let Some(mut mappings) = self.mappings(id, &mm, &tables)? else { return Ok(None) };
-        let candidates = self.candidates(&mappings)?;
-        let mapped = self.mapped_elsewhere(id, &candidates);
+        outcomes
+    }
+
+    /// Completes an address space with those candidates (for each of its mappings) that can be nothing else.
+    fn complete(
+        &self,
+        id: AddressSpaceId,
+        users: &[u64],
+        mappings: &mut [Mapping],
+        candidates: &[Candidates],
+    ) -> Result<OrWhyNot<u64>> {
+        let mapped = self.mapped_elsewhere(id, candidates);
         let mut count = 0;
-        for ((number, address), pages) in candidates {
-            let Some(mapping) = mappings.get_mut(number) else { continue };
-            let damaged = mapping.damaged.iter().any(|range| range.contains(&address));
-            let mut missing = pages.iter().filter(|page| {
-                let known = mapped.get(&page.pfn).copied().unwrap_or(0);
-                match page.mapped {
-                    Some(mapped) => i64::from(mapped) - known == 1,
-                    // Of parts of huge pages it is not known how often they are mapped: only where something is missing.
-                    None => known == 0 && damaged,
+        for (mapping, candidates) in mappings.iter_mut().zip(candidates) {
+            for (&address, pages) in candidates {
+                let damaged = mapping.damaged.iter().any(|range| range.contains(&address));
+                let mut missing = pages.iter().filter(|page| {
+                    let known = mapped.get(&page.pfn).copied().unwrap_or(0);
+                    match page.mapped {
+                        Some(mapped) => i64::from(mapped) - known == 1,
+                        // Of parts of huge pages it is not known how often they are mapped: only where something is missing.
+                        None => known == 0 && damaged,
+                    }
+                });
+                match (missing.next(), missing.next()) {
+                    (Some(page), None) => {
+                        mapping.found.insert(address, page.pfn);
+                        count += 1;
+                    }
+                    (None, _) => {}
+                    (Some(_), Some(_)) => {
+                        return Ok(Err(format!("more than one page can be the one at {address:x}")));
+                    }
                 }
-            });
-            match (missing.next(), missing.next()) {
-                (Some(page), None) => {
-                    mapping.found.insert(address, page.pfn);
-                    count += 1;
-                }
-                (None, _) => {}
-                (Some(_), Some(_)) => return Ok(None),
             }
         }
         let counters = self.memory_counters(id.0, users.iter().copied())?;
         let [in_memory, swapped] =
             [ANON_PAGES, SWAP_ENTRIES].map(|n| u64::try_from(counters[n]).unwrap_or(0));
         let mut spaces = self.address_spaces.borrow_mut();
-        let Some(space) = spaces.get_mut(&id) else { return Ok(None) };
+        let Some(space) = spaces.get_mut(&id) else { return Ok(Err("its mappings are not known".into())) };
         let mut all = Vec::new();
         let (mut own, mut in_swap) = (0, 0);
-        for mapping in &mappings {
-            let Some(vma) = space.vmas.get(mapping.number) else { return Ok(None) };
+        for mapping in &*mappings {
+            let Some(vma) = space.vmas.get(mapping.number) else { continue };
             let collected = self.collect(vma, mapping)?;
             own += collected.own;
             in_swap += mapping.swapped;
-            if collected.lost > 0 {
-                return Ok(None);
+            if let Some(why) = collected.why_lost {
+                return Ok(Err(format!("{} pages {why}", collected.lost)));
             }
             all.push((mapping.number, collected.pages));
         }
-        if (own.saturating_sub(in_swap), in_swap) != (in_memory, swapped) {
-            return Ok(None);
+        let own = own.saturating_sub(in_swap);
+        if (own, in_swap) != (in_memory, swapped) {
+            return Ok(Err(format!(
+                "with {count} that were found it has {own} pages in memory and {in_swap} in swap, and the kernel counted {in_memory} and {swapped}"
+            )));
         }
         for (number, pages) in all {
             if let Some(vma) = space.vmas.get_mut(number) {
                 (vma.pages, vma.lost_pages) = (pages, 0);
             }
         }
-        Ok(Some(count))
+        Ok(Ok(count))
     }
 
-    /// The mappings of an address space that have pages of their own, with what is sound and what is damaged; `None` if there are some of which that
-    /// cannot be told.
-    fn mappings(&self, id: AddressSpaceId, mm: &Mm, tables: &PageTables<'_>) -> Result<Option<Vec<Mapping>>> {
+    /// The mappings of an address space that have pages of their own, with what is sound and what is damaged; or why that cannot be told.
+    fn mappings(
+        &self,
+        id: AddressSpaceId,
+        is_table: &dyn Fn(Table) -> bool,
+    ) -> Result<OrWhyNot<Vec<Mapping>>> {
+        let why_not = |why: &str| Ok(Err(why.to_owned()));
+        let mm: Mm = self.kernel.read(id.0)?;
+        if mm.mmap_lock & WRITER_LOCKED != 0 {
+            return why_not("its mappings were being changed");
+        }
+        let tables = &self.kernel.page_tables(mm.pgd)?;
         let mut addresses = Vec::new();
         self.kernel.maple_for_each(mm.mm_mt, MAX_VMAS, |_, _, vma| {
             addresses.push(vma);
@@ -154,21 +195,23 @@ impl Autopsy<'_> {
         })?;
         let spaces = self.address_spaces.borrow();
         let Some(space) = spaces.get(&id).filter(|space| space.vmas.len() == addresses.len()) else {
-            return Ok(None);
+            return why_not("its mappings are not known");
         };
         let mut mappings = Vec::new();
         for (number, (vma, addr)) in space.vmas.iter().zip(addresses).enumerate() {
             let area: Area = self.kernel.read(addr)?;
             match vma.kind {
-                _ if (vma.start, vma.end) != (area.vm_start, area.vm_end) => return Ok(None),
+                _ if (vma.start, vma.end) != (area.vm_start, area.vm_end) => {
+                    return why_not("its mappings are not known");
+                }
                 VmaKind::Anonymous | VmaKind::File { .. } if !vma.shared => {}
+                VmaKind::Unsupported { .. } => return why_not("there is memory that is not known"),
+                _ if vma.lost_pages > 0 => return why_not("pages of another kind are missing, too"),
                 // Those have no pages of their own, or do not count here.
-                VmaKind::Unsupported { .. } => return Ok(None),
-                _ if vma.lost_pages > 0 => return Ok(None),
                 _ => continue,
             }
             if vma.flags.contains(VmaFlags::HUGETLB) {
-                return Ok(None);
+                return why_not("it has huge pages");
             }
             let mut mapping = Mapping {
                 number,
@@ -183,15 +226,14 @@ impl Autopsy<'_> {
             };
             let (mut belonging, mut doubts) = (Default::default(), Doubts::default());
             self.check_belonging(addr, (vma.start, vma.end), false, &mut belonging, &mut doubts)?;
-            let Some(mut pages) = self.pages_of(vma.start, area.vm_pgoff, belonging) else {
-                return Ok(None);
-            };
-            if !doubts.is_empty() || !self.sort_entries(vma, tables, &mut mapping, &mut pages)? {
-                return Ok(None);
+            let pages = self.pages_of(vma.start, area.vm_pgoff, belonging).filter(|_| doubts.is_empty());
+            let Some(mut pages) = pages else { return why_not("whose its pages are is in doubt") };
+            if !self.sort_entries(vma, (tables, is_table), &mut mapping, &mut pages)? {
+                return why_not("some were on their way to another place, or a device's");
             }
             mappings.push(mapping);
         }
-        Ok(Some(mappings))
+        Ok(Ok(mappings))
     }
 
     /// The `anon_vma`s that a mapping's pages can be of.
@@ -211,7 +253,7 @@ impl Autopsy<'_> {
     fn sort_entries(
         &self,
         vma: &Vma,
-        tables: &PageTables<'_>,
+        (tables, is_table): (&PageTables<'_>, &dyn Fn(Table) -> bool),
         mapping: &mut Mapping,
         pages: &mut Pages<'_>,
     ) -> Result<bool> {
@@ -220,7 +262,7 @@ impl Autopsy<'_> {
         let damaged = &mut mapping.damaged;
         tables.walk_around(
             vma.start..vma.end,
-            &|table| self.is_table(table),
+            is_table,
             &mut |entry| entries.push(entry),
             &mut |range, _| damaged.push(range),
         )?;
@@ -230,7 +272,7 @@ impl Autopsy<'_> {
             let (skip, count) = ((from - entry.va) >> PAGE_SHIFT, to.saturating_sub(from) >> PAGE_SHIFT);
             let is_sound = match entry.kind(&frames.format) {
                 EntryKind::Present { phys } | EntryKind::ProtNone { phys }
-                    if entry.pte & PAGE_DEVMAP == 0 =>
+                    if entry.pte & frames.devmap == 0 =>
                 {
                     let first = (phys >> PAGE_SHIFT) + skip;
                     let is_sound = |i: u64| {
@@ -257,29 +299,29 @@ impl Autopsy<'_> {
         Ok(true)
     }
 
-    /// All anonymous pages that are of one of the mappings' owners and belong where nothing sound is.
-    fn candidates(&self, mappings: &[Mapping]) -> Result<Candidates> {
+    /// All anonymous pages that are of one of a mapping's owners and belong where nothing sound is, for each of these mappings.
+    fn candidates(&self, mappings: &[&Mapping]) -> Result<Vec<Candidates>> {
         let mut by_owner: HashMap<u64, Vec<usize>> = HashMap::new();
         for (n, mapping) in mappings.iter().enumerate() {
             mapping.owners.iter().for_each(|owner| by_owner.entry(*owner).or_default().push(n));
         }
-        let mut candidates = Candidates::new();
+        let mut all = vec![Candidates::new(); mappings.len()];
         self.anonymous_pages(&mut |page| {
             for n in by_owner.get(&page.owner).into_iter().flatten() {
-                let Some(mapping) = mappings.get(*n) else { continue };
-                let Some(address) = mapping.address_of(page.index) else { continue };
-                if !mapping.is_sound(address) {
-                    candidates.entry((*n, address)).or_default().push(page);
+                let (Some(mapping), Some(candidates)) = (mappings.get(*n), all.get_mut(*n)) else { continue };
+                let address = mapping.address_of(page.index).filter(|address| !mapping.is_sound(*address));
+                if let Some(address) = address {
+                    candidates.entry(address).or_default().push(page);
                 }
             }
         })?;
-        Ok(candidates)
+        Ok(all)
     }
 
     /// How often each candidate is known to be mapped, by other address spaces.
-    fn mapped_elsewhere(&self, id: AddressSpaceId, candidates: &Candidates) -> BTreeMap<u64, i64> {
-        let mut mapped: BTreeMap<u64, i64> =
-            candidates.values().flatten().map(|page| (page.pfn, 0)).collect();
+    fn mapped_elsewhere(&self, id: AddressSpaceId, candidates: &[Candidates]) -> BTreeMap<u64, i64> {
+        let pages = candidates.iter().flat_map(Candidates::values).flatten();
+        let mut mapped: BTreeMap<u64, i64> = pages.map(|page| (page.pfn, 0)).collect();
         let spaces = self.address_spaces.borrow();
         let others = spaces.iter().filter(|(other, _)| **other != id);
         for run in others.flat_map(|(_, space)| &space.vmas).flat_map(|vma| &vma.pages) {

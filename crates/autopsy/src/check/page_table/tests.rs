@@ -73,6 +73,7 @@ impl Fake {
             running: Default::default(),
             users: [(self.mm, vec![self.task])].into(),
             file_users: Default::default(),
+            page_tables: Default::default(),
         };
         let mut doubts = Doubts::default();
         autopsy.check_page_tables(AddressSpaceId(self.mm), &machine, &mut doubts).unwrap();

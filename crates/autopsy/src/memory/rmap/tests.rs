@@ -138,7 +138,8 @@ impl Fake {
         let run = |(n, pfn): (u64, &u64)| PageRun { addr: START + n * PAGE_SIZE, pfn: *pfn, count: 1 };
         let theirs = (0..).zip(&self.others).map(run).collect();
         autopsy.address_spaces.borrow_mut().extend([(id, space(vec![])), (AddressSpaceId(1), space(theirs))]);
-        let found = autopsy.find_pages_again(id, &[]).unwrap();
+        let outcomes = autopsy.find_pages_again(&[(id, &[])], &|table| autopsy.is_table(table));
+        let found = outcomes[&id].clone().ok();
         let spaces = autopsy.address_spaces.borrow();
         let vma = &spaces[&id].vmas[0];
         let all = PageRun { addr: START, pfn: self.first / PAGE_SIZE, count: PAGES as u32 };
