@@ -27,6 +27,7 @@ use snapshot::{
 
 use crate::Autopsy;
 use crate::error::Result;
+use crate::memory::FoundAgain;
 
 /// Fields that a process changes as it runs: compared only if none of its threads has run since the recording.
 ///
@@ -222,8 +223,9 @@ impl Autopsy<'_> {
         let mut all = Vec::new();
         let known = processes.iter().filter_map(|process| Some((process.pid, process.address_space?)));
         for ((pid, id), shown) in known.zip(shown) {
-            let of = |found: &BTreeMap<_, Result<u64, String>>| {
-                found.get(&id).cloned().unwrap_or_else(|| Err("it is not known".into()))
+            let of = |found: &BTreeMap<_, Result<FoundAgain, String>>| {
+                let found = found.get(&id).cloned().unwrap_or_else(|| Err("it is not known".into()));
+                found.map(|found| found.pages)
             };
             all.push(FoundPages {
                 pid,

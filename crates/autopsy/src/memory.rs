@@ -3,6 +3,7 @@
 pub(crate) mod counters;
 pub(crate) mod fault;
 mod rmap;
+pub(crate) use rmap::FoundAgain;
 #[cfg(test)]
 mod tests;
 

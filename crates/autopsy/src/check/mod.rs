@@ -20,7 +20,7 @@ mod process;
 mod slab;
 mod socket;
 
-pub(crate) use page_table::Doing;
+pub(crate) use page_table::{Doing, user_end};
 pub(crate) use slab::Caches;
 
 use std::collections::{BTreeMap, HashMap, HashSet};

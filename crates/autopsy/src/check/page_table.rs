@@ -16,6 +16,7 @@ use vmcore::{Entry, EntryKind, PAGE_SHIFT, PrStatus, Tables};
 use super::{Doubt, Doubts, Machine};
 use crate::Autopsy;
 use crate::error::Result;
+use crate::memory::FoundAgain;
 use crate::memory::counters::{ANON_PAGES, SWAP_ENTRIES};
 
 const OBJECT: &str = "memory";
@@ -26,7 +27,7 @@ const MAX_DAMAGED: usize = 64;
 /// Pages of a table: so many are taken out before they are counted, where a range is unmapped (zap_pte_range()).
 const BATCH: u64 = 512;
 /// First address that no program can have, with page tables of four levels and of five.
-const fn user_end(levels: u8) -> u64 {
+pub(crate) const fn user_end(levels: u8) -> u64 {
     1 << (PAGE_SHIFT + 9 * levels as u32 - 1)
 }
 /// How functions begin that change other processes' page tables: reclaim, migration, truncation, huge pages, what one process does to another.
@@ -190,16 +191,21 @@ impl Autopsy<'_> {
         for (id, found) in self.find_pages_again(&damaged, &|table| self.is_table(table)) {
             let doubts = all.entry(id).or_default();
             let (severity, text) = match found {
-                Ok(found) => {
+                Ok(FoundAgain { pages, misled }) => {
                     let damage = doubts.0.iter_mut().filter(|doubt| is_of_pages(doubt));
                     damage.for_each(|doubt| doubt.severity = Severity::Note);
                     let found = format!(
-                        "its page tables are damaged; {found} pages were found by what the kernel knows of each page, and all that it has counted are there"
+                        "its page tables are damaged; {pages} pages were found by what the kernel knows of each page, and all that it has counted are there"
                     );
-                    // Who has run meanwhile may have read anything.
-                    match machine.running.contains(&id.0) {
-                        true => (Severity::Doubt, found + "; it was running with them when the kernel died"),
-                        false => (Severity::Loss, found + "; whether it had run with them is not known"),
+                    // Who has run meanwhile may have read anything that they led to.
+                    match (misled, machine.running.contains(&id.0)) {
+                        (false, _) => (Severity::Note, found + "; with what they led to it cannot have run"),
+                        (true, true) => {
+                            (Severity::Doubt, found + "; it was running with them when the kernel died")
+                        }
+                        (true, false) => {
+                            (Severity::Loss, found + "; whether it had run with them is not known")
+                        }
                     }
                 }
                 Err(why) => (

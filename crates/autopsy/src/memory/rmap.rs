@@ -14,12 +14,13 @@ use std::ops::Range;
 
 use ktypes::KernelType;
 use snapshot::{AddressSpaceId, Vma, VmaFlags, VmaKind};
-use vmcore::{Entry, EntryKind, PAGE_SHIFT, PAGE_SIZE, PageTables, Table};
+use vmcore::{Entry, EntryKind, NotMapped, PAGE_SHIFT, PAGE_SIZE, PageTables, Table};
 
 use super::counters::{ANON_PAGES, SWAP_ENTRIES};
 use super::{Collector, MAX_VMAS};
 use crate::check::Doubts;
 use crate::check::page::{Anonymous, Pages};
+use crate::check::user_end;
 use crate::error::Result;
 use crate::swap::Slot;
 use crate::{Autopsy, OrWhyNot};
@@ -72,6 +73,17 @@ struct Mapping {
     /// Pages that were found again, by address.
     found: BTreeMap<u64, u64>,
     swapped: u64,
+    /// The CPU can have used what is damaged.
+    misled: bool,
+}
+
+/// What was found of an address space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FoundAgain {
+    /// Pages that page tables do not show.
+    pub pages: u64,
+    /// Damaged entries lead to memory: whoever used them got something else. Where none does, the first use ended in a fault.
+    pub misled: bool,
 }
 
 /// Pages that may be the ones that are missing, by address.
@@ -84,7 +96,7 @@ impl Autopsy<'_> {
         &self,
         users: &[(AddressSpaceId, &[u64])],
         is_table: &dyn Fn(Table) -> bool,
-    ) -> BTreeMap<AddressSpaceId, OrWhyNot<u64>> {
+    ) -> BTreeMap<AddressSpaceId, OrWhyNot<FoundAgain>> {
         let mut outcomes = BTreeMap::new();
         let mut spaces = Vec::new();
         for (id, users) in users {
@@ -119,7 +131,7 @@ impl Autopsy<'_> {
         users: &[u64],
         mappings: &mut [Mapping],
         candidates: &[Candidates],
-    ) -> Result<OrWhyNot<u64>> {
+    ) -> Result<OrWhyNot<FoundAgain>> {
         let mapped = self.mapped_elsewhere(id, candidates);
         let mut count = 0;
         for (mapping, candidates) in mappings.iter_mut().zip(candidates) {
@@ -173,7 +185,7 @@ impl Autopsy<'_> {
                 (vma.pages, vma.lost_pages) = (pages, 0);
             }
         }
-        Ok(Ok(count))
+        Ok(Ok(FoundAgain { pages: count, misled: mappings.iter().any(|mapping| mapping.misled) }))
     }
 
     /// The mappings of an address space that have pages of their own, with what is sound and what is damaged; or why that cannot be told.
@@ -188,6 +200,11 @@ impl Autopsy<'_> {
             return why_not("its mappings were being changed");
         }
         let tables = &self.kernel.page_tables(mm.pgd)?;
+        // Tables of what it shares with others count here, too.
+        let mut misled = false;
+        tables.walk_around(0..user_end(tables.levels()), is_table, &mut |_| {}, &mut |_, error| {
+            misled |= self.can_mislead(&error);
+        })?;
         let mut addresses = Vec::new();
         self.kernel.maple_for_each(mm.mm_mt, MAX_VMAS, |_, _, vma| {
             addresses.push(vma);
@@ -223,13 +240,15 @@ impl Autopsy<'_> {
                 damaged: Vec::new(),
                 found: BTreeMap::new(),
                 swapped: 0,
+                misled,
             };
             let (mut belonging, mut doubts) = (Default::default(), Doubts::default());
             self.check_belonging(addr, (vma.start, vma.end), false, &mut belonging, &mut doubts)?;
             let pages = self.pages_of(vma.start, area.vm_pgoff, belonging).filter(|_| doubts.is_empty());
             let Some(mut pages) = pages else { return why_not("whose its pages are is in doubt") };
-            if !self.sort_entries(vma, (tables, is_table), &mut mapping, &mut pages)? {
-                return why_not("some were on their way to another place, or a device's");
+            if let Some(entry) = self.sort_entries(vma, (tables, is_table), &mut mapping, &mut pages)? {
+                let what = entry.kind(&self.frames()?.format);
+                return Ok(Err(format!("what the entry for {:x} shows cannot be told ({what:?})", entry.va)));
             }
             mappings.push(mapping);
         }
@@ -249,14 +268,14 @@ impl Autopsy<'_> {
         Ok(owners)
     }
 
-    /// What of a mapping's page tables is sound; `false` if there is something that is neither sound nor damaged.
+    /// What of a mapping's page tables is sound; an entry that is neither sound nor damaged, if there is one.
     fn sort_entries(
         &self,
         vma: &Vma,
         (tables, is_table): (&PageTables<'_>, &dyn Fn(Table) -> bool),
         mapping: &mut Mapping,
         pages: &mut Pages<'_>,
-    ) -> Result<bool> {
+    ) -> Result<Option<Entry>> {
         let frames = self.frames()?;
         let mut entries = Vec::new();
         let damaged = &mut mapping.damaged;
@@ -288,15 +307,51 @@ impl Autopsy<'_> {
                 }
                 EntryKind::Marker { bits } if bits & !1 == 0 => true,
                 EntryKind::Unknown { .. } => false,
-                // On its way, or a device's.
-                _ => return Ok(false),
+                // On its way, or a device's: if there is such a page.
+                EntryKind::Present { phys }
+                | EntryKind::ProtNone { phys }
+                | EntryKind::Migration { phys, .. }
+                | EntryKind::HwPoison { phys }
+                | EntryKind::DevicePrivate { phys, .. }
+                | EntryKind::DeviceExclusive { phys, .. }
+                    if frames.get(phys >> PAGE_SHIFT).is_err() =>
+                {
+                    false
+                }
+                _ => return Ok(Some(entry)),
             };
-            match is_sound {
-                true => mapping.sound.push(entry),
-                false => mapping.damaged.push(from..to),
+            if is_sound {
+                mapping.sound.push(entry);
+                continue;
             }
+            mapping.damaged.push(from..to);
+            let phys = entry.phys(&frames.format).filter(|_| entry.is_present());
+            mapping.misled |= phys.is_some_and(|phys| self.can_be_memory(phys));
         }
-        Ok(true)
+        Ok(None)
+    }
+
+    /// Whether what is damaged leads the CPU anywhere.
+    fn can_mislead(&self, error: &vmcore::Error) -> bool {
+        match error {
+            vmcore::Error::NotMapped {
+                why:
+                    NotMapped::NoTable { table, .. }
+                    | NotMapped::TableTwice { table, .. }
+                    | NotMapped::TableUnreadable { table, .. },
+                ..
+            } => self.can_be_memory(*table),
+            // It would have refused it.
+            vmcore::Error::NotMapped { why: NotMapped::BadEntry { .. }, .. } => false,
+            _ => true,
+        }
+    }
+
+    /// Whether an address can be memory, or a device's, rather than nothing.
+    fn can_be_memory(&self, phys: u64) -> bool {
+        const DEVICES_END: u64 = 1 << 32;
+        let end = self.kernel.phys().ranges().last().map_or(0, vmcore::PhysRange::end);
+        phys < end.max(DEVICES_END)
     }
 
     /// All anonymous pages that are of one of a mapping's owners and belong where nothing sound is, for each of these mappings.

@@ -115,8 +115,13 @@ impl Fake {
         self.synth.write_u64(at, value);
     }
 
-    /// How many pages are found, and whether all are there then.
+    /// How many pages are found.
     fn found(&self) -> Option<u64> {
+        self.found_again().map(|found| found.pages)
+    }
+
+    /// What is found; all has to be there then.
+    fn found_again(&self) -> Option<FoundAgain> {
         let kernel = open(&self.synth);
         let autopsy = Autopsy::new(&kernel);
         assert!(autopsy.swap.set(Swap::default()).is_ok());
@@ -230,4 +235,22 @@ fn what_is_not_certain_is_not_taken() {
     let at = fake.synth.page_of(fake.first + 2 * PAGE_SIZE);
     fake.synth.set("page", at, "mapping", fake.mm | ANON);
     assert_eq!(fake.found(), None, "it belongs to others");
+}
+
+#[test]
+fn whether_the_damage_led_anywhere_is_told() {
+    let misled = |level, value: u64| {
+        let mut fake = Fake::new();
+        let at = fake.entry(3, level);
+        let before = fake.synth.read_u64(at);
+        fake.damage(3, level, if value == 0 { 0 } else { before ^ value });
+        fake.found_again().unwrap().misled
+    };
+    for level in 1..=2 {
+        assert!(misled(level, 1 << 13), "to another page");
+        assert!(!misled(level, 1 << 40), "behind all memory");
+        assert!(!misled(level, 1), "not present");
+        assert!(!misled(level, 0));
+    }
+    assert!(!misled(4, 1), "an entry that no CPU takes");
 }
