@@ -223,7 +223,7 @@ impl Autopsy<'_> {
 
     /// The stack pointer of what an interrupt has come upon, if the CPU was on the stack for interrupts: the first thing on that one
     /// (in_irq_stack(), arch/x86/kernel/dumpstack_64.c, 6.1 and 6.12). The registers are below it, where the interrupt has put them.
-    fn interrupted_at(&self, cpu: u32, sp: u64) -> Option<u64> {
+    pub(crate) fn interrupted_at(&self, cpu: u32, sp: u64) -> Option<u64> {
         let kernel = self.kernel;
         let pointer = match kernel.symbol_opt("pcpu_hot") {
             Some(hot) => {

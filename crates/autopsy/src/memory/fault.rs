@@ -6,6 +6,8 @@
 //! - mprotect(2) takes one entry after the other out and puts it in again (`change_pte_range`, mm/mprotect.c), with the entry in a
 //!   register. 6.1 and 6.12.
 
+use std::ops::Range;
+
 use ktypes::KernelType;
 use snapshot::PAGE_SIZE;
 use vmcore::{Entry, PageSize, PrStatus};
@@ -13,6 +15,7 @@ use vmcore::{Entry, PageSize, PrStatus};
 use super::VmArea;
 use crate::Autopsy;
 use crate::process::Task;
+use crate::thread::CpuRegisters;
 
 /// A kernel stack has 16 KiB (32 with KASAN).
 const MAX_STACK: u64 = 32 << 10;
@@ -91,10 +94,14 @@ impl Autopsy<'_> {
         let task: Task = self.kernel.read(addr)?;
         let Some(live) = self.crash_registers(cpu, task.pid) else { return Ok(()) };
         let top = task.stack.saturating_add(self.stack_layout()?.pt_regs);
-        let rsp = live[PrStatus::RSP];
-        if task.mm == 0 || rsp % 8 != 0 || !(task.stack..top).contains(&rsp) || top - rsp > MAX_STACK {
+        if task.mm == 0 || live[PrStatus::RIP] >> 63 == 0 {
             return Ok(());
         }
+        let Some(rsp) = self.stack_in_use(cpu, &live, task.stack..top) else {
+            // It may have taken out anything, wherever a table is locked.
+            found.changing.push(Changing { mm: task.mm, start: 0, end: u64::MAX });
+            return Ok(());
+        };
         let stack = self.kernel.read_bytes(rsp, (top - rsp) as usize)?;
         let size = self.kernel.size_of("vm_fault")?;
         for at in (rsp..top.saturating_sub(size)).step_by(8) {
@@ -108,6 +115,17 @@ impl Autopsy<'_> {
             found.changing.push(Changing { mm: task.mm, start: call.rdi & !(PAGE_SIZE - 1), end });
         }
         Ok(())
+    }
+
+    /// From where on a thread's stack is in use. An interrupt may have come in between, and what has died is on another stack.
+    fn stack_in_use(&self, cpu: u32, live: &CpuRegisters, stack: Range<u64>) -> Option<u64> {
+        let is_there = |sp: &u64| {
+            sp.is_multiple_of(8) && stack.contains(sp) && stack.end.saturating_sub(*sp) <= MAX_STACK
+        };
+        let rsp = live[PrStatus::RSP];
+        let interrupted = || self.interrupted_at(cpu, rsp).filter(is_there);
+        let unwound = || self.places(live).into_iter().map(|place| place.sp).find(is_there);
+        Some(rsp).filter(is_there).or_else(interrupted).or_else(unwound)
     }
 
     /// The entry that a fault described at an address of a stack has found, if one can be there that holds its page table's lock.

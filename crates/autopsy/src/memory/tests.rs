@@ -45,6 +45,11 @@ fn run(page: u64, phys: u64, count: u32) -> PageRun {
 impl Machine {
     /// The mapping has so many pages.
     fn new(pages: u64) -> Self {
+        Self::died_on(pages, |_, rsp| rsp)
+    }
+
+    /// A machine that died where the stack pointer is what `on` makes of that of the thread.
+    fn died_on(pages: u64, on: impl Fn(&mut Synth, u64) -> u64) -> Self {
         let mut synth = Synth::new();
         synth.info_line("NUMBER(PG_hwpoison)=22");
         declare::<Mm>(&mut synth, &[("mm_mt", named("maple_tree")), ("saved_auxv", array(U64, 2))]);
@@ -95,7 +100,8 @@ impl Machine {
         }
         let rsp = entry - 0x400;
         let mut registers = [0; 27];
-        registers[PrStatus::RSP] = rsp;
+        registers[PrStatus::RSP] = on(&mut synth, rsp);
+        registers[PrStatus::RIP] = 0xffff_ffff_8100_0000;
         synth.prstatus(PID, registers);
         Machine { synth, task, mm, area, pgd, rsp, entry }
     }
@@ -330,7 +336,10 @@ fn a_page_beyond_the_core_gives_the_process_up() {
 
 /// A page that a copy-on-write fault had taken out, between two that are there: physical addresses in their order.
 fn taken_out() -> (Machine, [u64; 3]) {
-    let mut machine = Machine::new(8);
+    taken_out_of(Machine::new(8))
+}
+
+fn taken_out_of(mut machine: Machine) -> (Machine, [u64; 3]) {
     let pages = [machine.page(), machine.page(), machine.page()];
     machine.map(1, pages[0] | PRESENT);
     machine.map(3, pages[2] | PRESENT);
@@ -343,6 +352,32 @@ fn a_page_that_a_fault_had_taken_out_comes_back_from_its_stack() {
     let (mut machine, [first, ..]) = taken_out();
     machine.take_lock();
     assert_eq!(machine.pages(), (vec![run(1, first, 3)], 0));
+}
+
+#[test]
+fn a_fault_that_was_interrupted_had_taken_out_the_same() {
+    // The first word of the stack for interrupts says where the thread's own was left (call_on_irqstack()).
+    let on_interrupt_stack = |synth: &mut Synth, rsp: u64| {
+        let stack = synth.vmalloc(16 << 10);
+        let top = stack + (16 << 10) - 8;
+        synth.write_u64(top, rsp);
+        let pointers = synth.per_cpu_variable("hardirq_stack_ptr", 8);
+        let pointer = synth.per_cpu(pointers, 0);
+        synth.write_u64(pointer, top);
+        top - 0x300
+    };
+    let (mut machine, [first, ..]) = taken_out_of(Machine::died_on(8, on_interrupt_stack));
+    machine.take_lock();
+    assert_eq!(machine.pages(), (vec![run(1, first, 3)], 0));
+
+    // From a stack that leads nowhere it cannot be told what was taken out.
+    let (mut machine, [first, _, third]) =
+        taken_out_of(Machine::died_on(8, |synth, _| synth.vmalloc(16 << 10)));
+    assert_eq!(machine.pages(), (vec![run(1, first, 1), run(3, third, 1)], 0), "nobody holds the lock");
+    machine.take_lock();
+    let (vma, said) = machine.look();
+    assert_eq!(vma.lost_pages, 1);
+    assert!(said.contains("a CPU was changing their page table"), "{said}");
 }
 
 #[test]
