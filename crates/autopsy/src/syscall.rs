@@ -92,6 +92,7 @@ const MSG_WAITALL: u64 = 0x100;
 const TASK_INTERRUPTIBLE: u32 = 1;
 /// task_struct.exit_state.
 const EXIT_ZOMBIE: u32 = 0x20;
+const EXIT_DEAD: u32 = 0x10;
 const CLONE_THREAD: u64 = 0x1_0000;
 
 /// What the caller knows about the thread and its machine.
@@ -442,7 +443,8 @@ fn timed(thread: &Thread, expiry: Option<Expiry>) -> Resume {
         None => Resume::Restart,
         Some(expiry) => match expiry.remaining(&thread.now) {
             Some(remaining_ns) => Resume::RestartTimed { call: thread.call, remaining_ns },
-            None => impossible("the time left on its clock is not known"),
+            // All that wait for a time have to expect that.
+            None => finish(-EINTR, "the time left on its clock is not known"),
         },
     }
 }
@@ -1089,8 +1091,18 @@ impl Facts for Dead<'_> {
     }
 
     fn has_reaped(&self, awaited: Option<Pid>) -> Option<bool> {
+        let exit_state = self.kernel.offset_of("task_struct", "exit_state").ok()?;
+        let has_state = |child: &KnownTask, wanted: u32| {
+            self.kernel.read_u32(child.addr.wrapping_add(exit_state)).is_ok_and(|state| state == wanted)
+        };
+        let tgid = self.task?.tgid;
+        let mut children = self.ctx.tasks.iter().filter(|other| self.is_child(other, tgid));
         if self.is_within("release_task") {
-            return None;
+            // Until it is off the lists it is as whole as before (__exit_signal(), kernel/exit.c), and the caller has been told nothing: it can be waited for
+            // once more.
+            let taken =
+                |child: &KnownTask| has_state(child, EXIT_DEAD) && awaited.is_none_or(|pid| child.tid == pid);
+            return children.any(taken).then_some(false);
         }
         if matches!(flow::phase(self.kernel, self.ctx.frames, &flow::TO_THE_CHILD), Some((Phase::Before, _)))
         {
@@ -1104,16 +1116,10 @@ impl Facts for Dead<'_> {
         if self.ctx.frames.iter().any(sleeps) {
             return Some(false);
         }
-        let exit_state = self.kernel.offset_of("task_struct", "exit_state").ok()?;
-        let is_zombie = |child: &KnownTask| {
-            self.kernel.read_u32(child.addr.wrapping_add(exit_state)).is_ok_and(|state| state == EXIT_ZOMBIE)
-        };
-        let tgid = self.task?.tgid;
-        let mut children = self.ctx.tasks.iter().filter(|other| self.is_child(other, tgid));
         // What it would take is still there.
         let left = match awaited {
             Some(pid) => children.any(|child| child.tid == pid),
-            None => children.any(is_zombie),
+            None => children.any(|child| has_state(child, EXIT_ZOMBIE)),
         };
         left.then_some(false)
     }
@@ -1518,6 +1524,12 @@ mod tests {
         assert_eq!(left(&poll(10)), Some(3_000));
         assert_eq!(poll(-1), Resume::Restart);
         assert_eq!(poll(0), Resume::Restart);
+        let unknown = Fake { expiry: Some(Expiry { clock: 99, ns: 4_000 }), ..Fake::default() };
+        assert_eq!(
+            returns(&go(&thread("poll", &[0x1000, 1, 10]), &unknown)),
+            Some(-EINTR),
+            "a damaged timer"
+        );
         let futex = |op, timeout| go(&thread("futex", &[0x1000, op, 0, timeout]), &at(4_000));
         assert_eq!(left(&futex(128, 0x2000)), Some(3_000), "FUTEX_WAIT_PRIVATE: relative");
         assert_eq!(futex(128, 0), Resume::Restart);
