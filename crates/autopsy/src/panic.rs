@@ -106,9 +106,15 @@ impl Autopsy<'_> {
     /// The kernel log, oldest record first.
     ///
     /// # Errors
-    /// When the ring buffer cannot be found. Records that are damaged or were being written are left out.
+    /// When the ring buffer cannot be found, or has nothing that can be read. Records that are damaged or were being written are left out.
     pub fn kernel_log(&self) -> Result<Vec<LogRecord>> {
-        printk::read(self.kernel)
+        let log = printk::read(self.kernel)?;
+        // A kernel speaks from its first moment on.
+        if log.is_empty() {
+            let at = self.kernel.symbol("prb")?;
+            return Err(corrupt("printk_ringbuffer", at, "has no record that can be read"));
+        }
+        Ok(log)
     }
 
     /// Runs a reading step of which the rest does not depend: an error becomes a finding.
