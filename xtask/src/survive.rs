@@ -576,12 +576,17 @@ mod tests {
     #[test]
     fn the_report_is_read() {
         let report = serde_json::json!({ "processes": [
-            { "pid": 7, "fate": "given-up", "reasons": [{ "code": "descriptor", "text": "a socket" }] },
-            { "pid": 8, "fate": "resurrected", "reasons": [] },
+            { "pid": 7, "ppid": 1, "fate": "given-up", "reasons": [{ "code": "descriptor", "text": "a socket" }] },
+            { "pid": 8, "ppid": 7, "fate": "resurrected", "reasons": [] },
+            { "pid": 9, "ppid": 8, "fate": "failed", "reasons": [] },
+            { "pid": 10, "ppid": 10, "fate": "resurrected", "reasons": [] },
         ]});
         let claims = claims(&report);
         assert_eq!(claims[&7], claim("given-up", "a socket"));
         assert!(claims[&8].lives() && !claims[&8].has("descriptor"));
+        let fates = |pid| descendants(&claims, pid).into_iter().map(|claim| claim.fate).collect::<Vec<_>>();
+        assert_eq!(fates(7), ["resurrected", "failed"]);
+        assert_eq!((fates(9), fates(10)), (vec![], vec![]), "nobody is his own child");
     }
 
     #[test]
