@@ -30,6 +30,8 @@ const MAX_VMAS: usize = 16 << 20;
 const USER_END: u64 = 1 << 56;
 /// Words of the auxiliary vector: AT_VECTOR_SIZE is some 50.
 const MAX_AUXV: u64 = 256;
+/// The lock is held for writing (RWSEM_WRITER_LOCKED, kernel/locking/rwsem.c).
+pub(crate) const WRITER_LOCKED: u64 = 1;
 /// ANON_VMA_NAME_MAX_LEN, include/uapi/linux/prctl.h.
 const MAX_ANON_NAME: usize = 80;
 /// _PAGE_BIT_DEVMAP (arch/x86/include/asm/pgtable_types.h) until 6.5, and since 6.6, where the other one means something else (_PAGE_BIT_SAVED_DIRTY).
@@ -537,7 +539,6 @@ impl Autopsy<'_> {
         mm: &Mm,
         call_of: &dyn Fn(u64) -> Option<i64>,
     ) -> Result<AddressSpace> {
-        const RWSEM_WRITER_LOCKED: u64 = 1;
         // RWSEM_READER_OWNED, RWSEM_NONSPINNABLE (kernel/locking/rwsem.c).
         const OWNER_FLAGS: u64 = 3;
         let mut addresses = Vec::new();
@@ -545,7 +546,7 @@ impl Autopsy<'_> {
             addresses.push((first, last, vma));
             Ok(())
         })?;
-        let locked = mm.mmap_lock & RWSEM_WRITER_LOCKED != 0;
+        let locked = mm.mmap_lock & WRITER_LOCKED != 0;
         let mut vmas: Vec<Vma> = Vec::with_capacity(addresses.len());
         let mut agree = mm.map_count == addresses.len() as i32;
         for (first, last, addr) in addresses {

@@ -287,39 +287,9 @@ pub(crate) fn ids(process: &Process) -> impl Iterator<Item = Pid> + '_ {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use snapshot::Namespaces;
 
     fn process(pid: Pid, ppid: Pid, pgid: Pid, sid: Pid) -> Process {
-        Process {
-            pid,
-            ppid,
-            pgid,
-            sid,
-            comm: "x".into(),
-            state: ProcessState::Alive,
-            threads: vec![],
-            address_space: None,
-            vfork: false,
-            files_id: 0,
-            descriptors: vec![],
-            fs: Default::default(),
-            signals: Default::default(),
-            timers: Default::default(),
-            rlimits: vec![],
-            ctty: None,
-            exit_signal: 17,
-            child_subreaper: false,
-            oom_score_adj: 0,
-            cgroup: "/".into(),
-            unit: None,
-            namespaces: Namespaces::default(),
-            mount_namespace: None,
-            uts_namespace: None,
-            crash_procedure: None,
-            start_boottime_ns: 0,
-            unsupported: vec![],
-            decision: Default::default(),
-        }
+        Process { ppid, pgid, sid, cgroup: "/".into(), ..Process::new(pid, "x".into()) }
     }
 
     fn plan(processes: Vec<Process>) -> Result<Plan, Vec<(Pid, Reason)>> {

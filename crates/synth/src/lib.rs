@@ -610,6 +610,13 @@ impl Synth {
         self.alloc_bytes(PAGE, PAGE)
     }
 
+    /// Where the entry for an address is in the table of a level (1 is the lowest), of tables that [`map`](Self::map) has made.
+    pub fn entry_of(&self, pgd: u64, va: u64, level: u8) -> u64 {
+        let below = |table, above| self.phys_u64(Self::slot(table, va, above)) & 0x000f_ffff_ffff_f000;
+        let table = (level + 1..=self.levels).rev().fold(self.phys(pgd), below);
+        self.direct(Self::slot(table, va, level))
+    }
+
     /// Puts a leaf entry into page tables, making the tables above it, which are marked as such. `pgd` is the top table's
     /// address.
     pub fn map(&mut self, pgd: u64, va: u64, size: PageSize, pte: u64) -> &mut Synth {

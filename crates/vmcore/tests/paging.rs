@@ -309,14 +309,7 @@ fn what_is_damaged_is_walked_around() {
         for va in [0x1000, 4 * M, G, 2 * G, 512 * G] {
             space.map(va, PageSize::Size4K, 0x5000 | PRESENT);
         }
-        let entry = |space: &Space, va: u64, level: u32| {
-            let mut table = space.synth.phys(space.pgd);
-            for above in (level + 1..=u32::from(space.levels)).rev() {
-                let slot = table + (va >> (12 + 9 * (above - 1)) & 511) * 8;
-                table = space.synth.read_u64(space.synth.direct(slot)) & 0x000f_ffff_ffff_f000;
-            }
-            table + (va >> (12 + 9 * (level - 1)) & 511) * 8
-        };
+        let entry = |space: &Space, va, level| space.synth.phys(space.synth.entry_of(space.pgd, va, level));
         let walked = |space: &Space, none: Option<u64>| {
             let (mut found, mut lost) = (Vec::new(), Vec::new());
             space.with_tables(|tables| {

@@ -11,14 +11,13 @@ use super::slab::{ANON_VMA, MM, VMA};
 use super::{Doubts, Machine, Subject};
 use crate::Autopsy;
 use crate::error::Result;
+use crate::memory::WRITER_LOCKED;
 
 const OBJECT: &str = "memory";
 /// An interval tree of n nodes is at most 2 log2(n + 1) deep.
 const MAX_DEPTH: usize = 96;
 /// The colour of a node, below its parent's address (include/linux/rbtree.h).
 const COLOUR: u64 = 3;
-/// RWSEM_WRITER_LOCKED (kernel/locking/rwsem.c).
-const WRITER_LOCKED: u64 = 1;
 
 #[derive(KernelType)]
 #[kernel("mm_struct")]

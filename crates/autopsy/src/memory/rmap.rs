@@ -17,7 +17,7 @@ use snapshot::{AddressSpaceId, Vma, VmaFlags, VmaKind};
 use vmcore::{Entry, EntryKind, NotMapped, PAGE_SHIFT, PAGE_SIZE, PageTables, Table};
 
 use super::counters::{ANON_PAGES, SWAP_ENTRIES};
-use super::{Collector, MAX_VMAS};
+use super::{Collector, MAX_VMAS, WRITER_LOCKED};
 use crate::check::Doubts;
 use crate::check::page::{Anonymous, Pages};
 use crate::check::user_end;
@@ -27,8 +27,6 @@ use crate::{Autopsy, OrWhyNot};
 
 /// `anon_vma`s that one mapping can have pages of: one for each fork(2) between it and its oldest ancestor.
 const MAX_CHAIN: usize = 1 << 16;
-/// RWSEM_WRITER_LOCKED (kernel/locking/rwsem.c).
-const WRITER_LOCKED: u64 = 1;
 
 #[derive(KernelType)]
 #[kernel("mm_struct")]

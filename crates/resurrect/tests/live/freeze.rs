@@ -184,34 +184,14 @@ impl Freezer {
         let number = |i: usize| stat[i].parse::<i64>().unwrap();
         let comm = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap();
         let mut process = Process {
-            pid,
             ppid: number(4) as Pid,
             pgid: number(5) as Pid,
             sid: number(6) as Pid,
-            comm: comm.trim_end().into(),
-            state: ProcessState::Alive,
-            threads: vec![],
-            address_space: None,
-            vfork: false,
             files_id: self.id(),
-            descriptors: vec![],
-            fs: FsContext::default(),
-            signals: SignalState::default(),
-            timers: Timers::default(),
-            rlimits: vec![],
-            ctty: None,
             exit_signal: number(38) as i32,
-            child_subreaper: false,
-            oom_score_adj: 0,
             cgroup: "/".into(),
-            unit: None,
-            namespaces: Namespaces::default(),
-            mount_namespace: None,
-            uts_namespace: None,
-            crash_procedure: None,
-            start_boottime_ns: 0,
-            unsupported: vec![],
             decision: Decision::Continue { losses: vec![] },
+            ..Process::new(pid, comm.trim_end().into())
         };
         // A dead leader is a zombie as well, but not alone.
         if stat[3] == "Z" && fs::read_dir(format!("/proc/{pid}/task")).unwrap().count() == 1 {

@@ -53,13 +53,8 @@ impl Fake {
     }
 
     /// The entry of an upper table.
-    fn entry(&self, va: u64, level: u32) -> u64 {
-        let mut table = self.synth.phys(self.pgd);
-        for above in (level + 1..=4).rev() {
-            let slot = table + (va >> (12 + 9 * (above - 1)) & 511) * 8;
-            table = self.synth.read_u64(self.synth.direct(slot)) & 0x000f_ffff_ffff_f000;
-        }
-        self.synth.direct(table + (va >> (12 + 9 * (level - 1)) & 511) * 8)
+    fn entry(&self, va: u64, level: u8) -> u64 {
+        self.synth.entry_of(self.pgd, va, level)
     }
 
     /// What is said about it; `doing` is what CPUs did, with the task that each had.

@@ -100,17 +100,11 @@ impl Fake {
     }
 
     /// Where the entry for one of the pages is, in the table of this level.
-    fn entry(&self, page: u64, level: u32) -> u64 {
-        let va = START + page * PAGE_SIZE;
-        let mut table = self.synth.phys(self.pgd);
-        for above in (level + 1..=4).rev() {
-            let slot = table + (va >> (12 + 9 * (above - 1)) & 511) * 8;
-            table = self.synth.read_u64(self.synth.direct(slot)) & 0x000f_ffff_ffff_f000;
-        }
-        self.synth.direct(table + (va >> (12 + 9 * (level - 1)) & 511) * 8)
+    fn entry(&self, page: u64, level: u8) -> u64 {
+        self.synth.entry_of(self.pgd, START + page * PAGE_SIZE, level)
     }
 
-    fn damage(&mut self, page: u64, level: u32, value: u64) {
+    fn damage(&mut self, page: u64, level: u8, value: u64) {
         let at = self.entry(page, level);
         self.synth.write_u64(at, value);
     }
