@@ -14,7 +14,7 @@
 //!
 //! What cannot be told, because only a few instructions of a call that was running on a CPU decide it, and is accepted:
 //! a transfer whose iterator has moved on and whose pipe or file has not been told yet (or the other way round); a call
-//! that had done all and had not yet stored its result. A thread that was not on a CPU is never there: nothing sleeps in
+//! that had done all, moved no position by it, and had not yet stored its result. A thread that was not on a CPU is never there: nothing sleeps in
 //! these places.
 
 mod exec;
@@ -64,8 +64,12 @@ const X32: i64 = 0x4000_0000;
 /// thread_info.status: the call came in through a 32-bit entry (arch/x86/include/asm/thread_info.h).
 const TS_COMPAT: u32 = 0x2;
 
-const NR_NANOSLEEP: i64 = 35;
+const NR_READ: i64 = 0;
+const NR_WRITE: i64 = 1;
 const NR_POLL: i64 = 7;
+const NR_READV: i64 = 19;
+const NR_WRITEV: i64 = 20;
+const NR_NANOSLEEP: i64 = 35;
 const NR_FUTEX: i64 = 202;
 const NR_RESTART_SYSCALL: i64 = 219;
 const NR_CLOCK_NANOSLEEP: i64 = 230;
@@ -77,6 +81,7 @@ const NR_RECVFROM: i64 = 45;
 const NR_RECVMSG: i64 = 47;
 const NR_WAITID: i64 = 247;
 const NR_EXECVEAT: i64 = 322;
+const NR_PREADV2: i64 = 327;
 const NR_PWRITEV2: i64 = 328;
 
 // File types of inode.i_mode.
@@ -221,6 +226,8 @@ trait Facts {
     fn is_moving(&self, file: &File, write: bool) -> bool;
     /// Of a thread on a CPU: where it was on its way to the file and back.
     fn phase(&self) -> Option<Phase>;
+    /// Whether the thread is before what moves a file's position, or in the middle of it.
+    fn is_position_unmoved(&self) -> bool;
     /// Of a thread on a CPU that has come back from the file: what it had transferred, by the remains of it.
     fn transferred(&self, wanted: Wanted<'_>) -> Option<Progress>;
     /// Whether the thread has written to `/proc/sysrq-trigger`.
@@ -242,6 +249,8 @@ struct File {
     kind: Kind,
     append: bool,
     size: i64,
+    /// `f_pos`.
+    position: i64,
     /// A pipe or FIFO.
     is_pipe: bool,
     /// A socket whose messages go out whole or not at all (SOCK_DGRAM, SOCK_RAW, SOCK_SEQPACKET).
@@ -385,6 +394,13 @@ fn decide_by_class(thread: &Thread, facts: &dyn Facts, row: &Row) -> Resume {
                 Resume::Restart
             }
         }
+        // Whoever waits does so before, as a rule.
+        Class::ReadDirectory if parked || facts.is_position_unmoved() => Resume::Restart,
+        Class::ReadDirectory => impossible(format!(
+            "{}: whether the position in the directory has moved cannot be told{}",
+            row.name,
+            facts.place()
+        )),
         Class::Close => match facts.file(thread.arg(0) as i32) {
             Some(_) => Resume::Restart,
             None => finish(0, "the descriptor was already closed"),
@@ -583,9 +599,12 @@ fn transfer(thread: &Thread, facts: &dyn Facts, transfer: Transfer) -> Resume {
     };
     let append =
         transfer.write && (file.append || thread.call.nr == NR_PWRITEV2 && thread.arg(5) & RWF_APPEND != 0);
-    if file.kind == Kind::Memory || file.kind == Kind::Positioned && !append {
+    if file.kind == Kind::Memory || file.kind == Kind::Positioned && !append && !thread.on_cpu {
         // The position moves when the call is done, not before: the same bytes go to, or come from, the same place.
         return Resume::Restart;
+    }
+    if file.kind == Kind::Positioned && !append {
+        return positioned(thread, facts, transfer, &file);
     }
     // A message goes out whole or not at all. It is copied first; then its sender may wait for room in the receiver's queue.
     if transfer.write && file.is_message_socket && !thread.on_cpu {
@@ -645,6 +664,38 @@ fn transfer(thread: &Thread, facts: &dyn Facts, transfer: Transfer) -> Resume {
     }
 }
 
+/// A transfer on a CPU with a file that has contents and a position: the same bytes go to, or come from, the same place until the position
+/// moves, a few instructions before the call is over.
+fn positioned(thread: &Thread, facts: &dyn Facts, transfer: Transfer, file: &File) -> Resume {
+    if !at_the_files_position(thread) || facts.is_position_unmoved() {
+        return Resume::Restart;
+    }
+    let buffers = buffers(thread, facts, transfer.shape);
+    let file_addr = transfer.kiocb.then_some(file.addr);
+    let wanted = Wanted { buffers: &buffers, write: transfer.write, file: file_addr, socket: false };
+    match facts.transferred(wanted) {
+        Some(Progress { done: 0, .. }) => Resume::Restart,
+        Some(Progress { done, total, ki_pos: Some(end) }) if file.position == end => {
+            finish(done as i64, format!("{done} of {total} bytes had been transferred"))
+        }
+        Some(Progress { done, ki_pos: Some(end), .. })
+            if end.checked_sub_unsigned(done) == Some(file.position) =>
+        {
+            Resume::Restart
+        }
+        _ => impossible(format!("whether the file's position has moved cannot be told{}", facts.place())),
+    }
+}
+
+/// Whether a transfer is one at the position that the open file has (fs/read_write.c), and not at one that it was given.
+fn at_the_files_position(thread: &Thread) -> bool {
+    match thread.call.nr {
+        NR_READ | NR_WRITE | NR_READV | NR_WRITEV => true,
+        NR_PREADV2 | NR_PWRITEV2 => thread.arg(3) == u64::MAX,
+        _ => false,
+    }
+}
+
 fn on_the_edge(facts: &dyn Facts) -> Resume {
     impossible(format!("a transfer on a CPU, before its beginning or after its end{}", facts.place()))
 }
@@ -695,9 +746,11 @@ fn tty_written(thread: &Thread, facts: &dyn Facts, file: &File, progress: Progre
 fn splice(thread: &Thread, facts: &dyn Facts, name: &str, input: usize, output: usize) -> Resume {
     let file = |index| facts.file(thread.arg(index) as i32);
     let (Some(input), Some(output)) = (file(input), file(output)) else { return Resume::Restart };
+    // Of a file that was given a position it would not matter; that is rare.
+    let unmoved = || !thread.on_cpu || facts.is_position_unmoved();
     match (input.kind, output.kind) {
-        (Kind::Positioned | Kind::Memory, Kind::Positioned) if !output.append => Resume::Restart,
-        (_, Kind::Memory) if input.kind != Kind::Stream => Resume::Restart,
+        (Kind::Positioned | Kind::Memory, Kind::Positioned) if !output.append && unmoved() => Resume::Restart,
+        (_, Kind::Memory) if input.kind != Kind::Stream && unmoved() => Resume::Restart,
         // splice and tee wait for a pipe before the first buffer, and return rather than wait again.
         (Kind::Stream, Kind::Stream) | (Kind::Positioned, Kind::Stream)
             if !thread.on_cpu && thread.call.nr != NR_SENDFILE =>
@@ -750,6 +803,7 @@ struct FileStruct {
     f_op: u64,
     f_flags: u32,
     f_inode: u64,
+    f_pos: i64,
     private_data: u64,
 }
 
@@ -849,7 +903,8 @@ impl<'a> Dead<'a> {
         let waits_for_first =
             kind == Kind::Socket && self.waits_for_first(file.private_data).unwrap_or(false);
         let append = file.f_flags & O_APPEND != 0;
-        Some(File { addr, kind, append, size: inode.i_size, is_pipe, is_message_socket, waits_for_first })
+        let (size, position) = (inode.i_size, file.f_pos);
+        Some(File { addr, kind, append, size, position, is_pipe, is_message_socket, waits_for_first })
     }
 
     /// `socket`: address of the `struct socket` that the thread reads.
@@ -1070,7 +1125,13 @@ impl Facts for Dead<'_> {
         flow::phase(self.kernel, self.ctx.frames, &flow::TO_THE_FILE).map(|(phase, _)| phase)
     }
 
+    fn is_position_unmoved(&self) -> bool {
+        let phase = flow::phase(self.kernel, self.ctx.frames, &flow::TO_THE_POSITION);
+        matches!(phase, Some((Phase::Before | Phase::Within, _)))
+    }
+
     fn transferred(&self, wanted: Wanted<'_>) -> Option<Progress> {
+        self.stack.as_ref()?;
         let (Phase::After, place) = flow::phase(self.kernel, self.ctx.frames, &flow::TO_THE_FILE)? else {
             return None;
         };
@@ -1370,6 +1431,9 @@ mod tests {
         fn phase(&self) -> Option<Phase> {
             self.phase
         }
+        fn is_position_unmoved(&self) -> bool {
+            matches!(self.phase, Some(Phase::Before | Phase::Within))
+        }
         fn transferred(&self, _: Wanted<'_>) -> Option<Progress> {
             self.transferred
         }
@@ -1398,6 +1462,7 @@ mod tests {
                 kind,
                 append,
                 size,
+                position: 0,
                 is_pipe: false,
                 is_message_socket: false,
                 waits_for_first: false,
@@ -1614,11 +1679,8 @@ mod tests {
         {
             let fake = Fake::with_file(Kind::Positioned, false, 100).found(4096, 5000, 100);
             assert_eq!(go(&thread(call, &args), &fake), Resume::Restart, "{call}");
-            assert_eq!(
-                go(&on_cpu(thread(call, &args)), &Fake { no_stack: true, ..fake }),
-                Resume::Restart,
-                "{call}"
-            );
+            let lost = Fake { no_stack: true, ..fake };
+            assert!(is_impossible(&go(&on_cpu(thread(call, &args)), &lost)), "{call} may have moved it");
         }
         let null = Fake { no_stack: true, ..Fake::with_file(Kind::Memory, false, 0) };
         assert_eq!(go(&on_cpu(thread("write", &[1, 0x1000, 5000])), &null), Resume::Restart);
@@ -1687,6 +1749,42 @@ mod tests {
     }
 
     #[test]
+    fn a_position_that_has_moved_does_not_move_again() {
+        let end = 1100;
+        let progress = |done| Some(Progress { done, total: 100, ki_pos: Some(end) });
+        let at = |position, phase, transferred| {
+            let mut fake = Fake { phase, transferred, ..Fake::with_file(Kind::Positioned, false, 0) };
+            fake.files.values_mut().for_each(|file| file.position = position);
+            fake
+        };
+        let after = |position, transferred| at(position, Some(Phase::After), transferred);
+        for name in ["read", "write", "readv", "writev", "preadv2", "pwritev2"] {
+            let call = || on_cpu(thread(name, &[1, 0x1000, 100, u64::MAX]));
+            for phase in [Phase::Before, Phase::Within] {
+                assert_eq!(go(&call(), &at(1000, Some(phase), None)), Resume::Restart, "{name}");
+            }
+            assert_eq!(returns(&go(&call(), &after(end, progress(100)))), Some(100), "{name}");
+            assert_eq!(returns(&go(&call(), &after(end, progress(40)))), Some(40), "{name}");
+            assert_eq!(go(&call(), &after(1000, progress(100))), Resume::Restart, "not yet");
+            assert!(is_impossible(&go(&call(), &after(1040, progress(100)))), "somebody else's doing");
+            assert_eq!(go(&call(), &after(end, progress(0))), Resume::Restart, "nothing to repeat");
+            assert!(is_impossible(&go(&call(), &after(end, None))));
+            assert!(is_impossible(&go(&call(), &at(end, None, None))), "its stack is lost");
+            assert_eq!(go(&Thread { on_cpu: false, ..call() }, &at(end, None, None)), Resume::Restart);
+        }
+        for name in ["pread64", "pwrite64", "preadv", "pwritev", "preadv2", "pwritev2"] {
+            let call = on_cpu(thread(name, &[1, 0x1000, 100, 4096]));
+            assert_eq!(go(&call, &after(end, None)), Resume::Restart, "{name} has a place of its own");
+        }
+        for name in ["getdents", "getdents64"] {
+            let call = || on_cpu(thread(name, &[1, 0x1000, 100]));
+            assert_eq!(go(&call(), &at(end, Some(Phase::Within), None)), Resume::Restart);
+            assert!(is_impossible(&go(&call(), &after(end, None))));
+            assert_eq!(go(&Thread { on_cpu: false, ..call() }, &after(end, None)), Resume::Restart);
+        }
+    }
+
+    #[test]
     fn terminals_have_printed_what_their_driver_took() {
         let call = || thread("write", &[1, 0x1000, 5000]);
         let tty = |tty_sent| Fake { tty_sent, ..Fake::with_file(Kind::Tty, false, 0).found(2048, 5000, 0) };
@@ -1707,7 +1805,8 @@ mod tests {
             let how = died(row.name, &[1; 6], &Fake::default());
             assert!(!is_impossible(&how), "{}: it fails rather than end its process: {how:?}", row.name);
         }
-        let file = || Fake::with_file(Kind::Positioned, false, 0);
+        let within = Some(Phase::Within);
+        let file = || Fake { phase: within, ..Fake::with_file(Kind::Positioned, false, 0) };
         let pipe = || Fake { leftover: true, ..Fake::with_file(Kind::Stream, false, 0) };
         assert_eq!(died("write", &[1, 0x1000, 2], &file()), Resume::Restart);
         assert_eq!(returns(&died("write", &[1, 0x1000, 2], &pipe())), Some(-EIO), "who knows");
@@ -1726,6 +1825,7 @@ mod tests {
             kind,
             append,
             size: 0,
+            position: 0,
             is_pipe: false,
             is_message_socket: false,
             waits_for_first: false,
@@ -1741,10 +1841,14 @@ mod tests {
         assert_eq!(go(&splice, &ends(stream, stream)), Resume::Restart);
         assert!(is_impossible(&go(&on_cpu(splice), &ends(stream, stream))));
         assert!(is_impossible(&go(&splice, &ends(stream, file(Kind::Tty, false)))));
-        assert_eq!(
-            go(&thread("copy_file_range", &[3, 0, 4, 0, 9]), &ends(regular, regular)),
-            Resume::Restart
-        );
+        let copy = || thread("copy_file_range", &[3, 0, 4, 0, 9]);
+        assert_eq!(go(&copy(), &ends(regular, regular)), Resume::Restart);
+        for (phase, again) in [(Some(Phase::Within), true), (Some(Phase::After), false), (None, false)] {
+            let moved = |output| Fake { phase, ..ends(regular, output) };
+            for output in [regular, file(Kind::Memory, false)] {
+                assert_eq!(go(&on_cpu(copy()), &moved(output)) == Resume::Restart, again, "{phase:?}");
+            }
+        }
         assert!(is_impossible(&go(&thread("sendmmsg", &[3, 0x1000, 2]), &Fake::default())));
     }
 

@@ -43,6 +43,27 @@ pub(super) const TO_THE_FILE: [(&str, &[&str]); 17] = [
     ("__x64_sys_readv", &["do_readv"]),
     ("__x64_sys_writev", &["do_writev"]),
 ];
+/// From calls that move a file's position by what they have read or written to the last thing that they do before (fs/read_write.c,
+/// fs/readdir.c, 6.1 and 6.12).
+pub(super) const TO_THE_POSITION: [(&str, &[&str]); 17] = [
+    ("ksys_read", &["vfs_read"]),
+    ("ksys_write", &["vfs_write"]),
+    ("do_readv", &["vfs_readv"]),
+    ("do_writev", &["vfs_writev"]),
+    ("do_sendfile", &["do_splice_direct", "splice_file_to_pipe"]),
+    ("iterate_dir", &[INDIRECT]),
+    ("__x64_sys_read", &["ksys_read"]),
+    ("__x64_sys_write", &["ksys_write"]),
+    ("__x64_sys_readv", &["do_readv", "vfs_readv"]),
+    ("__x64_sys_writev", &["do_writev", "vfs_writev"]),
+    ("__x64_sys_preadv2", &["do_readv", "vfs_readv"]),
+    ("__x64_sys_pwritev2", &["do_writev", "vfs_writev"]),
+    ("__x64_sys_sendfile64", &["do_sendfile"]),
+    ("__x64_sys_copy_file_range", &["vfs_copy_file_range", "__do_sys_copy_file_range"]),
+    ("__do_sys_copy_file_range", &["vfs_copy_file_range"]),
+    ("__x64_sys_getdents", &["iterate_dir"]),
+    ("__x64_sys_getdents64", &["iterate_dir"]),
+];
 /// From wait4 and waitid to where a child is taken off the list (kernel/exit.c, 6.1 and 6.12).
 pub(super) const TO_THE_CHILD: [(&str, &[&str]); 9] = [
     ("wait_task_zombie", &["release_task"]),

@@ -58,6 +58,8 @@ pub enum Class {
     },
     /// lseek.
     Seek,
+    /// getdents: moves the position in a directory.
+    ReadDirectory,
     /// close.
     Close,
     /// Waits for a child.
@@ -220,7 +222,7 @@ pub const TABLE: &[Row] = &[
     row(75, "fdatasync", Again, "the data is written before it returns, however often"),
     row(76, "truncate", Again, "cuts or reserves the same range again"),
     row(77, "ftruncate", Again, "cuts or reserves the same range again"),
-    row(78, "getdents", Again, "the position moves only when it is done, so the same entries are read again"),
+    row(78, "getdents", ReadDirectory, "the position moves only when it is done, so the same entries are read again"),
     row(79, "getcwd", Again, "only reads state"),
     row(80, "chdir", Again, "sets the same again"),
     row(81, "fchdir", Again, "sets the same again"),
@@ -359,7 +361,7 @@ pub const TABLE: &[Row] = &[
     row(214, "epoll_ctl_old", Again, "not there: ENOSYS again"),
     row(215, "epoll_wait_old", Again, "not there: ENOSYS again"),
     row(216, "remap_file_pages", Again, "replaces the same pages again"),
-    row(217, "getdents64", Again, "the position moves only when it is done, so the same entries are read again"),
+    row(217, "getdents64", ReadDirectory, "the position moves only when it is done, so the same entries are read again"),
     row(218, "set_tid_address", Again, "sets the same again"),
     row(219, "restart_syscall", Restarted, "continues the call that its restart block names"),
     row(220, "semtimedop", Shorten { timeout_arg: 3 }, "nothing taken; the time left goes into the register, else EINTR, as after any signal (signal(7))"),
