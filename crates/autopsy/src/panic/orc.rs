@@ -39,6 +39,8 @@ struct PtRegs {
     dx: u64,
     ip: u64,
     sp: u64,
+    /// 2 bytes, and what FRED adds behind them (since 6.9); 8 before.
+    #[kernel(address)]
     cs: u64,
 }
 
@@ -254,7 +256,7 @@ impl<'k> Unwinder<'k> {
                     _ => sp,
                 };
                 let frame: PtRegs = self.kernel.read(at)?;
-                if frame.cs & 3 != 0 {
+                if self.kernel.read_u16(frame.cs)? & 3 != 0 {
                     return Ok(None);
                 }
                 let full = (kind == Kind::Regs).then_some(at);
@@ -343,7 +345,55 @@ fn frame(kernel: &Kernel, address: u64, guessed: bool) -> Frame {
 
 #[cfg(test)]
 mod tests {
+    use synth::{I16, Record, Synth, U16, U64, array};
+
     use super::*;
+    use crate::testing::open;
+
+    /// An interrupt upon a function: entry code with the registers at its stack pointer, and the end of the stack behind it.
+    #[test]
+    fn an_exception_leads_on_to_what_it_came_upon() {
+        /// `orc_entry` since 6.4: sp_reg SP, kind Regs.
+        const REGS: u16 = 0x305;
+        const END: u16 = 0x100;
+        let places = |cs: Record, selector: u64| {
+            let mut synth = Synth::new();
+            let bits = Record::new().field("sp_offset", I16).field("bp_offset", I16);
+            let bits = bits.bits("sp_reg", U16, 4).bits("bp_reg", U16, 4).bits("type", U16, 3);
+            synth.structure("orc_entry", bits.size(6));
+            let regs = ["bp", "r10", "r13", "di", "dx", "ip"]
+                .iter()
+                .fold(Record::new(), |regs, name| regs.field(name, U64));
+            synth.structure("pt_regs", regs.anonymous(cs).field("sp", U64));
+            synth.structure("bytes", Record::new().field("bytes", array(U64, 64)));
+            let [entry, function] = ["entry", "function"].map(|name| synth.variable(name, "bytes"));
+            let ips = synth.variable("__start_orc_unwind_ip", "bytes");
+            let entries = synth.variable("__start_orc_unwind", "bytes");
+            synth.symbol("__stop_orc_unwind_ip", ips + 8).symbol("__stop_orc_unwind", entries + 12);
+            for (n, (ip, kind)) in [(entry, REGS), (function, END)].into_iter().enumerate() {
+                let n = n as u64;
+                synth.write(ips + n * 4, &(ip.wrapping_sub(ips + n * 4) as i32).to_le_bytes());
+                synth.write(entries + n * 6 + 4, &kind.to_le_bytes());
+            }
+            let frame = synth.alloc("pt_regs");
+            synth.set("pt_regs", frame, "ip", function + 8).set("pt_regs", frame, "sp", frame + 0x100);
+            synth.write(synth.address_of("pt_regs", frame, "cs"), &selector.to_le_bytes()[..2]);
+            let kernel = open(&synth);
+            let unwinder = Unwinder::new(&kernel, Vec::new()).unwrap();
+            let state = State { ip: entry + 4, sp: frame, bp: 0, regs: None, exact: true, guessed: false };
+            let places = unwinder.places(state);
+            places
+                .iter()
+                .map(|place| kernel.symbolize(place.address).unwrap().0.to_owned())
+                .collect::<Vec<_>>()
+        };
+        let narrow = || Record::union().field("cs", U16).field("csx", U64);
+        let wide = || Record::new().field("cs", U64);
+        for cs in [narrow, wide] as [fn() -> Record; 2] {
+            assert_eq!(places(cs(), 0x10), ["entry", "function"]);
+            assert_eq!(places(cs(), 0x33), ["entry"], "a program");
+        }
+    }
 
     fn kind(kind: u8, end: Option<u8>, sp_reg: u8) -> Kind {
         OrcEntry { sp_offset: 0, bp_offset: 0, sp_reg, bp_reg: 0, kind, end }.frame_kind()
