@@ -1068,10 +1068,9 @@ impl Facts for Dead<'_> {
 
     fn expiry(&self) -> Option<Expiry> {
         let live = self.live();
-        self.ctx
-            .timers
-            .of_task(self.ctx.task)
-            .or_else(|| timers::on_stack(self.kernel, self.ctx.task, live.base, live.words))
+        let timers = self.ctx.timers;
+        let on_stack = || timers::on_stack(self.kernel, timers, self.ctx.task, live.base, live.words);
+        timers.of_task(self.ctx.task).or_else(on_stack)
     }
 
     fn futex_woken(&self) -> bool {

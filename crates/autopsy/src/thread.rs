@@ -238,7 +238,7 @@ impl Autopsy<'_> {
     }
 
     /// Everybody who slept with a timeout.
-    fn timers(&self) -> &Timers {
+    pub(crate) fn timers(&self) -> &Timers {
         self.timers.get_or_init(|| {
             let subject = self.set_subject(None);
             let timers = Timers::read(self.kernel).unwrap_or_else(|error| {

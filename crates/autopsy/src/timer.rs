@@ -230,10 +230,10 @@ impl Autopsy<'_> {
         let (clock, ns) = match timer.it_clock {
             CLOCK_REALTIME_ALARM | CLOCK_BOOTTIME_ALARM => (timer.it_clock, timer.alarm_expires),
             _ if timer.base == 0 => return Ok(None),
-            _ => {
-                let clock = self.kernel.offset_of("hrtimer_clock_base", "clockid")?;
-                (self.kernel.read_i32(timer.base.wrapping_add(clock))?, timer.expires)
-            }
+            _ => match self.timers().clock_of(timer.base) {
+                Some(clock) => (clock, timer.expires),
+                None => return Err(corrupt("hrtimer_clock_base", timer.base, "is of no CPU")),
+            },
         };
         Ok((ns != 0).then_some((clock, ns)))
     }

@@ -48,9 +48,9 @@ impl Autopsy<'_> {
             // One that was never set has no base.
             false if context.base == 0 => (None, false),
             false => {
-                let clock = self.kernel.offset_of("hrtimer_clock_base", "clockid")?;
-                let clock = self.kernel.read_i32(context.base.wrapping_add(clock))?;
-                (Some(Expiry { clock, ns: context.expires }), u32::from(context.state) & ENQUEUED != 0)
+                let clock = self.timers().clock_of(context.base);
+                let expiry = clock.map(|clock| Expiry { clock, ns: context.expires });
+                (expiry, u32::from(context.state) & ENQUEUED != 0)
             }
         };
         let interval_ns = u64::try_from(context.tintv).unwrap_or(0);

@@ -10,8 +10,6 @@ use snapshot::Clocks;
 
 /// A timer per task would be many; a longer tree is a damaged one.
 const MAX_TIMERS: usize = 1 << 20;
-/// Most clock bases that a CPU can have (there are eight).
-const MAX_BASES: u64 = 64;
 
 // include/uapi/linux/time.h
 const CLOCK_REALTIME: i32 = 0;
@@ -19,6 +17,14 @@ const CLOCK_MONOTONIC: i32 = 1;
 const CLOCK_BOOTTIME: i32 = 7;
 const CLOCK_REALTIME_ALARM: i32 = 8;
 const CLOCK_BOOTTIME_ALARM: i32 = 9;
+const CLOCK_TAI: i32 = 11;
+/// enum hrtimer_base_type: which of a CPU's bases is of which clock. Each has a second one, `_SOFT`, for timers that expire in a softirq.
+const BASES: [(&str, i32); 4] = [
+    ("HRTIMER_BASE_MONOTONIC", CLOCK_MONOTONIC),
+    ("HRTIMER_BASE_REALTIME", CLOCK_REALTIME),
+    ("HRTIMER_BASE_BOOTTIME", CLOCK_BOOTTIME),
+    ("HRTIMER_BASE_TAI", CLOCK_TAI),
+];
 
 /// A point in time on one of the kernel's clocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,13 +74,16 @@ struct Timer {
 pub struct Timers {
     /// By the task's address.
     sleepers: HashMap<u64, Expiry>,
+    /// The clock of each `hrtimer_clock_base`, by its address.
+    clocks: HashMap<u64, i32>,
     /// What could not be read, for findings.
     pub damage: Vec<String>,
 }
 
 impl Timers {
     /// Reads the timer queues of all possible CPUs (`hrtimer_bases`): every queued timer with the function
-    /// `hrtimer_wakeup` belongs to a `hrtimer_sleeper`. A damaged queue is noted in [`damage`](Self::damage).
+    /// `hrtimer_wakeup` belongs to a `hrtimer_sleeper`. Which clock a queue is of is told by its place, whatever it says itself. A damaged queue
+    /// is noted in [`damage`](Self::damage).
     ///
     /// # Errors
     /// When a symbol or a layout is missing.
@@ -83,6 +92,13 @@ impl Timers {
         let wakeup = kernel.symbol("hrtimer_wakeup")?;
         let bases = kernel.member("hrtimer_cpu_base", "clock_base")?;
         let base_size = kernel.size_of("hrtimer_clock_base")?.max(1);
+        let mut clocks = Vec::new();
+        for (name, clock) in BASES {
+            for name in [name.to_owned(), format!("{name}_SOFT")] {
+                clocks.push((kernel.enum_value_in("hrtimer_base_type", &name)? as u64, clock));
+            }
+        }
+        clocks.retain(|(index, _)| *index < bases.size / base_size);
         let to_node = kernel.offset_of("hrtimer", "node.node")?;
         let to_timer = kernel.offset_of("hrtimer_sleeper", "timer")?;
         let to_task = kernel.offset_of("hrtimer_sleeper", "task")?;
@@ -92,24 +108,33 @@ impl Timers {
         let mut timers = Timers::default();
         for cpu in kernel.possible_cpus()? {
             let first = kernel.per_cpu(per_cpu, cpu)?.wrapping_add(bases.offset);
-            for index in 0..(bases.size / base_size).min(MAX_BASES) {
-                let read_base = || -> Result<Vec<(u64, Expiry)>> {
+            for (index, clock) in &clocks {
+                let addr = first.wrapping_add(index * base_size);
+                timers.clocks.insert(addr, *clock);
+                let read_base = |said: &mut i32| -> Result<Vec<(u64, Expiry)>> {
                     let mut found = Vec::new();
-                    let base: ClockBase = kernel.read(first.wrapping_add(index * base_size))?;
+                    let base: ClockBase = kernel.read(addr)?;
+                    *said = base.clockid;
                     for node in kernel.rb_tree(base.active, MAX_TIMERS) {
                         let addr = node?.wrapping_sub(to_node);
                         let timer: Timer = kernel.read(addr)?;
                         if timer.function == wakeup {
                             let sleeper = addr.wrapping_sub(to_timer);
                             let task = kernel.read_u64(sleeper.wrapping_add(to_task))?;
-                            found.push((task, Expiry { clock: base.clockid, ns: timer.soft_expires }));
+                            found.push((task, Expiry { clock: *clock, ns: timer.soft_expires }));
                         }
                     }
                     Ok(found)
                 };
-                match read_base() {
+                let mut said = *clock;
+                match read_base(&mut said) {
                     Ok(found) => timers.sleepers.extend(found),
                     Err(error) => timers.damage.push(format!("timer queue {index} of CPU {cpu}: {error}")),
+                }
+                if said != *clock {
+                    let text =
+                        format!("timer queue {index} of CPU {cpu}: it is of clock {clock}, and says {said}");
+                    timers.damage.push(text);
                 }
             }
         }
@@ -119,6 +144,11 @@ impl Timers {
     /// When the timer of a sleeping task (by its address) would have woken it.
     pub fn of_task(&self, task: u64) -> Option<Expiry> {
         self.sleepers.get(&task).copied()
+    }
+
+    /// The clock (CLOCK_*) of a `hrtimer_clock_base`; `None` if there is none at this address.
+    pub(crate) fn clock_of(&self, base: u64) -> Option<i32> {
+        self.clocks.get(&base).copied()
     }
 
     /// How many there are.
@@ -134,21 +164,27 @@ impl Timers {
 
 /// The timer of a task's `hrtimer_sleeper` on its own kernel stack: the only trace of one that has just fired (it is no
 /// longer queued). `words` is the live part of the stack, from `base` on.
-pub(super) fn on_stack(kernel: &Kernel, task: u64, base: u64, words: &[u64]) -> Option<Expiry> {
+pub(super) fn on_stack(
+    kernel: &Kernel,
+    timers: &Timers,
+    task: u64,
+    base: u64,
+    words: &[u64],
+) -> Option<Expiry> {
     let wakeup = kernel.symbol_opt("hrtimer_wakeup")?;
     let to_function = kernel.offset_of("hrtimer", "function").ok()?;
     let to_timer = kernel.offset_of("hrtimer_sleeper", "timer").ok()?;
     let to_task = kernel.offset_of("hrtimer_sleeper", "task").ok()?;
     let functions = words.iter().enumerate().filter(|(_, word)| **word == wakeup);
-    let timers = functions.map(|(index, _)| base.wrapping_add(index as u64 * 8).wrapping_sub(to_function));
+    let mut sleepers =
+        functions.map(|(index, _)| base.wrapping_add(index as u64 * 8).wrapping_sub(to_function));
     // One that has fired names nobody any more; one of an earlier call may lie there still.
     let is_own = |timer: &u64| {
         let owner = kernel.read_u64(timer.wrapping_sub(to_timer).wrapping_add(to_task));
         owner.is_ok_and(|owner| owner == task || owner == 0)
     };
-    let timer: Timer = kernel.read(timers.into_iter().find(is_own)?).ok()?;
-    let clock: ClockBase = kernel.read(timer.base).ok()?;
-    Some(Expiry { clock: clock.clockid, ns: timer.soft_expires })
+    let timer: Timer = kernel.read(sleepers.find(is_own)?).ok()?;
+    Some(Expiry { clock: timers.clock_of(timer.base)?, ns: timer.soft_expires })
 }
 
 /// What a `restart_block` continues.
@@ -240,7 +276,10 @@ pub(super) fn restart_block(kernel: &Kernel, task: u64, args: &[u64; 6]) -> Resu
 
 #[cfg(test)]
 mod tests {
+    use synth::{I32, Record, Synth, U64, array, named};
+
     use super::*;
+    use crate::testing::open;
 
     const NOW: Clocks = Clocks { realtime_ns: 1_000_000, monotonic_ns: 2_000, boottime_ns: 30_000 };
 
@@ -256,6 +295,51 @@ mod tests {
         assert_eq!(left(CLOCK_MONOTONIC, i64::MIN), Some(i64::MIN), "nonsense does not overflow");
         assert_eq!(left(2, 5), None, "CLOCK_PROCESS_CPUTIME_ID");
         assert_eq!(left(11, 5), None, "CLOCK_TAI");
+    }
+
+    #[test]
+    fn a_queues_clock_is_told_by_its_place() {
+        let mut synth = Synth::new();
+        let queue = Record::new().field("rb_root", named("rb_root_cached"));
+        synth.structure("timerqueue_head", queue);
+        let base = Record::new().field("clockid", I32).field("active", named("timerqueue_head"));
+        synth.structure("hrtimer_clock_base", base);
+        let bases = Record::new().field("clock_base", array(named("hrtimer_clock_base"), 8));
+        synth.structure("hrtimer_cpu_base", bases);
+        synth.structure("timerqueue_node", Record::new().field("node", named("rb_node")));
+        let timer = Record::new().field("node", named("timerqueue_node")).field("_softexpires", U64);
+        synth.structure("hrtimer", timer.field("function", U64).field("base", U64));
+        synth.structure("hrtimer_sleeper", Record::new().field("timer", named("hrtimer")).field("task", U64));
+        let names = BASES.map(|(name, _)| name.to_owned()).into_iter();
+        let names: Vec<String> = names.clone().chain(names.map(|name| format!("{name}_SOFT"))).collect();
+        let values: Vec<(&str, i64)> = names.iter().map(String::as_str).zip(0..).collect();
+        synth.enumeration("hrtimer_base_type", &values);
+        let wakeup = synth.variable("hrtimer_wakeup", "hrtimer");
+
+        let bases = synth.per_cpu_variable("hrtimer_bases", synth.size_of("hrtimer_cpu_base"));
+        let size = synth.size_of("hrtimer_clock_base");
+        for cpu in 0..2 {
+            for (index, (_, clock)) in (0..).zip(BASES.iter().chain(&BASES)) {
+                let base = synth.per_cpu(bases, cpu) + index * size;
+                synth.set("hrtimer_clock_base", base, "clockid", *clock);
+            }
+        }
+        let [boottime, soft] = [2, 5].map(|index| synth.per_cpu(bases, 1) + index * size);
+        let [sleeper, task] = [synth.alloc("hrtimer_sleeper"), 0xffff_8880_0000_7000];
+        synth.set("hrtimer_sleeper", sleeper, "timer.function", wakeup);
+        synth.set("hrtimer_sleeper", sleeper, "timer._softexpires", 700_u64);
+        synth.set("hrtimer_sleeper", sleeper, "task", task);
+        let root = synth.address_of("hrtimer_clock_base", boottime, "active.rb_root.rb_root");
+        synth.rb_tree(root, &[synth.address_of("hrtimer_sleeper", sleeper, "timer.node.node")]);
+        let read = |synth: &Synth| Timers::read(&open(synth)).unwrap();
+        let until = Some(Expiry { clock: CLOCK_BOOTTIME, ns: 700 });
+        let timers = read(&synth);
+        assert_eq!((timers.of_task(task), timers.damage.len()), (until, 0));
+        assert_eq!(timers.clock_of(soft), Some(CLOCK_REALTIME));
+        assert_eq!(timers.clock_of(soft + 8), None);
+        synth.set("hrtimer_clock_base", boottime, "clockid", 0x2000_0007);
+        let timers = read(&synth);
+        assert_eq!((timers.of_task(task), timers.damage.len()), (until, 1), "{:?}", timers.damage);
     }
 
     #[test]
