@@ -147,7 +147,7 @@ impl Autopsy<'_> {
             (Some(cpu), Some(live)) => self.edge(task, cpu, &live)?,
             _ => None,
         };
-        thread.regs = self.registers(task, on_cpu, live, edge.as_ref())?;
+        thread.regs = self.registers(*addr, task, on_cpu, live, edge.as_ref())?;
         if thread.regs.cs == USER32_CS {
             unsupported.push(format!("thread {tid} runs 32-bit code"));
         }
@@ -380,6 +380,7 @@ impl Autopsy<'_> {
     /// The user's registers of a thread, as they were when it entered the kernel.
     fn registers(
         &self,
+        addr: u64,
         task: &Task,
         on_cpu: Option<u32>,
         live: Option<CpuRegisters>,
@@ -405,7 +406,8 @@ impl Autopsy<'_> {
             let note = live.map(|live| (live[FS_BASE], live[GS_BASE]));
             let slot = || self.saver()?.slot(cpu).filter(|slot| slot.pid == task.pid);
             if let Some(bases) = note.or_else(|| slot().map(|slot| (slot.fs_base, slot.gs_base))) {
-                (regs.fs_base, regs.gs_base) = user_bases(bases, (task.fsbase, task.gsbase));
+                (regs.fs_base, regs.gs_base) =
+                    user_bases(bases, (task.fsbase, task.gsbase), self.bases_of_next(addr, cpu));
             }
         }
         regs.ds = task.ds.into();
@@ -413,6 +415,15 @@ impl Autopsy<'_> {
         regs.fs = task.fsindex.into();
         regs.gs = task.gsindex.into();
         Ok(regs)
+    }
+
+    /// The bases of the thread that a CPU was about to switch to from this one. It has them a few instructions before the other thread is `current`, and
+    /// has saved this one's before (__switch_to(), arch/x86/kernel/process_64.c, 6.1 and 6.12).
+    fn bases_of_next(&self, addr: u64, cpu: u32) -> Option<(u64, u64)> {
+        let current = &self.cpus().current;
+        let (&next, _) = current.iter().find(|&(&task, &its)| its == cpu && task != addr)?;
+        let next: Task = self.kernel.read(next).ok()?;
+        Some((next.fsbase, next.gsbase))
     }
 
     /// What became of the last word of a thread's stack.
@@ -487,11 +498,14 @@ impl Autopsy<'_> {
 }
 
 /// The bases that a CPU had, where they are a program's: a CPU that was between the first instruction of an entry into the kernel and its
-/// `swapgs` (or behind the last one of an exit) leaves the kernel's own GS base in its note. Then those of the last switch count.
-fn user_bases((fs, gs): (u64, u64), (switched_fs, switched_gs): (u64, u64)) -> (u64, u64) {
+/// `swapgs` (or behind the last one of an exit) leaves the kernel's own GS base in its note, and one that is switching to another thread may
+/// have that one's (`next`). Then those of the last switch count.
+fn user_bases(cpu: (u64, u64), switched: (u64, u64), next: Option<(u64, u64)>) -> (u64, u64) {
     // The highest bit is the kernel's, with four and with five levels of page tables.
-    let user = |base: u64| base >> 63 == 0;
-    (if user(fs) { fs } else { switched_fs }, if user(gs) { gs } else { switched_gs })
+    let base = |cpu: u64, switched: u64, next: Option<u64>| {
+        if cpu >> 63 == 0 && next != Some(cpu) { cpu } else { switched }
+    };
+    (base(cpu.0, switched.0, next.map(|n| n.0)), base(cpu.1, switched.1, next.map(|n| n.1)))
 }
 
 /// The signal mask to go on with: not the one that a call had put in force for its own duration.
@@ -614,8 +628,33 @@ mod tests {
     #[test]
     fn the_kernels_own_base_is_nobodys() {
         let kernel = 0xffff_8880_7d80_0000;
-        assert_eq!(user_bases((0x7f00_1000, 0x10), (1, 2)), (0x7f00_1000, 0x10), "changed since the switch");
-        assert_eq!(user_bases((0x7f00_1000, kernel), (1, 2)), (0x7f00_1000, 2));
+        let changed = user_bases((0x7f00_1000, 0x10), (1, 2), None);
+        assert_eq!(changed, (0x7f00_1000, 0x10), "changed since the switch");
+        assert_eq!(user_bases((0x7f00_1000, kernel), (1, 2), None), (0x7f00_1000, 2));
+    }
+
+    #[test]
+    fn the_bases_of_the_next_thread_are_not_those_of_the_last() {
+        let mut synth = Synth::new();
+        declare::<Task>(&mut synth, &[("tasks", named("list_head"))]);
+        declare::<RunQueue>(&mut synth, &[]);
+        let [task, next] = ["task_struct"; 2].map(|name| synth.alloc(name));
+        synth.set("task_struct", next, "thread.fsbase", 0x7f00_2000_u64);
+        let queues = synth.per_cpu_variable("runqueues", synth.size_of("rq"));
+        for (cpu, current) in [(0, next), (1, task)] {
+            synth.write_u64(synth.per_cpu(queues, cpu), current);
+        }
+        let kernel = open(&synth);
+        let autopsy = Autopsy::new(&kernel);
+        let next = autopsy.bases_of_next(task, 0);
+        assert_eq!(next, Some((0x7f00_2000, 0)));
+        assert_eq!(
+            user_bases((0x7f00_2000, 0), (0x7f00_1000, 5), next),
+            (0x7f00_1000, 5),
+            "it has them already"
+        );
+        assert_eq!(user_bases((0x7f00_3000, 6), (0x7f00_1000, 5), next), (0x7f00_3000, 6), "not yet");
+        assert_eq!(autopsy.bases_of_next(task, 1), None, "nobody comes next");
     }
 
     #[test]

@@ -139,7 +139,7 @@ impl Autopsy<'_> {
         if edge == Some(Edge::Unknown) {
             return Err(corrupt("task_struct", addr, "its CPU was entering or leaving the kernel"));
         }
-        let registers = self.registers(task, cpu, live, edge.as_ref())?;
+        let registers = self.registers(addr, task, cpu, live, edge.as_ref())?;
         if (registers.orig_rax as i32) < 0 {
             return Ok(None);
         }
