@@ -180,7 +180,7 @@ impl Autopsy<'_> {
         self.unwinder().map_or_else(Vec::new, |unwinder| unwinder.places(orc::State::new(registers)))
     }
 
-    fn unwinder(&self) -> Option<&orc::Unwinder<'_>> {
+    pub(crate) fn unwinder(&self) -> Option<&orc::Unwinder<'_>> {
         let unwinder = self.unwinder.get_or_init(|| {
             orc::Unwinder::new(self.kernel, self.module_code())
                 .inspect_err(|error| {

@@ -6,6 +6,7 @@ mod summary;
 pub use summary::{ThreadStack, ThreadSummary};
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use ktypes::KernelType;
 use snapshot::{
@@ -18,7 +19,7 @@ use edge::Edge;
 
 use crate::Autopsy;
 use crate::error::{Result, corrupt};
-use crate::panic::orc;
+use crate::panic::orc::{self, Place};
 use crate::process::{Member, Task};
 use crate::syscall::{self, Timers};
 
@@ -102,6 +103,17 @@ pub(crate) struct StackLayout {
     pub size: u64,
     /// Offset of the user's `pt_regs` from the stack's lowest address.
     pub pt_regs: u64,
+}
+
+/// Bytes at the lowest end of a stack: whose stack pointer is there has come to its guard, and what is found from there is what was pushed last.
+const OVERFLOWED: u64 = 512;
+
+/// What a thread that was on a CPU used of its stack, and where it was.
+struct InUse {
+    stack_pointer: Option<u64>,
+    instruction_pointer: Option<u64>,
+    frames: Vec<Place>,
+    registers: Option<CpuRegisters>,
 }
 
 impl Autopsy<'_> {
@@ -202,7 +214,13 @@ impl Autopsy<'_> {
             (Some(sp), Some(cpu)) if !is_on_stack => self.interrupted_at(cpu, sp),
             (sp, _) => sp,
         };
-        let frames = live.map_or_else(Vec::new, |registers| self.places(&registers));
+        let mut found = InUse {
+            stack_pointer,
+            instruction_pointer,
+            frames: live.map_or_else(Vec::new, |registers| self.places(&registers)),
+            registers: live,
+        };
+        self.find_lost_stack(&stack, &mut found);
         let context = syscall::Context {
             task: addr,
             registers: &thread.regs,
@@ -210,15 +228,41 @@ impl Autopsy<'_> {
             panicked: thread.panicked && is_on_stack,
             on_cpu: thread.on_cpu.is_some(),
             stack,
-            stack_pointer,
-            instruction_pointer,
-            cpu_registers: live.as_ref(),
-            frames: &frames,
+            stack_pointer: found.stack_pointer,
+            instruction_pointer: found.instruction_pointer,
+            cpu_registers: found.registers.as_ref(),
+            frames: &found.frames,
             now: *self.now(),
             timers: self.timers(),
             tasks: self.known_tasks.get().map_or(&[], Vec::as_slice),
         };
         Ok(syscall::resume(self.kernel, &context))
+    }
+
+    /// Where a thread on a CPU was that has no stack pointer any more, or one at the very end of an overflowed stack: what is on the stack says it.
+    fn find_lost_stack(&self, stack: &Range<u64>, found: &mut InUse) {
+        let is_lost = |place: &Place| {
+            let overflowed = stack.start..stack.start.saturating_add(OVERFLOWED);
+            place.regs.is_some()
+                && (overflowed.contains(&place.sp) || self.kernel.read_u64(place.sp).is_err())
+        };
+        let Some(index) = found.frames.iter().position(is_lost) else { return };
+        let lost = found.frames[index];
+        let frames = self.unwinder().and_then(|unwinder| unwinder.found_again(&lost, stack));
+        let Some((frames, first)) = frames.and_then(|frames| Some((frames.clone(), *frames.first()?))) else {
+            return;
+        };
+        // In the order of the note's.
+        if let (Some(registers), Some(at)) = (&mut found.registers, lost.regs) {
+            let len = self.kernel.size_of("pt_regs").unwrap_or(0) as usize;
+            let Ok(bytes) = self.kernel.read_bytes(at, len) else { return };
+            let words = bytes.as_chunks::<8>().0.iter().map(|word| u64::from_le_bytes(*word));
+            registers.iter_mut().zip(words).for_each(|(register, word)| *register = word);
+        }
+        found.stack_pointer = Some(first.sp);
+        found.instruction_pointer = Some(first.address);
+        found.frames.truncate(index);
+        found.frames.extend(frames);
     }
 
     /// The stack pointer of what an interrupt has come upon, if the CPU was on the stack for interrupts: the first thing on that one

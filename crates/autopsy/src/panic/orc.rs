@@ -5,6 +5,8 @@
 //! arch/x86/kernel/unwind_orc.c; 6.1 and 6.12 differ in how an entry's type is coded. Modules have tables of their own of the same form.
 //! Where there is no table (code that BPF has made) the unwinder falls back to the frame pointer, and says that it guesses.
 
+use std::ops::Range;
+
 use ktypes::{Kernel, KernelType};
 use snapshot::Frame;
 use vmcore::PrStatus;
@@ -92,6 +94,8 @@ pub struct Place {
     pub sp: u64,
     /// The CPU was there.
     pub exact: bool,
+    /// `struct pt_regs` of the exception that came upon it there.
+    pub regs: Option<u64>,
 }
 
 /// Where an unwinding stands.
@@ -117,6 +121,10 @@ struct InactiveTaskFrame {
 }
 
 impl State {
+    fn place(self) -> Place {
+        Place { address: self.ip, sp: self.sp, exact: self.exact, regs: self.regs }
+    }
+
     /// Where a CPU was when it saved these registers for the dump.
     pub(crate) fn new(registers: &CpuRegisters) -> State {
         /// Place of rbp in `struct user_regs_struct`.
@@ -192,7 +200,38 @@ impl<'k> Unwinder<'k> {
     /// The same, as far as nothing is guessed.
     pub(crate) fn places(&self, state: State) -> Vec<Place> {
         let certain = self.states(state).take_while(|state| !state.guessed);
-        certain.map(|state| Place { address: state.ip, sp: state.sp, exact: state.exact }).collect()
+        certain.map(State::place).collect()
+    }
+
+    /// The frames of a CPU that had lost its stack pointer where an exception came upon it, at `lost`: if there is just one place in `stack` where
+    /// somebody had called the function, and from which the frames lead to a program's registers at the end of `stack`.
+    pub(crate) fn found_again(&self, lost: &Place, stack: &Range<u64>) -> Option<Vec<Place>> {
+        let regs = self.kernel.read::<PtRegs>(lost.regs?).ok()?;
+        let (_, offset) = self.kernel.symbolize(lost.address)?;
+        let start = lost.address.wrapping_sub(offset);
+        let at =
+            |sp| State { ip: lost.address, sp, bp: regs.bp, regs: lost.regs, exact: true, guessed: false };
+        let mut ways = stack.clone().step_by(8).filter_map(|sp| {
+            let way: Vec<State> = self.states(at(sp)).collect();
+            // Without it, each return address further up would do as well.
+            way.get(1).filter(|caller| self.is_behind_call(caller.ip, start))?;
+            let last = way.last().filter(|state| !state.guessed)?;
+            (self.program_registers(last).ok()? == Some(stack.end)).then_some(way)
+        });
+        let only = ways.next()?;
+        ways.next().is_none().then(|| only.into_iter().map(State::place).collect())
+    }
+
+    /// Where the registers lie that the code at a place has saved of a program.
+    fn program_registers(&self, state: &State) -> Result<Option<u64>> {
+        let Some(entry) = self.find(if state.exact { state.ip } else { state.ip.wrapping_sub(1) })? else {
+            return Ok(None);
+        };
+        let Some(at) = self.caller_sp(&entry, state)?.filter(|_| entry.frame_kind() == Kind::Regs) else {
+            return Ok(None);
+        };
+        let frame: PtRegs = self.kernel.read(at)?;
+        Ok((self.kernel.read_u16(frame.cs)? & 3 != 0).then_some(at))
     }
 
     fn states(&self, state: State) -> impl Iterator<Item = State> {
@@ -229,23 +268,11 @@ impl<'k> Unwinder<'k> {
             Kind::Call | Kind::Regs | Kind::RegsPartial => {}
         }
         let word = |addr: u64| self.kernel.read_u64(addr);
-        let regs = state.regs.map(|at| self.kernel.read::<PtRegs>(at)).transpose()?;
-        let offset = i64::from(entry.sp_offset);
-        let sp = match (entry.sp_reg, &regs) {
-            (reg::SP, _) => state.sp.wrapping_add_signed(offset),
-            (reg::BP, _) => state.bp.wrapping_add_signed(offset),
-            (reg::SP_INDIRECT, _) => word(state.sp)?.wrapping_add_signed(offset),
-            (reg::BP_INDIRECT, _) => word(state.bp.wrapping_add_signed(offset))?,
-            (reg::R10, Some(r)) => r.r10,
-            (reg::R13, Some(r)) => r.r13,
-            (reg::DI, Some(r)) => r.di,
-            (reg::DX, Some(r)) => r.dx,
-            _ => return Ok(None),
-        };
+        let Some(sp) = self.caller_sp(&entry, &state)? else { return Ok(None) };
         let bp = match entry.bp_reg {
             reg::PREV_SP => word(sp.wrapping_add_signed(entry.bp_offset.into()))?,
             reg::BP => word(state.bp.wrapping_add_signed(entry.bp_offset.into()))?,
-            _ => regs.as_ref().map_or(state.bp, |r| r.bp),
+            _ => state.bp,
         };
         let next = match kind {
             Kind::Call => State { ip: word(sp.wrapping_sub(8))?, sp, bp, regs: None, exact: false, guessed },
@@ -260,10 +287,29 @@ impl<'k> Unwinder<'k> {
                     return Ok(None);
                 }
                 let full = (kind == Kind::Regs).then_some(at);
+                let bp = if full.is_some() { frame.bp } else { bp };
                 State { ip: frame.ip, sp: frame.sp, bp, regs: full, exact: true, guessed }
             }
         };
         Ok((next.ip != 0).then_some(next))
+    }
+
+    /// The stack pointer that a caller had, or the place of the registers that an exception has saved.
+    fn caller_sp(&self, entry: &OrcEntry, state: &State) -> Result<Option<u64>> {
+        let word = |addr: u64| self.kernel.read_u64(addr);
+        let regs = state.regs.map(|at| self.kernel.read::<PtRegs>(at)).transpose()?;
+        let offset = i64::from(entry.sp_offset);
+        Ok(Some(match (entry.sp_reg, &regs) {
+            (reg::SP, _) => state.sp.wrapping_add_signed(offset),
+            (reg::BP, _) => state.bp.wrapping_add_signed(offset),
+            (reg::SP_INDIRECT, _) => word(state.sp)?.wrapping_add_signed(offset),
+            (reg::BP_INDIRECT, _) => word(state.bp.wrapping_add_signed(offset))?,
+            (reg::R10, Some(r)) => r.r10,
+            (reg::R13, Some(r)) => r.r13,
+            (reg::DI, Some(r)) => r.di,
+            (reg::DX, Some(r)) => r.dx,
+            _ => return Ok(None),
+        }))
     }
 
     /// The entry that covers an address; `None` where no table does.
@@ -296,19 +342,21 @@ impl<'k> Unwinder<'k> {
     fn step_to_caller_of(&self, state: State) -> Option<State> {
         /// No frame without unwind data is larger, bytes.
         const MAX_FRAME: u64 = 1024;
-        /// `call rel32`: opcode and length.
-        const CALL: (u8, u64) = (0xe8, 5);
         let (_, offset) = self.kernel.symbolize(state.ip)?;
         let start = state.ip.wrapping_sub(offset);
-        let calls_us = |ret: u64| {
-            let call = ret.wrapping_sub(CALL.1);
-            self.kernel.read_u8(call).is_ok_and(|opcode| opcode == CALL.0)
-                && self.kernel.read_i32(call + 1).is_ok_and(|to| ret.wrapping_add_signed(to.into()) == start)
-        };
         (state.sp..state.sp.saturating_add(MAX_FRAME)).step_by(8).find_map(|at| {
-            let ip = self.kernel.read_u64(at).ok().filter(|&ret| calls_us(ret))?;
+            let ip = self.kernel.read_u64(at).ok().filter(|&ret| self.is_behind_call(ret, start))?;
             Some(State { ip, sp: at + 8, regs: None, exact: false, ..state })
         })
+    }
+
+    /// Whether an address is that behind a call of the function that begins at `start`.
+    fn is_behind_call(&self, ret: u64, start: u64) -> bool {
+        /// `call rel32`: opcode and length.
+        const CALL: (u8, u64) = (0xe8, 5);
+        let call = ret.wrapping_sub(CALL.1);
+        self.kernel.read_u8(call).is_ok_and(|opcode| opcode == CALL.0)
+            && self.kernel.read_i32(call + 1).is_ok_and(|to| ret.wrapping_add_signed(to.into()) == start)
     }
 
     fn entry_ip(&self, table: &Table, index: u64) -> Result<u64> {
@@ -350,31 +398,73 @@ mod tests {
     use super::*;
     use crate::testing::open;
 
+    // `orc_entry` since 6.4: sp_reg SP, and the kind.
+    const CALL: u16 = 0x205;
+    const REGS: u16 = 0x305;
+    const END: u16 = 0x100;
+
+    /// A kernel with these functions, each of 512 bytes, how far above the stack pointer their callers' are, and of which kind their frames; and where they are.
+    fn machine<const N: usize>(cs: Record, functions: [(&str, i16, u16); N]) -> (Synth, [u64; N]) {
+        let mut synth = Synth::new();
+        let bits = Record::new().field("sp_offset", I16).field("bp_offset", I16);
+        let bits = bits.bits("sp_reg", U16, 4).bits("bp_reg", U16, 4).bits("type", U16, 3);
+        synth.structure("orc_entry", bits.size(6));
+        let regs = ["bp", "r10", "r13", "di", "dx", "ip"]
+            .iter()
+            .fold(Record::new(), |regs, name| regs.field(name, U64));
+        synth.structure("pt_regs", regs.anonymous(cs).field("sp", U64));
+        synth.structure("bytes", Record::new().field("bytes", array(U64, 64)));
+        let code = functions.map(|(name, ..)| synth.variable(name, "bytes"));
+        let ips = synth.variable("__start_orc_unwind_ip", "bytes");
+        let entries = synth.variable("__start_orc_unwind", "bytes");
+        let count = N as u64;
+        synth
+            .symbol("__stop_orc_unwind_ip", ips + 4 * count)
+            .symbol("__stop_orc_unwind", entries + 6 * count);
+        for ((ip, (_, offset, kind)), n) in code.iter().zip(functions).zip(0..) {
+            synth.write(ips + n * 4, &(ip.wrapping_sub(ips + n * 4) as i32).to_le_bytes());
+            synth.write(entries + n * 6, &offset.to_le_bytes());
+            synth.write(entries + n * 6 + 4, &kind.to_le_bytes());
+        }
+        (synth, code)
+    }
+
+    #[test]
+    fn a_lost_stack_pointer_is_where_the_frames_lead_to_the_program() {
+        let functions =
+            [("entry", 0, REGS), ("outer", 0x10, CALL), ("other", 0x20, CALL), ("function", 0x20, CALL)];
+        let (mut synth, [entry, outer, other, function]) = machine(Record::new().field("cs", U64), functions);
+        let [stack, lost] = ["bytes", "pt_regs"].map(|name| synth.alloc(name));
+        let end = stack + 0x180;
+        synth.set("pt_regs", end, "cs", 0x33u64);
+        // function, called by outer, called by entry.
+        let sp = end - 0x30;
+        synth.write_u64(sp + 0x18, outer + 8).write_u64(sp + 0x28, entry + 4);
+        for caller in [outer, other] {
+            let distance = function.wrapping_sub(caller + 8) as i32;
+            synth.write(caller + 3, &[0xe8]).write(caller + 4, &distance.to_le_bytes());
+        }
+        let found = |synth: &Synth| {
+            let kernel = open(synth);
+            let unwinder = Unwinder::new(&kernel, Vec::new()).unwrap();
+            let lost = Place { address: function + 9, sp: 0xdead << 48, exact: true, regs: Some(lost) };
+            let places = unwinder.found_again(&lost, &(stack..end))?;
+            Some(places.iter().map(|place| (place.address, place.sp)).collect::<Vec<_>>())
+        };
+        let expected = vec![(function + 9, sp), (outer + 8, sp + 0x20), (entry + 4, end)];
+        assert_eq!(found(&synth), Some(expected));
+        // Where it could have been elsewhere as well, nobody knows.
+        synth.write_u64(sp + 8, other + 8);
+        assert_eq!(found(&synth), None);
+        synth.write_u64(sp + 8, 0).write_u64(sp + 0x18, 0);
+        assert_eq!(found(&synth), None);
+    }
+
     /// An interrupt upon a function: entry code with the registers at its stack pointer, and the end of the stack behind it.
     #[test]
     fn an_exception_leads_on_to_what_it_came_upon() {
-        /// `orc_entry` since 6.4: sp_reg SP, kind Regs.
-        const REGS: u16 = 0x305;
-        const END: u16 = 0x100;
         let places = |cs: Record, selector: u64| {
-            let mut synth = Synth::new();
-            let bits = Record::new().field("sp_offset", I16).field("bp_offset", I16);
-            let bits = bits.bits("sp_reg", U16, 4).bits("bp_reg", U16, 4).bits("type", U16, 3);
-            synth.structure("orc_entry", bits.size(6));
-            let regs = ["bp", "r10", "r13", "di", "dx", "ip"]
-                .iter()
-                .fold(Record::new(), |regs, name| regs.field(name, U64));
-            synth.structure("pt_regs", regs.anonymous(cs).field("sp", U64));
-            synth.structure("bytes", Record::new().field("bytes", array(U64, 64)));
-            let [entry, function] = ["entry", "function"].map(|name| synth.variable(name, "bytes"));
-            let ips = synth.variable("__start_orc_unwind_ip", "bytes");
-            let entries = synth.variable("__start_orc_unwind", "bytes");
-            synth.symbol("__stop_orc_unwind_ip", ips + 8).symbol("__stop_orc_unwind", entries + 12);
-            for (n, (ip, kind)) in [(entry, REGS), (function, END)].into_iter().enumerate() {
-                let n = n as u64;
-                synth.write(ips + n * 4, &(ip.wrapping_sub(ips + n * 4) as i32).to_le_bytes());
-                synth.write(entries + n * 6 + 4, &kind.to_le_bytes());
-            }
+            let (mut synth, [entry, function]) = machine(cs, [("entry", 0, REGS), ("function", 0, END)]);
             let frame = synth.alloc("pt_regs");
             synth.set("pt_regs", frame, "ip", function + 8).set("pt_regs", frame, "sp", frame + 0x100);
             synth.write(synth.address_of("pt_regs", frame, "cs"), &selector.to_le_bytes()[..2]);

@@ -262,7 +262,7 @@ mod tests {
         fn phase(&self, frames: &[(u64, bool)]) -> Option<Phase> {
             let frames: Vec<Place> = frames
                 .iter()
-                .map(|(address, exact)| Place { address: *address, sp: 0, exact: *exact })
+                .map(|(address, exact)| Place { address: *address, sp: 0, exact: *exact, regs: None })
                 .collect();
             phase(&open(&self.synth), &frames, &WAY).map(|(phase, _)| phase)
         }
