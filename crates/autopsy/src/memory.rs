@@ -45,6 +45,7 @@ const VM_WRITE: u64 = 0x2;
 const VM_EXEC: u64 = 0x4;
 const VM_SHARED: u64 = 0x8;
 const VM_GROWSDOWN: u64 = 0x100;
+const VM_MAYWRITE: u64 = 0x20;
 const VM_MAYSHARE: u64 = 0x80;
 const VM_UFFD_MISSING: u64 = 0x200;
 const VM_PFNMAP: u64 = 0x400;
@@ -668,8 +669,8 @@ impl Autopsy<'_> {
                 .then(|| self.pages_of(area.vm_start, area.vm_pgoff, belonging))
                 .flatten();
             self.pages(id, mm, &mut vma, check, own_pages)?;
-        } else if !shared {
-            // It can have pages of both kinds.
+        } else if !shared && on(VM_MAYWRITE) {
+            // It can have pages of both kinds (is_cow_mapping(), include/linux/mm.h); where nobody may ever write, as in [vvar], it has only the driver's.
             self.count_own_pages(id, None);
         }
         Ok(vma)

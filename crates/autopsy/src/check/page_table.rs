@@ -18,12 +18,17 @@ use crate::Autopsy;
 use crate::error::Result;
 use crate::memory::FoundAgain;
 use crate::memory::counters::{ANON_PAGES, SWAP_ENTRIES};
+use crate::process::Task;
 
 const OBJECT: &str = "memory";
 /// The kernel counts tables of three levels (mm_inc_nr_ptes(), mm_inc_nr_pmds(), mm_inc_nr_puds()).
 const COUNTED_LEVELS: u8 = 3;
 /// Address spaces whose pages are looked for: more than a few have other reasons.
 const MAX_DAMAGED: usize = 64;
+/// Pages of arguments and environment that who executes another program has counted among its old ones (acct_arg_size(); 3/4 of _STK_LIM at most,
+/// prepare_arg_pages(), fs/exec.c).
+const MAX_ARGUMENTS: u64 = 1536;
+const EXECVE: [u64; 2] = [59, 322];
 /// Pages of a table: so many are taken out before they are counted, where a range is unmapped (zap_pte_range()).
 const BATCH: u64 = 512;
 /// First address that no program can have, with page tables of four levels and of five.
@@ -110,7 +115,10 @@ impl Autopsy<'_> {
     ) -> Result<()> {
         let mm: Mm = self.kernel.read(id.0)?;
         let users = machine.users.get(&id.0).map_or(&[][..], Vec::as_slice);
-        let allowed = self.allowance(users);
+        let mut allowed = self.allowance(users);
+        if users.iter().any(|task| self.is_executing(*task)) {
+            allowed.pages = allowed.pages.saturating_add(MAX_ARGUMENTS);
+        }
         let trees = self.kernel.page_tables(mm.pgd)?;
         let found = match trees.tables(0..user_end(trees.levels())) {
             Ok(found) => found,
@@ -236,6 +244,13 @@ impl Autopsy<'_> {
         sum
     }
 
+    /// Whether a task is in execve(2).
+    pub(crate) fn is_executing(&self, task: u64) -> bool {
+        let entered = self.kernel.read::<Task>(task).ok().filter(|task| task.stack != 0);
+        let registers = entered.and_then(|task| self.stored_registers(&task).ok());
+        registers.is_some_and(|registers| EXECVE.contains(&registers.orig_rax))
+    }
+
     /// What each CPU was doing, with the task that it had.
     fn what_cpus_do(&self) -> Vec<(u64, Doing)> {
         let current = self.cpus().current.iter();
@@ -245,7 +260,7 @@ impl Autopsy<'_> {
     }
 
     fn what_cpu_does(&self, task: u64, cpu: u32) -> Option<Doing> {
-        let task: crate::process::Task = self.kernel.read(task).ok()?;
+        let task: Task = self.kernel.read(task).ok()?;
         let registers = self.crash_registers(cpu, task.pid)?;
         if registers[PrStatus::RIP] >> 63 == 0 {
             return Some(Doing::User);

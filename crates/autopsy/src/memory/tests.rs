@@ -478,3 +478,32 @@ fn the_lock_of_a_page_table_is_where_its_own_type_has_it() {
     machine.synth.write(lock, &1_u32.to_le_bytes());
     assert_eq!(machine.pages(), (vec![run(0, phys, 1)], 1));
 }
+
+#[test]
+fn pages_of_a_mapping_that_nobody_may_write_are_the_drivers() {
+    let own = |flags: u64| {
+        let mut machine = Machine::new(3);
+        machine.synth.set("vm_area_struct", machine.area, "vm_flags", VM_READ | VM_PFNMAP | VM_IO | flags);
+        let kernel = Kernel::open(machine.synth.build_cut(CORE_END)).unwrap();
+        let autopsy = Autopsy::new(&kernel);
+        let mut mm: Mm = kernel.read(machine.mm).unwrap();
+        mm.map_count = 1;
+        let area: VmArea = kernel.read(machine.area).unwrap();
+        let id = AddressSpaceId(machine.mm);
+        autopsy.count_own_pages(id, Some(7));
+        autopsy.vma(id, &mm, &area, Belonging::default(), true).unwrap();
+        autopsy.own_pages.borrow().get(&id).copied().flatten()
+    };
+    assert_eq!(own(0), Some(7), "as [vvar]: what the others have is all");
+    assert_eq!(own(VM_MAYWRITE), None, "it can have pages of both kinds");
+}
+
+#[test]
+fn who_executes_a_program_is_known_by_its_call() {
+    for (number, expected) in [(59, true), (322, true), (0, false), (u64::MAX, false)] {
+        let mut machine = Machine::new(1);
+        machine.synth.write_u64(machine.entry + 15 * 8, number);
+        let kernel = Kernel::open(machine.synth.build_cut(CORE_END)).unwrap();
+        assert_eq!(Autopsy::new(&kernel).is_executing(machine.task), expected, "{number}");
+    }
+}
