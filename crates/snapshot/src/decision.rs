@@ -159,6 +159,10 @@ pub fn decide(snapshot: &mut Snapshot, policy: &Policy) {
     for process in &snapshot.processes {
         let decision = match selection.get(&process.pid) {
             Some(Err(why)) => Decision::NotSelected { why: why.clone() },
+            // Nothing is known of a process without threads that a rule for its user could be held against.
+            None if is_unreadable(process) && policy.select.iter().any(|rule| rule.user.is_some()) => {
+                judge(snapshot, process, policy, &mm_users)
+            }
             None => Decision::NotSelected { why: "no rule asks for it".into() },
             Some(Ok(())) if matches!(process.state, ProcessState::Exiting { .. }) => {
                 Decision::NotSelected { why: "it was exiting, and nobody waits for it".into() }
@@ -195,6 +199,11 @@ pub fn decide(snapshot: &mut Snapshot, policy: &Policy) {
         let is_dead = |d: &&Descriptor| !judge_descriptor(snapshot, d).0.is_empty();
         snapshot.dead_files = descriptors.filter(is_dead).map(|d| d.file).collect();
     }
+}
+
+/// Whether nothing could be read of a process but that it was there.
+fn is_unreadable(process: &Process) -> bool {
+    process.threads.is_empty() && matches!(process.state, ProcessState::Alive | ProcessState::Stopped { .. })
 }
 
 /// Who is asked for: `Ok` selected, `Err` excluded by name; absent: no rule applies.
