@@ -61,6 +61,7 @@ pub fn check(root: &Root, config: &Config, init: &Path) -> Vec<Check> {
         Check::required("root-device", root_device(root)),
         Check::required("static-init", static_init(root, init)),
         Check::required("free-space", free_space(root)),
+        Check::advised("kernel-text", kernel_text(root)),
         Check::advised("register-saver", register_saver(root, &release)),
         Check::advised("kdump-tools", kdump_tools(root)),
     ]
@@ -286,6 +287,16 @@ fn free_space(root: &Root) -> Result<String, (String, String)> {
     }
 }
 
+fn kernel_text(root: &Root) -> Result<String, (String, String)> {
+    match std::fs::File::open(root.join("/proc/kcore")) {
+        Ok(_) => Ok("the kernel's own code can be recorded".into()),
+        Err(e) => missing(
+            format!("/proc/kcore: {e}: that the kernel's own code has changed will not be noticed"),
+            "use a kernel with CONFIG_PROC_KCORE, and run this as root, outside of containers",
+        ),
+    }
+}
+
 /// The register saver's module name.
 pub const SAVER: &str = "otherworld_saver";
 
@@ -342,6 +353,7 @@ mod tests {
         put("/sys/kernel/kexec_crash_size", "536870912\n");
         put("/sys/kernel/security/lockdown", "[none] integrity confidentiality\n");
         put("/sys/kernel/btf/vmlinux", "");
+        put("/proc/kcore", "");
         let config = "CONFIG_KEXEC_FILE=y\nCONFIG_CRASH_DUMP=y\nCONFIG_PROC_VMCORE=y\nCONFIG_KALLSYMS=y\n\
                       CONFIG_CHECKPOINT_RESTORE=y\nCONFIG_TIME_NS=y\nCONFIG_DEVTMPFS=y\n# CONFIG_X is not set\n";
         put("/boot/config-6.1.0-9-amd64", config);
@@ -380,7 +392,7 @@ mod tests {
     #[test]
     fn each_missing_thing_is_named_with_its_remedy() {
         type Damage = fn(&Root);
-        let cases: [(&str, &str, &str, Damage); 14] = [
+        let cases: [(&str, &str, &str, Damage); 15] = [
             ("crashkernel", "no memory is reserved", "update-grub", |r| {
                 fs::write(r.join("/sys/kernel/kexec_crash_size"), "0\n").unwrap();
                 fs::write(r.join("/proc/cmdline"), "root=/dev/vda1\n").unwrap();
@@ -431,6 +443,9 @@ mod tests {
             }),
             ("root-device", "nfs", "plain disk", |r| {
                 fs::write(r.join("/proc/self/mountinfo"), "28 1 0:4 / / rw - nfs a:/b rw\n").unwrap();
+            }),
+            ("kernel-text", "will not be noticed", "CONFIG_PROC_KCORE", |r| {
+                fs::remove_file(r.join("/proc/kcore")).unwrap();
             }),
             ("register-saver", "otherworld_saver is not installed", "kmod/README.md", |r| {
                 fs::write(r.join("/lib/modules/6.1.0-9-amd64/modules.dep"), "kernel/a.ko:\n").unwrap();

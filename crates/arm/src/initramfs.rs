@@ -3,6 +3,8 @@
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use snapshot::KernelText;
+
 use crate::Root;
 use crate::cpio;
 use crate::manifest::Manifest;
@@ -17,8 +19,10 @@ pub struct Contents<'a> {
     pub modules: &'a [PathBuf],
     /// Programs and libraries, copied to where they lie on the machine.
     pub files: &'a [PathBuf],
-    /// Written last; its `modules` are filled in.
+    /// Written last; its `modules` and `kernel_text` are filled in.
     pub manifest: Manifest,
+    /// What the running kernel's code is.
+    pub kernel_text: &'a KernelText,
     /// zstd-compress it.
     pub compress: bool,
 }
@@ -60,6 +64,10 @@ pub fn build(root: &Root, mut contents: Contents<'_>) -> Result<Vec<u8>, BuildEr
         let data = std::fs::read(root.join(file)).map_err(failed(file))?;
         archive.file(file, 0o755, &data).map_err(failed(file))?;
     }
+    contents.manifest.kernel_text = contents.kernel_text.pieces().to_vec();
+    let sums: Vec<u8> = contents.kernel_text.sums().iter().flat_map(|sum| sum.to_le_bytes()).collect();
+    let place = Path::new(Manifest::KERNEL_TEXT_PATH);
+    archive.file(place, 0o600, &sums).map_err(failed(place))?;
     let manifest = serde_json::to_vec_pretty(&contents.manifest)
         .map_err(io::Error::from)
         .map_err(failed(Path::new(Manifest::PATH)))?;
@@ -119,14 +127,17 @@ mod tests {
             devices: vec![],
             swap: vec![],
             fsck: vec![],
+            kernel_text: vec![],
             pid_max: 32768,
             config: Config::default(),
         };
+        let kernel_text = KernelText::default();
         let contents = |compress| Contents {
             init: b"\x7fELF init".to_vec(),
             modules: std::slice::from_ref(&module),
             files: &[],
             manifest: manifest.clone(),
+            kernel_text: &kernel_text,
             compress,
         };
         let plain = build(&root, contents(false)).unwrap();

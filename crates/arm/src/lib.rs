@@ -16,6 +16,7 @@ pub mod devices;
 pub mod elf;
 mod fnmatch;
 mod initramfs;
+mod kernel_text;
 mod kexec;
 mod manifest;
 pub mod modules;
@@ -40,6 +41,7 @@ pub use state::{Armed, STATE_DIR, STATE_FILE, fingerprint};
 
 use kexec::Slot;
 use modules::ModuleTree;
+use snapshot::KernelText;
 
 /// What [`arm`] is asked to do beyond the configuration.
 #[derive(Clone, Debug)]
@@ -343,10 +345,15 @@ fn build_initramfs(root: &Root, config: &Config, options: &Options, release: &st
         }
     }
     tracing::info!("modules: {modules:?}; checkers and libraries: {files:?}");
+    let kernel_text = kernel_text::record(root).unwrap_or_else(|error| {
+        tracing::warn!("a change of the kernel's own code will not be noticed: {error}");
+        KernelText::default()
+    });
     let contents = initramfs::Contents {
         init: read(&options.init)?,
         modules: &modules,
         files: &files.into_iter().collect::<Vec<_>>(),
+        kernel_text: &kernel_text,
         compress: config.crash_kernel.compress,
         manifest: Manifest {
             format: Manifest::FORMAT,
@@ -355,6 +362,7 @@ fn build_initramfs(root: &Root, config: &Config, options: &Options, release: &st
             devices,
             swap,
             fsck,
+            kernel_text: Vec::new(),
             pid_max: root.read("/proc/sys/kernel/pid_max").ok().and_then(|v| v.parse().ok()).unwrap_or(32768),
             config: config.clone(),
         },

@@ -19,7 +19,7 @@ const TAINTS: [(u32, char); 8] =
 
 #[derive(KernelType)]
 #[kernel("module")]
-struct RawModule {
+pub(crate) struct RawModule {
     state: u32,
     name: [u8; 56],
     #[kernel("refcnt.counter")]
@@ -145,7 +145,7 @@ impl Autopsy<'_> {
         })
     }
 
-    fn each_module<T>(&self, read: impl Fn(u64, &RawModule) -> Result<T>) -> Result<Vec<T>> {
+    pub(crate) fn each_module<T>(&self, read: impl Fn(u64, &RawModule) -> Result<T>) -> Result<Vec<T>> {
         self.kernel.check::<RawModule>()?;
         let head = self.kernel.symbol("modules")?;
         let mut all = Vec::new();

@@ -74,6 +74,12 @@ impl Worker {
             panic: Box::new(autopsy.panic_report()),
         };
         self.channel.send(&last_words)?;
+        match manifest.kernel_text() {
+            Ok(armed) => autopsy.check_kernel_text(&armed),
+            Err(error) => {
+                self.channel.send(&FromWorker::Note(format!("the kernel's code is not compared: {error}")))?
+            }
+        }
         let mut snapshot = autopsy.snapshot()?;
         snapshot::decide(&mut snapshot, &manifest.config.policy);
         self.mark("snapshot-complete")?;

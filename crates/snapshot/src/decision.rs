@@ -284,6 +284,9 @@ fn judge(
             Severity::Doubt | Severity::Broken => reasons.push(reason),
         }
     }
+    // What a kernel tells programs while its code is not its own is nobody's matter more than the others'.
+    let everybody = snapshot.findings.iter().filter(|f| f.pid.is_none() && f.kind == FindingKind::KernelText);
+    losses.extend(everybody.filter(|f| f.severity > Severity::Note).map(|f| Reason::new(&f.object, &f.text)));
     reasons.extend(
         process
             .unsupported
@@ -1146,6 +1149,36 @@ mod tests {
         s.findings.push(Finding::new(Doubt, None, "memory", "x"));
         decide(&mut s, &Policy::default());
         assert!(s.findings.iter().all(|f| f.action == Action::None), "nobody asked for it");
+    }
+
+    #[test]
+    fn who_cannot_be_read_is_not_called_not_asked_for() {
+        let by_user = Selector { user: Some("1000".into()), ..Selector::default() };
+        let by_pid = Selector { pid: Some(7), ..Selector::default() };
+        for (rule, given_up) in [(by_user, true), (by_pid, false)] {
+            let mut unread = process(500, 1, 1000);
+            unread.threads.clear();
+            let mut s = machine(vec![unread]);
+            s.findings.push(Finding::new(Severity::Broken, Some(500), "process", "it is lost"));
+            decide(&mut s, &Policy { select: vec![rule], ..Policy::default() });
+            assert_eq!(matches!(decision(&s, 500), Decision::GiveUp { .. }), given_up);
+        }
+    }
+
+    #[test]
+    fn a_changed_kernel_is_everybodys_loss() {
+        let mut s = machine(vec![process(500, 1, 1000)]);
+        let changed = |severity| Finding {
+            kind: FindingKind::KernelText,
+            ..Finding::new(severity, None, "kernel-text", "it was changed")
+        };
+        s.findings.push(changed(Severity::Note));
+        decide(&mut s, &all());
+        assert_eq!(decision(&s, 500), &Decision::Continue { losses: vec![] });
+        s.findings.push(changed(Severity::Doubt));
+        decide(&mut s, &all());
+        let losses = vec![Reason::new("kernel-text", "it was changed")];
+        assert_eq!(decision(&s, 500), &Decision::Continue { losses });
     }
 
     #[test]

@@ -39,6 +39,8 @@ pub enum FindingKind {
     Canary,
     /// Program text in memory is not what the program's file has.
     Text,
+    /// The kernel's own instructions are not what they were when the machine was armed.
+    KernelText,
 }
 
 /// What was done about a [`Finding`].

@@ -13,6 +13,7 @@
 
 pub(crate) mod credentials;
 mod file;
+mod kernel_text;
 pub(crate) mod memory;
 pub(crate) mod page;
 mod page_table;

@@ -61,6 +61,7 @@ fn kind(kind: FindingKind) -> &'static str {
         FindingKind::Credentials => "credentials",
         FindingKind::Canary => "canary",
         FindingKind::Text => "text",
+        FindingKind::KernelText => "kernel-text",
     }
 }
 
