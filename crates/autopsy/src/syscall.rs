@@ -19,6 +19,7 @@
 
 mod exec;
 mod flow;
+mod handed;
 mod iov_iter;
 mod namei;
 mod table;
@@ -32,6 +33,7 @@ use ktypes::{Kernel, KernelType};
 use snapshot::{Clocks, Exec, Pid, Registers, Resume, SyscallInFlight};
 
 use flow::Phase;
+use handed::Handed;
 use iov_iter::{Buffers, Layout, Progress, Search, Stack, Wanted};
 pub use table::name;
 use table::{Class, Row, Shape, Transfer, row_of};
@@ -98,6 +100,7 @@ const TASK_INTERRUPTIBLE: u32 = 1;
 /// task_struct.exit_state.
 const EXIT_ZOMBIE: u32 = 0x20;
 const EXIT_DEAD: u32 = 0x10;
+const TASK_RUNNING: u32 = 0;
 const CLONE_THREAD: u64 = 0x1_0000;
 
 /// What the caller knows about the thread and its machine.
@@ -123,6 +126,8 @@ pub struct Context<'a> {
     pub frames: &'a [Place],
     /// The clocks at the end.
     pub now: Clocks,
+    /// The function in which it waits, if it was switched out and that is certain.
+    pub wchan: Option<&'a str>,
     /// All sleepers.
     pub timers: &'a Timers,
     /// All tasks of the machine, to find the child of a clone in flight.
@@ -210,6 +215,10 @@ trait Facts {
     fn tty_sent(&self, file: u64, done: u64) -> Option<u64>;
     /// When the thread's timer would have woken it.
     fn expiry(&self) -> Option<Expiry>;
+    /// Of a thread that was switched out in a call that somebody else finishes: what has become of that.
+    fn handed_over(&self, name: &str) -> Option<Handed>;
+    /// Whether it sleeps.
+    fn sleeps(&self) -> bool;
     /// A futex waiter that has been woken, and has not yet run.
     fn futex_woken(&self) -> bool;
     /// What a restart would continue.
@@ -330,6 +339,24 @@ fn finish_panicked(thread: &Thread, facts: &dyn Facts) -> Resume {
 
 fn decide_by_class(thread: &Thread, facts: &dyn Facts, row: &Row) -> Resume {
     let parked = !thread.on_cpu;
+    if handed::is_handed_over(row.name) {
+        match facts.handed_over(row.name) {
+            Some(Handed::Done(value)) => return finish(value, "it had been done by whoever woke it"),
+            Some(Handed::Message) => {
+                return impossible(format!(
+                    "{}: a message had been handed to it that was not yet in its memory",
+                    row.name
+                ));
+            }
+            Some(Handed::Waiting) => {}
+            // It has not come there yet, as a rule.
+            None if facts.sleeps() && !handed::receives(row.name) => {}
+            None => {
+                let place = facts.place();
+                return impossible(format!("{}: whether it was done cannot be told{place}", row.name));
+            }
+        }
+    }
     match row.class {
         Class::Again | Class::NewDescriptor => Resume::Restart,
         Class::Wait if !parked && facts.has_reaped(awaited(thread)).is_none() => impossible(format!(
@@ -1073,6 +1100,14 @@ impl Facts for Dead<'_> {
         timers.of_task(self.ctx.task).or_else(on_stack)
     }
 
+    fn handed_over(&self, name: &str) -> Option<Handed> {
+        handed::look(self.kernel, self.live(), self.ctx.task, name, self.ctx.wchan?)
+    }
+
+    fn sleeps(&self) -> bool {
+        self.task.is_some_and(|task| task.state != TASK_RUNNING) && !self.ctx.on_cpu
+    }
+
     fn futex_woken(&self) -> bool {
         let offset = |member| self.kernel.offset_of("futex_q", member).ok();
         let (Some(task), Some(lock_ptr), Some(bitset)) =
@@ -1080,7 +1115,6 @@ impl Facts for Dead<'_> {
         else {
             return false;
         };
-        const TASK_RUNNING: u32 = 0;
         let runs = self.task.is_some_and(|task| task.state == TASK_RUNNING) && !self.ctx.on_cpu;
         runs && futex_woken(self.live(), self.ctx.task, FutexQ { task, lock_ptr, bitset })
     }
@@ -1366,6 +1400,8 @@ mod tests {
         tty_sent: Option<u64>,
         expiry: Option<Expiry>,
         woken: bool,
+        handed: Option<Handed>,
+        sleeps: bool,
         block: Option<RestartBlock>,
         removing: bool,
         renamed: Option<bool>,
@@ -1405,6 +1441,12 @@ mod tests {
         }
         fn expiry(&self) -> Option<Expiry> {
             self.expiry
+        }
+        fn handed_over(&self, _: &str) -> Option<Handed> {
+            self.handed
+        }
+        fn sleeps(&self) -> bool {
+            self.sleeps
         }
         fn futex_woken(&self) -> bool {
             self.woken
@@ -1513,6 +1555,24 @@ mod tests {
 
     fn at(ns: i64) -> Fake {
         Fake { expiry: Some(Expiry::monotonic(ns)), ..Fake::default() }
+    }
+
+    #[test]
+    fn what_somebody_else_has_done_is_not_done_again() {
+        let of = |name: &str, on_cpu, handed, sleeps| {
+            let fake = Fake { handed, sleeps, ..Fake::default() };
+            go(&Thread { on_cpu, ..thread(name, &[]) }, &fake)
+        };
+        for name in ["semop", "semtimedop", "msgrcv", "mq_timedreceive", "mq_timedsend"] {
+            assert_eq!(of(name, false, Some(Handed::Waiting), true), Resume::Restart, "{name}");
+            let done = of(name, false, Some(Handed::Done(-43)), false);
+            assert_eq!(returns(&done), Some(-43), "{name}");
+            assert!(is_impossible(&of(name, false, Some(Handed::Message), false)), "{name}");
+            assert!(is_impossible(&of(name, false, None, false)), "{name}: preempted");
+            assert!(is_impossible(&of(name, true, None, false)), "{name}: on a CPU");
+        }
+        assert_eq!(of("msgsnd", false, None, true), Resume::Restart, "waits for room");
+        assert!(is_impossible(&of("msgrcv", false, None, true)), "it may be copying it out");
     }
 
     #[test]

@@ -163,6 +163,7 @@ impl Autopsy<'_> {
         if thread.regs.cs == USER32_CS {
             unsupported.push(format!("thread {tid} runs 32-bit code"));
         }
+        thread.wchan = if on_cpu.is_none() { self.wchan(task) } else { None };
         (thread.syscall, thread.resume) = match edge {
             Some(Edge::Unknown) => {
                 let why =
@@ -185,7 +186,6 @@ impl Autopsy<'_> {
             }
             _ => {}
         }
-        thread.wchan = if on_cpu.is_none() { self.wchan(task) } else { None };
         thread.fpu = self.fpu(*addr, task, on_cpu, thread.syscall.is_some())?;
         Ok(thread)
     }
@@ -232,6 +232,7 @@ impl Autopsy<'_> {
             instruction_pointer: found.instruction_pointer,
             cpu_registers: found.registers.as_ref(),
             frames: &found.frames,
+            wchan: thread.wchan.as_deref(),
             now: *self.now(),
             timers: self.timers(),
             tasks: self.known_tasks.get().map_or(&[], Vec::as_slice),
