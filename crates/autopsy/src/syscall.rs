@@ -233,6 +233,8 @@ trait Facts {
     fn has_made_file(&self, call: &SyscallInFlight, flags_arg: usize) -> Option<bool>;
     /// Whether it is in the middle of what moves a file's bytes; an iterator outside of that is an earlier call's.
     fn is_moving(&self, file: &File, write: bool) -> bool;
+    /// Whether a pipe may still have what a reader has copied last: it gives it up after that (pipe_read(), fs/pipe.c).
+    fn is_still_in_pipe(&self) -> bool;
     /// Of a thread on a CPU: where it was on its way to the file and back.
     fn phase(&self) -> Option<Phase>;
     /// Whether the thread is before what moves a file's position, or in the middle of it.
@@ -680,6 +682,11 @@ fn transfer(thread: &Thread, facts: &dyn Facts, transfer: Transfer) -> Resume {
                 && facts.phase() != Some(Phase::After) =>
         {
             on_the_edge(facts)
+        }
+        Search::Found(_) if thread.on_cpu && file.is_pipe && !transfer.write && facts.is_still_in_pipe() => {
+            impossible(
+                "a read of a pipe on a CPU: whether the pipe has given up what it had copied cannot be told",
+            )
         }
         Search::Found(progress) if append => appended(thread, file.size, progress),
         Search::Found(progress) if file.kind == Kind::Tty && transfer.write => {
@@ -1154,6 +1161,14 @@ impl Facts for Dead<'_> {
             || self.is_within(if write { "pipe_write" } else { "pipe_read" })
     }
 
+    fn is_still_in_pipe(&self) -> bool {
+        let length = self.kernel.offset_of("pipe_buffer", "len").ok();
+        let ahead = |length| {
+            flow::is_store_ahead(self.kernel, self.ctx.frames, "pipe_read", &["copy_page_to_iter"], length)
+        };
+        length.and_then(ahead).unwrap_or(true)
+    }
+
     fn phase(&self) -> Option<Phase> {
         flow::phase(self.kernel, self.ctx.frames, &flow::TO_THE_FILE).map(|(phase, _)| phase)
     }
@@ -1410,6 +1425,7 @@ mod tests {
         trigger: bool,
         /// The iterator is an earlier call's.
         leftover: bool,
+        in_pipe: bool,
         phase: Option<Phase>,
         transferred: Option<Progress>,
         child: Option<Pid>,
@@ -1468,6 +1484,9 @@ mod tests {
         }
         fn is_moving(&self, _: &File, _: bool) -> bool {
             !self.leftover
+        }
+        fn is_still_in_pipe(&self) -> bool {
+            self.in_pipe
         }
         fn phase(&self) -> Option<Phase> {
             self.phase
@@ -1555,6 +1574,22 @@ mod tests {
 
     fn at(ns: i64) -> Fake {
         Fake { expiry: Some(Expiry::monotonic(ns)), ..Fake::default() }
+    }
+
+    #[test]
+    fn what_a_pipe_still_has_is_not_read_twice() {
+        for (in_pipe, is_pipe, on_cpu, expected) in [
+            (true, true, true, None),
+            (false, true, true, Some(40)),
+            (true, false, true, Some(40)),
+            (true, true, false, Some(40)),
+        ] {
+            let mut fake = Fake { in_pipe, ..Fake::with_file(Kind::Stream, false, 0) }.found(40, 100, 0);
+            fake.files.get_mut(&0).unwrap().is_pipe = is_pipe;
+            let resume = go(&Thread { on_cpu, ..thread("read", &[0, 0x1000, 100]) }, &fake);
+            assert_eq!(returns(&resume), expected);
+            assert_eq!(is_impossible(&resume), expected.is_none());
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeSet;
 
-use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, OpKind};
+use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind};
 use ktypes::Kernel;
 
 use super::is_part;
@@ -113,6 +113,37 @@ pub(super) fn phase(kernel: &Kernel, frames: &[Place], way: &Way) -> Option<(Pha
     (!behind).then_some((Phase::Before, place))
 }
 
+/// Whether a CPU that was in a function itself had a store to a member (four bytes at an `offset`) still ahead, of those that follow each of the
+/// `calls` before the next one. `None` if that cannot be told.
+pub(super) fn is_store_ahead(
+    kernel: &Kernel,
+    frames: &[Place],
+    function: &str,
+    calls: &[&str],
+    offset: u64,
+) -> Option<bool> {
+    let name = |place: &Place| kernel.symbolize(place.address.wrapping_sub(u64::from(!place.exact)));
+    let place = frames.iter().find(|place| name(place).is_some_and(|(name, _)| is_part(name, function)))?;
+    let code = Code { kernel, calls };
+    if !place.exact && code.returns_from_wanted(place.address) {
+        return Some(false);
+    }
+    let stores = |at: &u64| {
+        let instruction = code.instruction(*at)?;
+        Some(
+            instruction.op0_kind() == OpKind::Memory
+                && instruction.memory_displacement64() == offset
+                && instruction.memory_size().size() == 4
+                && !matches!(instruction.mnemonic(), Mnemonic::Cmp | Mnemonic::Test),
+        )
+    };
+    let mut ahead = false;
+    for at in code.follow(place.address, false)?.seen {
+        ahead |= stores(&at)?;
+    }
+    Some(ahead)
+}
+
 /// The machine code of one function, and the calls that are wanted of it.
 struct Code<'a> {
     kernel: &'a Kernel,
@@ -165,6 +196,11 @@ impl Code<'_> {
 
     /// Everything that can come after the instruction at `from`, within its function; `None` if it cannot be followed.
     fn reachable(&self, from: u64) -> Option<Reachable> {
+        self.follow(from, true)
+    }
+
+    /// The same, and not `beyond` the wanted calls if they end it.
+    fn follow(&self, from: u64, beyond: bool) -> Option<Reachable> {
         let (function, _) = self.kernel.symbolize(from)?;
         let function = function.split('.').next()?;
         let mut reachable = Reachable { seen: BTreeSet::new(), wanted: Vec::new() };
@@ -191,10 +227,13 @@ impl Code<'_> {
                     to_do.extend([instruction.next_ip(), instruction.near_branch_target()]);
                 }
                 FlowControl::Call | FlowControl::IndirectCall => {
-                    if self.is_wanted(&instruction) {
+                    let is_wanted = self.is_wanted(&instruction);
+                    if is_wanted {
                         reachable.wanted.push(instruction.next_ip());
                     }
-                    to_do.push(instruction.next_ip());
+                    if beyond || !is_wanted {
+                        to_do.push(instruction.next_ip());
+                    }
                 }
                 FlowControl::Return | FlowControl::Exception => {}
                 // Jump tables: none of these functions has one.
@@ -300,6 +339,23 @@ mod tests {
         assert_eq!(inner(6, false), Some(Phase::Within), "through a thunk");
         assert_eq!(inner(6, true), Some(Phase::After));
         assert_eq!(text.phase(&[look_up]), None);
+    }
+
+    #[test]
+    fn a_store_that_follows_a_call_is_ahead_until_it_is_done() {
+        let mut text = Text::new();
+        // inner | add [rbx+8],eax | sub [rbx+12],eax | cmp [rbx+12],0 | jne back to inner | ret
+        let rest: &[u8] = &[0x01, 0x43, 0x08, 0x29, 0x43, 0x0c, 0x83, 0x7b, 0x0c, 0x00, 0x75, 0xef, 0xc3];
+        text.code("outer", &[Err("inner"), Ok(rest)]);
+        let ahead = |offset, exact| {
+            let frames = [Place { address: text.at("outer", offset), sp: 0, exact, regs: None }];
+            is_store_ahead(&open(&text.synth), &frames, "outer", &["inner"], 12)
+        };
+        assert_eq!(ahead(0, true), Some(false), "before the call");
+        assert_eq!(ahead(5, false), Some(false), "in it");
+        assert_eq!(ahead(5, true), Some(true));
+        assert_eq!(ahead(8, true), Some(true), "between the two stores");
+        assert_eq!(ahead(11, true), Some(false), "done");
     }
 
     #[test]
