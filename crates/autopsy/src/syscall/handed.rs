@@ -48,6 +48,8 @@ pub(super) fn receives(name: &str) -> bool {
 #[derive(KernelType)]
 #[kernel("sem_queue")]
 struct SemQueue {
+    #[kernel("list", address)]
+    list: u64,
     #[kernel("list.next")]
     next: u64,
     status: i32,
@@ -56,6 +58,8 @@ struct SemQueue {
 #[derive(KernelType)]
 #[kernel("msg_receiver")]
 struct MsgReceiver {
+    #[kernel("r_list", address)]
+    list: u64,
     #[kernel("r_list.next")]
     next: u64,
     r_msg: u64,
@@ -64,6 +68,8 @@ struct MsgReceiver {
 #[derive(KernelType)]
 #[kernel("ext_wait_queue")]
 struct ExtWaitQueue {
+    #[kernel("list", address)]
+    list: u64,
     #[kernel("list.next")]
     next: u64,
     state: i32,
@@ -84,32 +90,36 @@ pub(super) fn look(kernel: &Kernel, stack: Stack<'_>, task: u64, name: &str, wch
     let mut all = slots.filter_map(|slot| {
         let at = slot.wrapping_sub(offset);
         match structure {
-            "sem_queue" => semaphore(&kernel.read(at).ok()?),
-            "msg_receiver" => message(&kernel.read(at).ok()?),
-            _ => posix_message(&kernel.read(at).ok()?, name),
+            "sem_queue" => semaphore(kernel, &kernel.read(at).ok()?),
+            "msg_receiver" => message(kernel, &kernel.read(at).ok()?),
+            _ => posix_message(kernel, &kernel.read(at).ok()?, name),
         }
     });
     let first = all.next()?;
     all.all(|other| other == first).then_some(first)
 }
 
-/// A list's pointer, or the poison that is left of it.
-fn is_linked(next: u64) -> bool {
-    next >> 63 != 0
+/// LIST_POISON1 (include/linux/poison.h), which is left where an entry is taken off its list.
+const POISON: u64 = 0xdead_0000_0000_0100;
+
+/// Whether an entry is on a list, or was: much on a stack looks like one.
+fn is_linked(kernel: &Kernel, list: u64, next: u64) -> bool {
+    let back = || kernel.read_u64(next.wrapping_add(kernel.offset_of("list_head", "prev").ok()?)).ok();
+    next == POISON || back() == Some(list)
 }
 
-fn semaphore(queue: &SemQueue) -> Option<Handed> {
+fn semaphore(kernel: &Kernel, queue: &SemQueue) -> Option<Handed> {
     match i64::from(queue.status) {
-        _ if !is_linked(queue.next) => None,
+        _ if !is_linked(kernel, queue.list, queue.next) => None,
         status if status == -EINTR => Some(Handed::Waiting),
         status if (-MAX_ERRNO..=0).contains(&status) => Some(Handed::Done(status)),
         _ => None,
     }
 }
 
-fn message(receiver: &MsgReceiver) -> Option<Handed> {
+fn message(kernel: &Kernel, receiver: &MsgReceiver) -> Option<Handed> {
     match receiver.r_msg as i64 {
-        _ if !is_linked(receiver.next) => None,
+        _ if !is_linked(kernel, receiver.list, receiver.next) => None,
         error if error == -EAGAIN => Some(Handed::Waiting),
         error if (-MAX_ERRNO..0).contains(&error) => Some(Handed::Done(error)),
         pointer if pointer < 0 => Some(Handed::Message),
@@ -117,9 +127,9 @@ fn message(receiver: &MsgReceiver) -> Option<Handed> {
     }
 }
 
-fn posix_message(queue: &ExtWaitQueue, name: &str) -> Option<Handed> {
+fn posix_message(kernel: &Kernel, queue: &ExtWaitQueue, name: &str) -> Option<Handed> {
     match queue.state {
-        _ if !is_linked(queue.next) => None,
+        _ if !is_linked(kernel, queue.list, queue.next) => None,
         WAITS => Some(Handed::Waiting),
         READY if receives(name) => Some(Handed::Message),
         READY => Some(Handed::Done(0)),
@@ -157,8 +167,11 @@ mod tests {
             "r_msg" => synth.set(structure, at, member, value),
             _ => synth.set(structure, at, member, value as u32),
         };
-        // Others have the task's address, too.
-        synth.write_u64(base + 0x10, task);
+        // Others have the task's address, too, and pointers before it.
+        for n in 0x1a..0x40 {
+            synth.write_u64(base + 8 * n, base);
+        }
+        synth.write_u64(base + 8 * 0x20, task);
         let kernel = open(&synth);
         let words: Vec<u64> = (0..64).map(|n| synth.read_u64(base + 8 * n)).collect();
         look(&kernel, Stack { base, words: &words }, task, name, wchan)
