@@ -250,9 +250,8 @@ impl Autopsy<'_> {
         let Some(index) = found.frames.iter().position(is_lost) else { return };
         let lost = found.frames[index];
         let frames = self.unwinder().and_then(|unwinder| unwinder.found_again(&lost, stack));
-        let Some((frames, first)) = frames.and_then(|frames| Some((frames.clone(), *frames.first()?))) else {
-            return;
-        };
+        let Some(frames) = frames else { return };
+        let Some(&first) = frames.first() else { return };
         // In the order of the note's.
         if let (Some(registers), Some(at)) = (&mut found.registers, lost.regs) {
             let len = self.kernel.size_of("pt_regs").unwrap_or(0) as usize;

@@ -8,7 +8,6 @@
 //! (kernel/kprobes.c). A line of code that differs is as it was if one of the other instructions that can stand at such places makes it so.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 
 use ktypes::KernelType;
 use snapshot::{Finding, FindingKind, KernelText, PAGE_SIZE, Severity, TEXT_LINE};
@@ -214,8 +213,8 @@ impl Autopsy<'_> {
             }
         }
         let own = |name: &str, entry: &str| -> Result<(u64, u64)> {
-            let Range { start, end } = self.kernel.symbol(&format!("__start_{name}"))?
-                ..self.kernel.symbol(&format!("__stop_{name}"))?;
+            let start = self.kernel.symbol(&format!("__start_{name}"))?;
+            let end = self.kernel.symbol(&format!("__stop_{name}"))?;
             Ok((start, end.saturating_sub(start) / self.kernel.size_of(entry)?.max(1)))
         };
         let jumps = own("__jump_table", "jump_entry")
@@ -237,20 +236,22 @@ impl Autopsy<'_> {
     }
 
     fn jumps(&self, start: u64, count: u64, patches: &mut Patches) -> Result<()> {
-        for n in 0..count.min(MAX_ENTRIES) {
-            let entry: JumpEntry =
-                self.kernel.read(start.wrapping_add(n * self.kernel.size_of("jump_entry")?))?;
+        self.each_entry(start, count, |entry: JumpEntry| {
             let target = entry.target_at.wrapping_add_signed(entry.target.into());
             patches.insert(entry.code_at.wrapping_add_signed(entry.code.into()), Patch::Jump(target));
-        }
-        Ok(())
+        })
     }
 
     fn calls(&self, start: u64, count: u64, patches: &mut Patches) -> Result<()> {
-        for n in 0..count.min(MAX_ENTRIES) {
-            let site: StaticCallSite =
-                self.kernel.read(start.wrapping_add(n * self.kernel.size_of("static_call_site")?))?;
+        self.each_entry(start, count, |site: StaticCallSite| {
             patches.insert(site.addr_at.wrapping_add_signed(site.addr.into()), Patch::Call);
+        })
+    }
+
+    fn each_entry<T: KernelType>(&self, start: u64, count: u64, mut read: impl FnMut(T)) -> Result<()> {
+        let size = self.kernel.size_of(T::NAME)?;
+        for n in 0..count.min(MAX_ENTRIES) {
+            read(self.kernel.read(start.wrapping_add(n * size))?);
         }
         Ok(())
     }

@@ -265,11 +265,10 @@ impl Autopsy<'_> {
         if registers[PrStatus::RIP] >> 63 == 0 {
             return Some(Doing::User);
         }
-        let names = self.places(&registers).into_iter().filter_map(|place| {
-            // A return address can be that of the next function.
-            let within = if place.exact { place.address } else { place.address.wrapping_sub(1) };
-            Some(self.kernel.symbolize(within)?.0.to_owned())
-        });
+        let names = self
+            .places(&registers)
+            .into_iter()
+            .filter_map(|place| Some(self.kernel.symbolize(place.within())?.0.to_owned()));
         Some(Doing::Kernel(names.collect()))
     }
 }

@@ -98,6 +98,13 @@ pub struct Place {
     pub regs: Option<u64>,
 }
 
+impl Place {
+    /// An address within the instruction: a return address may belong to the function behind a call that never returns.
+    pub(crate) fn within(&self) -> u64 {
+        if self.exact { self.address } else { self.address.wrapping_sub(1) }
+    }
+}
+
 /// Where an unwinding stands.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct State {
@@ -224,9 +231,7 @@ impl<'k> Unwinder<'k> {
 
     /// Where the registers lie that the code at a place has saved of a program.
     fn program_registers(&self, state: &State) -> Result<Option<u64>> {
-        let Some(entry) = self.find(if state.exact { state.ip } else { state.ip.wrapping_sub(1) })? else {
-            return Ok(None);
-        };
+        let Some(entry) = self.find(state.place().within())? else { return Ok(None) };
         let Some(at) = self.caller_sp(&entry, state)?.filter(|_| entry.frame_kind() == Kind::Regs) else {
             return Ok(None);
         };
@@ -246,8 +251,7 @@ impl<'k> Unwinder<'k> {
     /// The caller of `state`; `None` at the end.
     fn step(&self, state: State) -> Result<Option<State>> {
         let mut guessed = state.guessed;
-        // A return address may belong to the function behind a call that never returns: look at the call.
-        let entry = match self.find(if state.exact { state.ip } else { state.ip.wrapping_sub(1) })? {
+        let entry = match self.find(state.place().within())? {
             Some(entry) => entry,
             None => {
                 guessed = true;

@@ -92,8 +92,7 @@ pub(super) enum Phase {
 /// told.
 pub(super) fn phase(kernel: &Kernel, frames: &[Place], way: &Way) -> Option<(Phase, Place)> {
     let on_the_way = |place: &Place| {
-        // The instruction behind a call that does not return may be another function's.
-        let (name, _) = kernel.symbolize(place.address.wrapping_sub(u64::from(!place.exact)))?;
+        let (name, _) = kernel.symbolize(place.within())?;
         way.iter().find(|(function, _)| is_part(name, function)).map(|(_, calls)| (*place, *calls))
     };
     let (place, calls) = frames.iter().find_map(on_the_way)?;
@@ -122,8 +121,9 @@ pub(super) fn is_store_ahead(
     calls: &[&str],
     offset: u64,
 ) -> Option<bool> {
-    let name = |place: &Place| kernel.symbolize(place.address.wrapping_sub(u64::from(!place.exact)));
-    let place = frames.iter().find(|place| name(place).is_some_and(|(name, _)| is_part(name, function)))?;
+    let is_in =
+        |place: &&Place| kernel.symbolize(place.within()).is_some_and(|(name, _)| is_part(name, function));
+    let place = frames.iter().find(is_in)?;
     let code = Code { kernel, calls };
     if !place.exact && code.returns_from_wanted(place.address) {
         return Some(false);
