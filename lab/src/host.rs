@@ -40,12 +40,7 @@ pub fn ensure_tools(tools: &[(&str, &'static str)]) -> Result<()> {
         }
         eprintln!("lab: installing on this machine through apt: {}", packages.join(" "));
         apt_update()?;
-        let mut install = Command::new("apt-get");
-        install
-            .args(["install", "-y", "--no-install-recommends"])
-            .args(&packages)
-            .env("DEBIAN_FRONTEND", "noninteractive");
-        run(&mut install)?;
+        apt(&[&["install", "-y", "--no-install-recommends"][..], &packages].concat())?;
     }
     let packages = missing_packages(tools);
     if packages.is_empty() {
@@ -63,7 +58,13 @@ fn missing_packages(tools: &[(&str, &'static str)]) -> Vec<&'static str> {
 
 /// Refreshes apt's package lists.
 pub fn apt_update() -> Result<()> {
-    run(Command::new("apt-get").arg("update")).map(drop)
+    apt(&["update"])
+}
+
+/// Runs apt-get when no other lab does: not all of its locks can be waited for.
+fn apt(arguments: &[&str]) -> Result<()> {
+    let _lock = Lock::take(&std::env::temp_dir().join("otherworld-lab-apt.lock"))?;
+    run(Command::new("apt-get").args(arguments).env("DEBIAN_FRONTEND", "noninteractive")).map(drop)
 }
 
 /// Whether this process may do what only root may.

@@ -13,7 +13,7 @@
 //! them is true, the process is given up.
 //!
 //! What cannot be told, because only a few instructions of a call that was running on a CPU decide it, and is accepted:
-//! a transfer whose iterator has moved on and whose pipe or file has not been told yet (or the other way round); a call
+//! a transfer whose iterator has moved on and whose terminal or TCP socket has not been told yet (or the other way round); a call
 //! that had done all, moved no position by it, and had not yet stored its result. A thread that was not on a CPU is never there: nothing sleeps in
 //! these places.
 
@@ -32,7 +32,7 @@ use crate::thread::CpuRegisters;
 use ktypes::{Kernel, KernelType};
 use snapshot::{Clocks, Exec, Pid, Registers, Resume, SyscallInFlight};
 
-use flow::Phase;
+use flow::{Account, Entry, Phase};
 use handed::Handed;
 use iov_iter::{Buffers, Layout, Progress, Search, Stack, Wanted};
 pub use table::name;
@@ -233,8 +233,9 @@ trait Facts {
     fn has_made_file(&self, call: &SyscallInFlight, flags_arg: usize) -> Option<bool>;
     /// Whether it is in the middle of what moves a file's bytes; an iterator outside of that is an earlier call's.
     fn is_moving(&self, file: &File, write: bool) -> bool;
-    /// Whether a pipe may still have what a reader has copied last: it gives it up after that (pipe_read(), fs/pipe.c).
-    fn is_still_in_pipe(&self) -> bool;
+    /// Of a thread on a CPU: whether a pipe or a stream socket between processes may not know yet of what was copied last: it takes, or gives up, the
+    /// bytes after that.
+    fn is_unaccounted(&self, file: &File, write: bool) -> bool;
     /// Of a thread on a CPU: where it was on its way to the file and back.
     fn phase(&self) -> Option<Phase>;
     /// Whether the thread is before what moves a file's position, or in the middle of it.
@@ -683,10 +684,15 @@ fn transfer(thread: &Thread, facts: &dyn Facts, transfer: Transfer) -> Resume {
         {
             on_the_edge(facts)
         }
-        Search::Found(_) if thread.on_cpu && file.is_pipe && !transfer.write && facts.is_still_in_pipe() => {
-            impossible(
-                "a read of a pipe on a CPU: whether the pipe has given up what it had copied cannot be told",
-            )
+        Search::Found(_)
+            if thread.on_cpu
+                && facts.phase() != Some(Phase::After)
+                && facts.is_unaccounted(&file, transfer.write) =>
+        {
+            impossible(match transfer.write {
+                true => "a write on a CPU: whether the other side has what was copied last cannot be told",
+                false => "a read on a CPU: whether what was copied last is still there cannot be told",
+            })
         }
         Search::Found(progress) if append => appended(thread, file.size, progress),
         Search::Found(progress) if file.kind == Kind::Tty && transfer.write => {
@@ -1161,12 +1167,33 @@ impl Facts for Dead<'_> {
             || self.is_within(if write { "pipe_write" } else { "pipe_read" })
     }
 
-    fn is_still_in_pipe(&self) -> bool {
-        let length = self.kernel.offset_of("pipe_buffer", "len").ok();
-        let ahead = |length| {
-            flow::is_store_ahead(self.kernel, self.ctx.frames, "pipe_read", &["copy_page_to_iter"], length)
+    fn is_unaccounted(&self, file: &File, write: bool) -> bool {
+        // fs/pipe.c and net/unix/af_unix.c, 6.1 and 6.12.
+        let (function, copy) = match (file.is_pipe, file.kind == Kind::Socket, write) {
+            (true, _, true) => ("pipe_write", "copy_page_from_iter"),
+            (true, _, false) => ("pipe_read", "copy_page_to_iter"),
+            (_, true, true) => ("unix_stream_sendmsg", "skb_copy_datagram_from_iter"),
+            (_, true, false) => ("unix_stream_read_generic", flow::INDIRECT),
+            _ => return false,
         };
-        length.and_then(ahead).unwrap_or(true)
+        // There are other sockets.
+        if !file.is_pipe && !self.is_within(function) {
+            return false;
+        }
+        let offset = |structure, member| self.kernel.offset_of(structure, member).ok();
+        let entry = match (file.is_pipe, write) {
+            (true, _) => offset("pipe_buffer", "len").map(Entry::Store),
+            (false, true) => Some(Entry::Call("skb_queue_tail")),
+            // UNIXCB(skb).consumed.
+            (false, false) => offset("sk_buff", "cb")
+                .zip(offset("unix_skb_parms", "consumed"))
+                .map(|(cb, consumed)| Entry::Store(cb + consumed)),
+        };
+        let is_open = |entry| {
+            let account = Account { function, copies: &[copy], in_pieces: !file.is_pipe, entry };
+            flow::is_open(self.kernel, self.ctx.frames, &account)
+        };
+        entry.and_then(is_open).unwrap_or(true)
     }
 
     fn phase(&self) -> Option<Phase> {
@@ -1425,7 +1452,7 @@ mod tests {
         trigger: bool,
         /// The iterator is an earlier call's.
         leftover: bool,
-        in_pipe: bool,
+        unaccounted: bool,
         phase: Option<Phase>,
         transferred: Option<Progress>,
         child: Option<Pid>,
@@ -1485,8 +1512,8 @@ mod tests {
         fn is_moving(&self, _: &File, _: bool) -> bool {
             !self.leftover
         }
-        fn is_still_in_pipe(&self) -> bool {
-            self.in_pipe
+        fn is_unaccounted(&self, _: &File, _: bool) -> bool {
+            self.unaccounted
         }
         fn phase(&self) -> Option<Phase> {
             self.phase
@@ -1577,18 +1604,20 @@ mod tests {
     }
 
     #[test]
-    fn what_a_pipe_still_has_is_not_read_twice() {
-        for (in_pipe, is_pipe, on_cpu, expected) in [
-            (true, true, true, None),
-            (false, true, true, Some(40)),
-            (true, false, true, Some(40)),
-            (true, true, false, Some(40)),
+    fn what_the_other_side_does_not_know_of_is_not_finished() {
+        for (unaccounted, on_cpu, phase, expected) in [
+            (true, true, None, None),
+            (false, true, None, Some(40)),
+            (true, false, None, Some(40)),
+            (true, true, Some(Phase::After), Some(40)),
         ] {
-            let mut fake = Fake { in_pipe, ..Fake::with_file(Kind::Stream, false, 0) }.found(40, 100, 0);
-            fake.files.get_mut(&0).unwrap().is_pipe = is_pipe;
-            let resume = go(&Thread { on_cpu, ..thread("read", &[0, 0x1000, 100]) }, &fake);
-            assert_eq!(returns(&resume), expected);
-            assert_eq!(is_impossible(&resume), expected.is_none());
+            let fake = Fake { unaccounted, phase, ..Fake::with_file(Kind::Stream, false, 0) };
+            let fake = fake.found(40, 100, 0);
+            for name in ["read", "write"] {
+                let resume = go(&Thread { on_cpu, ..thread(name, &[0, 0x1000, 100]) }, &fake);
+                assert_eq!(returns(&resume), expected, "{name}");
+                assert_eq!(is_impossible(&resume), expected.is_none(), "{name}");
+            }
         }
     }
 

@@ -14,10 +14,13 @@ use crate::panic::orc::Place;
 
 /// The longest instruction.
 const MAX_INSTRUCTION: usize = 15;
+/// Calls have so many bytes: `call *%rax` to `call *disp32(%r12)`.
+const MIN_CALL: u64 = 2;
+const MAX_CALL: u64 = 8;
 /// Instructions of one function that are looked at.
 const MAX_INSTRUCTIONS: usize = 4096;
 /// A call through a pointer; also by way of a thunk, where the kernel has mitigations for Spectre.
-const INDIRECT: &str = "";
+pub(super) const INDIRECT: &str = "";
 const THUNK: &str = "__x86_indirect_";
 
 /// Functions, and the calls in them that lead on.
@@ -100,46 +103,70 @@ pub(super) fn phase(kernel: &Kernel, frames: &[Place], way: &Way) -> Option<(Pha
     if !place.exact && code.returns_from_wanted(place.address) {
         return Some((Phase::Within, place));
     }
-    let ahead = code.reachable(place.address)?;
+    let next = code.next(&place);
+    let ahead = code.reachable(next)?;
     if ahead.wanted.is_empty() {
         return Some((Phase::After, place));
     }
     // In a loop it is ahead and behind.
     let mut behind = false;
-    for next in ahead.wanted {
-        behind |= code.reachable(next)?.seen.contains(&place.address);
+    for wanted in ahead.wanted {
+        behind |= code.reachable(wanted)?.seen.contains(&next);
     }
     (!behind).then_some((Phase::Before, place))
 }
 
-/// Whether a CPU that was in a function itself had a store to a member (four bytes at an `offset`) still ahead, of those that follow each of the
-/// `calls` before the next one. `None` if that cannot be told.
-pub(super) fn is_store_ahead(
-    kernel: &Kernel,
-    frames: &[Place],
-    function: &str,
-    calls: &[&str],
-    offset: u64,
-) -> Option<bool> {
-    let is_in =
-        |place: &&Place| kernel.symbolize(place.within()).is_some_and(|(name, _)| is_part(name, function));
+/// A function that copies bytes, which moves the iterator on, and accounts for them after that.
+pub(super) struct Account<'a> {
+    pub function: &'a str,
+    /// Its calls that copy.
+    pub copies: &'a [&'a str],
+    /// One copy may move the iterator several times.
+    pub in_pieces: bool,
+    pub entry: Entry<'a>,
+}
+
+/// How they are accounted for.
+pub(super) enum Entry<'a> {
+    /// By a store to a member of four bytes at this offset.
+    Store(u64),
+    /// In this call.
+    Call(&'a str),
+}
+
+/// Whether a CPU had the entry of what it had copied last still ahead of it. `None` if that cannot be told.
+pub(super) fn is_open(kernel: &Kernel, frames: &[Place], account: &Account) -> Option<bool> {
+    let is_in = |place: &&Place| {
+        kernel.symbolize(place.within()).is_some_and(|(name, _)| is_part(name, account.function))
+    };
     let place = frames.iter().find(is_in)?;
-    let code = Code { kernel, calls };
+    let code = Code { kernel, calls: account.copies };
     if !place.exact && code.returns_from_wanted(place.address) {
-        return Some(false);
+        return Some(account.in_pieces);
     }
-    let stores = |at: &u64| {
+    if let Entry::Call(name) = account.entry
+        && !place.exact
+        && (Code { kernel, calls: &[name] }).returns_from_wanted(place.address)
+    {
+        return Some(true);
+    }
+    let is_entry = |at: &u64| {
         let instruction = code.instruction(*at)?;
-        Some(
-            instruction.op0_kind() == OpKind::Memory
-                && instruction.memory_displacement64() == offset
-                && instruction.memory_size().size() == 4
-                && !matches!(instruction.mnemonic(), Mnemonic::Cmp | Mnemonic::Test),
-        )
+        Some(match account.entry {
+            Entry::Store(offset) => {
+                instruction.op0_kind() == OpKind::Memory
+                    && instruction.memory_displacement64() == offset
+                    && instruction.memory_size().size() == 4
+                    && !matches!(instruction.mnemonic(), Mnemonic::Cmp | Mnemonic::Test)
+            }
+            Entry::Call(name) => {
+                is_call(&instruction) && code.function(instruction.near_branch_target()) == Some(name)
+            }
+        })
     };
     let mut ahead = false;
-    for at in code.follow(place.address, false)?.seen {
-        ahead |= stores(&at)?;
+    for at in code.follow(code.next(place), false)?.seen {
+        ahead |= is_entry(&at)?;
     }
     Some(ahead)
 }
@@ -175,6 +202,19 @@ impl Code<'_> {
             _ => Some(INDIRECT),
         };
         target.is_some_and(|name| self.calls.contains(&if name.starts_with(THUNK) { INDIRECT } else { name }))
+    }
+
+    /// The instruction that comes next. A return address that no call precedes was put on the stack by hand, by a debugger that had a function called:
+    /// it lies within the instruction that was about to be executed.
+    fn next(&self, place: &Place) -> u64 {
+        let is_call = |length| {
+            let call = self.instruction(place.address.wrapping_sub(length));
+            call.is_some_and(|call| call.next_ip() == place.address && is_call(&call))
+        };
+        match place.exact || (MIN_CALL..=MAX_CALL).any(is_call) {
+            true => place.address,
+            false => place.within(),
+        }
     }
 
     /// Whether the instruction before a return address is a wanted call.
@@ -349,13 +389,43 @@ mod tests {
         text.code("outer", &[Err("inner"), Ok(rest)]);
         let ahead = |offset, exact| {
             let frames = [Place { address: text.at("outer", offset), sp: 0, exact, regs: None }];
-            is_store_ahead(&open(&text.synth), &frames, "outer", &["inner"], 12)
+            let account = |in_pieces| Account {
+                function: "outer",
+                copies: &["inner"],
+                in_pieces,
+                entry: Entry::Store(12),
+            };
+            let kernel = open(&text.synth);
+            (is_open(&kernel, &frames, &account(false)), is_open(&kernel, &frames, &account(true)))
         };
-        assert_eq!(ahead(0, true), Some(false), "before the call");
-        assert_eq!(ahead(5, false), Some(false), "in it");
-        assert_eq!(ahead(5, true), Some(true));
-        assert_eq!(ahead(8, true), Some(true), "between the two stores");
-        assert_eq!(ahead(11, true), Some(false), "done");
+        let both = |ahead| (Some(ahead), Some(ahead));
+        assert_eq!(ahead(0, true), both(false), "before the call");
+        assert_eq!(ahead(5, false), (Some(false), Some(true)), "in it");
+        assert_eq!(ahead(5, true), both(true));
+        assert_eq!(ahead(8, true), both(true), "between the two stores");
+        assert_eq!(ahead(11, true), both(false), "done");
+        assert_eq!(ahead(9, false), both(true), "made to call another one at the second store");
+        assert_eq!(ahead(12, false), both(false), "made to call another one at the comparison");
+    }
+
+    #[test]
+    fn a_call_that_follows_a_copy_is_ahead_until_it_is_over() {
+        let mut text = Text::new();
+        // look_up | inner | look_up | put | test eax,eax | jne back to the first | ret
+        let rest: &[u8] = &[0x85, 0xc0, 0x75, 0xe8, 0xc3];
+        let calls = [Err("look_up"), Err("inner"), Err("look_up"), Err("put"), Ok(rest)];
+        text.code("outer", &calls);
+        let account =
+            Account { function: "outer", copies: &["inner"], in_pieces: false, entry: Entry::Call("put") };
+        let ahead = |offset, exact| {
+            let frames = [Place { address: text.at("outer", offset), sp: 0, exact, regs: None }];
+            is_open(&open(&text.synth), &frames, &account)
+        };
+        assert_eq!(ahead(5, false), Some(false), "before the copy");
+        assert_eq!(ahead(10, false), Some(false), "in it");
+        assert_eq!(ahead(15, false), Some(true), "behind it");
+        assert_eq!(ahead(20, false), Some(true), "in the call");
+        assert_eq!(ahead(20, true), Some(false), "done, though another round may come");
     }
 
     #[test]
