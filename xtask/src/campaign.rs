@@ -60,6 +60,9 @@ pub struct Campaign {
     /// Only faults of this kind: check, panic, text, data, hang, fatal.
     #[arg(long, value_parser = parse_kind)]
     kind: Option<Kind>,
+    /// Keeps the dead kernel's core of each crash that a program did not survive, in the run's directory (`vmcore`); those of silent damage are always kept.
+    #[arg(long)]
+    cores: bool,
     /// Prints the table of what has been run with the seed, and runs nothing.
     #[arg(long, requires = "seed")]
     table: bool,
@@ -233,7 +236,7 @@ impl Log {
 impl Campaign {
     /// So many crashes of a kernel, as part of the tests.
     pub fn new(kernel: Series, crashes: u32, seed: Option<u64>) -> Self {
-        Self { kernel: Some(kernel), crashes, seed, only: None, kind: None, table: false }
+        Self { kernel: Some(kernel), crashes, seed, only: None, kind: None, cores: false, table: false }
     }
 
     /// Runs it from the beginning, and counts crashes: failed are those in which something happened that must not, whatever the fault.
@@ -373,7 +376,9 @@ impl Campaign {
         if crash.programs.iter().any(is_case) {
             guest.keep_artifacts()?;
         }
-        if crash.programs.iter().any(|outcome| outcome.fate == Fate::SilentDamage) {
+        let is_wanted =
+            |outcome: &Outcome| outcome.fate == Fate::SilentDamage || self.cores && !outcome.survived();
+        if crash.programs.iter().any(is_wanted) {
             // What was not noticed is still in there.
             let mut core = fs::File::create(guest.dir.join("vmcore"))?;
             guest.agent.read_pieces("/proc/vmcore", |piece| core.write_all(piece))?;

@@ -1169,11 +1169,13 @@ impl Facts for Dead<'_> {
 
     fn is_unaccounted(&self, file: &File, write: bool) -> bool {
         // fs/pipe.c and net/unix/af_unix.c, 6.1 and 6.12.
-        let (function, copy) = match (file.is_pipe, file.kind == Kind::Socket, write) {
-            (true, _, true) => ("pipe_write", "copy_page_from_iter"),
-            (true, _, false) => ("pipe_read", "copy_page_to_iter"),
-            (_, true, true) => ("unix_stream_sendmsg", "skb_copy_datagram_from_iter"),
-            (_, true, false) => ("unix_stream_read_generic", flow::INDIRECT),
+        let (function, copies): (&str, &[&str]) = match (file.is_pipe, file.kind == Kind::Socket, write) {
+            (true, _, true) => ("pipe_write", &["copy_page_from_iter"]),
+            (true, _, false) => ("pipe_read", &["copy_page_to_iter"]),
+            (_, true, true) => {
+                ("unix_stream_sendmsg", &["skb_copy_datagram_from_iter", "skb_splice_from_iter"])
+            }
+            (_, true, false) => ("unix_stream_read_generic", &[flow::INDIRECT]),
             _ => return false,
         };
         // There are other sockets.
@@ -1187,10 +1189,10 @@ impl Facts for Dead<'_> {
             // UNIXCB(skb).consumed.
             (false, false) => offset("sk_buff", "cb")
                 .zip(offset("unix_skb_parms", "consumed"))
-                .map(|(cb, consumed)| Entry::Store(cb + consumed)),
+                .map(|(cb, consumed)| Entry::Sum(cb + consumed)),
         };
         let is_open = |entry| {
-            let account = Account { function, copies: &[copy], in_pieces: !file.is_pipe, entry };
+            let account = Account { function, copies, in_pieces: !file.is_pipe, entry };
             flow::is_open(self.kernel, self.ctx.frames, &account)
         };
         entry.and_then(is_open).unwrap_or(true)

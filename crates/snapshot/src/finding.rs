@@ -41,6 +41,8 @@ pub enum FindingKind {
     Text,
     /// The kernel's own instructions are not what they were when the machine was armed.
     KernelText,
+    /// A program's registers contradict each other, or lead nowhere.
+    Registers,
 }
 
 /// What was done about a [`Finding`].

@@ -20,6 +20,7 @@ mod page_table;
 mod process;
 mod slab;
 mod socket;
+mod thread;
 
 pub(crate) use page_table::{Doing, user_end};
 pub(crate) use slab::Caches;
@@ -34,6 +35,8 @@ use crate::process::{Group, Member};
 
 /// Findings about one process; one damaged tree can give rise to thousands.
 const MAX_PER_PROCESS: usize = 16;
+
+const RLIMIT_STACK: usize = 3;
 
 /// What a check has found, before it is known whom it concerns.
 #[derive(Clone, Debug)]
@@ -129,6 +132,12 @@ impl Autopsy<'_> {
             self.check_credentials(&subject, process, groups, &mut all);
             if let Some(id) = process.address_space {
                 self.check_address_space(id, &subject, &machine, &mut all);
+                if let Some(space) = self.address_spaces.borrow().get(&id) {
+                    let stack = process.rlimits.get(RLIMIT_STACK).map_or(u64::MAX, |limit| limit.cur);
+                    for thread in &process.threads {
+                        self.check_thread(thread, &subject, space, stack, &mut all);
+                    }
+                }
             }
             self.check_descriptors(process, &mut all);
             let mapped = process.address_space.into_iter().flat_map(|id| self.mapped_by(id));

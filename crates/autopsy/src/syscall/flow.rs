@@ -6,7 +6,7 @@
 
 use std::collections::BTreeSet;
 
-use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind};
+use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
 use ktypes::Kernel;
 
 use super::is_part;
@@ -130,6 +130,8 @@ pub(super) struct Account<'a> {
 pub(super) enum Entry<'a> {
     /// By a store to a member of four bytes at this offset.
     Store(u64),
+    /// By an addition to it.
+    Sum(u64),
     /// In this call.
     Call(&'a str),
 }
@@ -150,25 +152,33 @@ pub(super) fn is_open(kernel: &Kernel, frames: &[Place], account: &Account) -> O
     {
         return Some(true);
     }
-    let is_entry = |at: &u64| {
-        let instruction = code.instruction(*at)?;
+    let is_entry = |at: u64| {
+        let instruction = code.instruction(at)?;
+        let stores = |offset| {
+            // Its own variables are on the stack.
+            instruction.op0_kind() == OpKind::Memory
+                && instruction.memory_base() != Register::RSP
+                && instruction.memory_displacement64() == offset
+                && instruction.memory_size().size() == 4
+        };
+        let mnemonic = instruction.mnemonic();
         Some(match account.entry {
-            Entry::Store(offset) => {
-                instruction.op0_kind() == OpKind::Memory
-                    && instruction.memory_displacement64() == offset
-                    && instruction.memory_size().size() == 4
-                    && !matches!(instruction.mnemonic(), Mnemonic::Cmp | Mnemonic::Test)
+            Entry::Store(offset) => stores(offset) && !matches!(mnemonic, Mnemonic::Cmp | Mnemonic::Test),
+            Entry::Sum(offset) => {
+                stores(offset) && mnemonic == Mnemonic::Add && instruction.op1_kind() == OpKind::Register
             }
             Entry::Call(name) => {
                 is_call(&instruction) && code.function(instruction.near_branch_target()) == Some(name)
             }
         })
     };
-    let mut ahead = false;
-    for at in code.follow(code.next(place), false)?.seen {
-        ahead |= is_entry(&at)?;
-    }
-    Some(ahead)
+    let among = |from, beyond| {
+        code.follow(from, beyond)?.seen.into_iter().map(is_entry).try_fold(false, |any, is| Some(any | is?))
+    };
+    let (_, offset) = kernel.symbolize(place.within())?;
+    // A compiler may have made something else of it.
+    let is_known = among(place.within().wrapping_sub(offset), true)?;
+    if is_known { among(code.next(place), false) } else { None }
 }
 
 /// The machine code of one function, and the calls that are wanted of it.
@@ -384,19 +394,27 @@ mod tests {
     #[test]
     fn a_store_that_follows_a_call_is_ahead_until_it_is_done() {
         let mut text = Text::new();
-        // inner | add [rbx+8],eax | sub [rbx+12],eax | cmp [rbx+12],0 | jne back to inner | ret
-        let rest: &[u8] = &[0x01, 0x43, 0x08, 0x29, 0x43, 0x0c, 0x83, 0x7b, 0x0c, 0x00, 0x75, 0xef, 0xc3];
+        // inner | add [rbx+8],eax | sub [rbx+12],eax | cmp [rbx+12],0 | mov [rsp+12],eax | jne back to inner | ret
+        let rest: &[u8] = &[
+            0x01, 0x43, 0x08, 0x29, 0x43, 0x0c, 0x83, 0x7b, 0x0c, 0x00, 0x89, 0x44, 0x24, 0x0c, 0x75, 0xeb,
+            0xc3,
+        ];
         text.code("outer", &[Err("inner"), Ok(rest)]);
         let ahead = |offset, exact| {
             let frames = [Place { address: text.at("outer", offset), sp: 0, exact, regs: None }];
-            let account = |in_pieces| Account {
-                function: "outer",
-                copies: &["inner"],
-                in_pieces,
-                entry: Entry::Store(12),
-            };
             let kernel = open(&text.synth);
-            (is_open(&kernel, &frames, &account(false)), is_open(&kernel, &frames, &account(true)))
+            let is_open = |in_pieces, entry| {
+                is_open(
+                    &kernel,
+                    &frames,
+                    &Account { function: "outer", copies: &["inner"], in_pieces, entry },
+                )
+            };
+            if exact {
+                assert_eq!(is_open(false, Entry::Sum(8)), Some((5..8).contains(&offset)));
+                assert_eq!(is_open(false, Entry::Sum(12)), None, "there is none");
+            }
+            (is_open(false, Entry::Store(12)), is_open(true, Entry::Store(12)))
         };
         let both = |ahead| (Some(ahead), Some(ahead));
         assert_eq!(ahead(0, true), both(false), "before the call");

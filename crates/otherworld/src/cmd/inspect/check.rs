@@ -62,6 +62,7 @@ fn kind(kind: FindingKind) -> &'static str {
         FindingKind::Canary => "canary",
         FindingKind::Text => "text",
         FindingKind::KernelText => "kernel-text",
+        FindingKind::Registers => "registers",
     }
 }
 
