@@ -41,7 +41,8 @@ const USER_DS: u64 = 0x2b;
 const ALWAYS_ONE: u64 = 2;
 /// First address that no user program can have (five-level page tables).
 const USER_END: u64 = 1 << 56;
-/// Where `struct user_regs_struct` has the segment bases.
+/// Where `struct user_regs_struct` has the frame pointer and the segment bases.
+const RBP: usize = 4;
 const FS_BASE: usize = 21;
 const GS_BASE: usize = 22;
 /// IRQ_STACK_SIZE (arch/x86/include/asm/page_64_types.h); twice that with KASAN.
@@ -220,12 +221,12 @@ impl Autopsy<'_> {
             frames: live.map_or_else(Vec::new, |registers| self.places(&registers)),
             registers: live,
         };
-        self.find_lost_stack(&stack, &mut found);
+        let is_found = self.find_lost_stack(&stack, &mut found);
         let context = syscall::Context {
             task: addr,
             registers: &thread.regs,
             // On another stack it was an interrupt that died; the thread that it came upon had nothing to do with it.
-            panicked: thread.panicked && is_on_stack,
+            panicked: thread.panicked && (is_on_stack || is_found),
             on_cpu: thread.on_cpu.is_some(),
             stack,
             stack_pointer: found.stack_pointer,
@@ -241,28 +242,33 @@ impl Autopsy<'_> {
     }
 
     /// Where a thread on a CPU was that has no stack pointer any more, or one at the very end of an overflowed stack: what is on the stack says it.
-    fn find_lost_stack(&self, stack: &Range<u64>, found: &mut InUse) {
-        let is_lost = |place: &Place| {
+    /// Returns whether it has been found.
+    fn find_lost_stack(&self, stack: &Range<u64>, found: &mut InUse) -> bool {
+        // The note has the CPU's registers, or, if an exception was the end of it, those that the exception came upon (crash_kexec()).
+        let is_lost = |(index, place): (usize, &Place)| {
             let overflowed = stack.start..stack.start.saturating_add(OVERFLOWED);
-            place.regs.is_some()
+            (index == 0 || place.regs.is_some())
                 && (overflowed.contains(&place.sp) || self.kernel.read_u64(place.sp).is_err())
         };
-        let Some(index) = found.frames.iter().position(is_lost) else { return };
-        let lost = found.frames[index];
-        let frames = self.unwinder().and_then(|unwinder| unwinder.found_again(&lost, stack));
-        let Some(frames) = frames else { return };
-        let Some(&first) = frames.first() else { return };
-        // In the order of the note's.
-        if let (Some(registers), Some(at)) = (&mut found.registers, lost.regs) {
+        let Some(index) = found.frames.iter().enumerate().position(is_lost) else { return false };
+        let (lost, Some(mut registers)) = (found.frames[index], found.registers) else { return false };
+        if let Some(at) = lost.regs {
             let len = self.kernel.size_of("pt_regs").unwrap_or(0) as usize;
-            let Ok(bytes) = self.kernel.read_bytes(at, len) else { return };
+            let Ok(bytes) = self.kernel.read_bytes(at, len) else { return false };
             let words = bytes.as_chunks::<8>().0.iter().map(|word| u64::from_le_bytes(*word));
+            // In the order of the note's.
             registers.iter_mut().zip(words).for_each(|(register, word)| *register = word);
         }
+        let unwinder = self.unwinder();
+        let frames = unwinder.and_then(|unwinder| unwinder.found_again(&lost, registers[RBP], stack));
+        let Some(frames) = frames else { return false };
+        let Some(&first) = frames.first() else { return false };
+        found.registers = Some(registers);
         found.stack_pointer = Some(first.sp);
         found.instruction_pointer = Some(first.address);
         found.frames.truncate(index);
         found.frames.extend(frames);
+        true
     }
 
     /// The stack pointer of what an interrupt has come upon, if the CPU was on the stack for interrupts: the first thing on that one

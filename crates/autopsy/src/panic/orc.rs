@@ -210,14 +210,12 @@ impl<'k> Unwinder<'k> {
         certain.map(State::place).collect()
     }
 
-    /// The frames of a CPU that had lost its stack pointer where an exception came upon it, at `lost`: if there is just one place in `stack` where
+    /// The frames of a CPU that had lost its stack pointer at `lost`, with this frame pointer: if there is just one place in `stack` where
     /// somebody had called the function, and from which the frames lead to a program's registers at the end of `stack`.
-    pub(crate) fn found_again(&self, lost: &Place, stack: &Range<u64>) -> Option<Vec<Place>> {
-        let regs = self.kernel.read::<PtRegs>(lost.regs?).ok()?;
+    pub(crate) fn found_again(&self, lost: &Place, bp: u64, stack: &Range<u64>) -> Option<Vec<Place>> {
         let (_, offset) = self.kernel.symbolize(lost.address)?;
         let start = lost.address.wrapping_sub(offset);
-        let at =
-            |sp| State { ip: lost.address, sp, bp: regs.bp, regs: lost.regs, exact: true, guessed: false };
+        let at = |sp| State { ip: lost.address, sp, bp, regs: lost.regs, exact: true, guessed: false };
         let mut ways = stack.clone().step_by(8).filter_map(|sp| {
             let way: Vec<State> = self.states(at(sp)).collect();
             // Without it, each return address further up would do as well.
@@ -452,7 +450,7 @@ mod tests {
             let kernel = open(synth);
             let unwinder = Unwinder::new(&kernel, Vec::new()).unwrap();
             let lost = Place { address: function + 9, sp: 0xdead << 48, exact: true, regs: Some(lost) };
-            let places = unwinder.found_again(&lost, &(stack..end))?;
+            let places = unwinder.found_again(&lost, 0, &(stack..end))?;
             Some(places.iter().map(|place| (place.address, place.sp)).collect::<Vec<_>>())
         };
         let expected = vec![(function + 9, sp), (outer + 8, sp + 0x20), (entry + 4, end)];
