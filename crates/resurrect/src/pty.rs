@@ -217,11 +217,18 @@ pub(crate) fn lost_peers(company: &Company<'_>, process: &Process) -> Vec<Reason
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd as _;
+
+    use nix::poll::{PollFd, PollFlags, PollTimeout};
+
     use super::*;
 
     #[test]
     fn a_terminal_that_was_hung_up() {
         let fd = hung_up(libc::O_RDWR).unwrap();
+        // Another test's child may have inherited the other end, and closes it when it executes something.
+        let mut hangup = [PollFd::new(fd.as_fd(), PollFlags::empty())];
+        assert_eq!(nix::poll::poll(&mut hangup, PollTimeout::NONE), Ok(1));
         let mut byte = [0];
         assert_eq!(nix::unistd::read(&fd, &mut byte), Ok(0));
         assert_eq!(nix::unistd::write(&fd, &byte), Err(Errno::EIO));
