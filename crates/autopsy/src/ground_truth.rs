@@ -290,7 +290,7 @@ impl Autopsy<'_> {
         let mut done = 0;
         while done < bytes.len() {
             let at = range.start + done as u64;
-            let vma = space.vmas.iter().find(|vma| (vma.start..vma.end).contains(&at))?;
+            let vma = space.vma_at(at)?;
             let within =
                 |run: &&PageRun| (run.addr..run.addr + u64::from(run.count) * PAGE_SIZE).contains(&at);
             let run = vma.pages.iter().find(within)?;

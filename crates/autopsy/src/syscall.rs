@@ -53,7 +53,7 @@ const JUST_STARTED: i64 = 20_000_000;
 
 const EINTR: i64 = 4;
 const EIO: i64 = 5;
-const ENOSYS: i64 = 38;
+pub(crate) const ENOSYS: i64 = 38;
 // include/linux/errno.h
 const ERESTARTSYS: i64 = 512;
 const ERESTARTNOINTR: i64 = 513;

@@ -34,7 +34,7 @@ const NO_NEW_PRIVS: u64 = 1;
 /// First word of every kernel stack (STACK_END_MAGIC, include/uapi/linux/magic.h): overwritten when it overflowed.
 const STACK_END_MAGIC: u64 = 0x57ac_6e9d;
 /// `__USER_CS`, `__USER32_CS` and `__USER_DS` (arch/x86/include/asm/segment.h).
-const USER_CS: u64 = 0x33;
+pub(crate) const USER_CS: u64 = 0x33;
 const USER32_CS: u64 = 0x23;
 const USER_DS: u64 = 0x2b;
 /// The flag that is always set (X86_EFLAGS_FIXED).
@@ -42,7 +42,7 @@ const ALWAYS_ONE: u64 = 2;
 /// First address that no user program can have (five-level page tables).
 const USER_END: u64 = 1 << 56;
 /// Where `struct user_regs_struct` has the frame pointer and the segment bases.
-const RBP: usize = 4;
+pub(crate) const RBP: usize = 4;
 const FS_BASE: usize = 21;
 const GS_BASE: usize = 22;
 /// IRQ_STACK_SIZE (arch/x86/include/asm/page_64_types.h); twice that with KASAN.

@@ -35,6 +35,13 @@ pub struct AddressSpace {
     pub write_locked: bool,
 }
 
+impl AddressSpace {
+    /// The mapping that an address is in.
+    pub fn vma_at(&self, addr: u64) -> Option<&Vma> {
+        self.vmas.iter().find(|vma| (vma.start..vma.end).contains(&addr))
+    }
+}
+
 /// `struct prctl_mm_map`: where the kernel believes the program's parts are. Addresses in the process.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]

@@ -24,6 +24,7 @@ mod thread;
 
 pub(crate) use page_table::{Doing, user_end};
 pub(crate) use slab::Caches;
+use thread::check_threads;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -35,8 +36,6 @@ use crate::process::{Group, Member};
 
 /// Findings about one process; one damaged tree can give rise to thousands.
 const MAX_PER_PROCESS: usize = 16;
-
-const RLIMIT_STACK: usize = 3;
 
 /// What a check has found, before it is known whom it concerns.
 #[derive(Clone, Debug)]
@@ -133,10 +132,7 @@ impl Autopsy<'_> {
             if let Some(id) = process.address_space {
                 self.check_address_space(id, &subject, &machine, &mut all);
                 if let Some(space) = self.address_spaces.borrow().get(&id) {
-                    let stack = process.rlimits.get(RLIMIT_STACK).map_or(u64::MAX, |limit| limit.cur);
-                    for thread in &process.threads {
-                        self.check_thread(thread, &subject, space, stack, &mut all);
-                    }
+                    check_threads(process, &subject, space, &mut all);
                 }
             }
             self.check_descriptors(process, &mut all);

@@ -3,31 +3,35 @@
 #[cfg(test)]
 mod tests;
 
-use snapshot::{AddressSpace, FindingKind, Prot, Registers, Resume, Thread, VmaFlags};
+use std::collections::HashMap;
+
+use snapshot::{AddressSpace, FindingKind, Process, Prot, Registers, Resume, VmaFlags};
 
 use super::{Doubts, Subject};
-use crate::Autopsy;
+use crate::syscall::ENOSYS;
+use crate::thread::USER_CS;
 
-const ENOSYS: i64 = 38;
-/// `__USER_CS`.
-const USER_CS: u64 = 0x33;
 /// The flags that there are (arch/x86/include/uapi/asm/processor-flags.h).
 const FLAGS: u64 = 0x3f_7fd7;
+const RLIMIT_STACK: usize = 3;
 
-impl Autopsy<'_> {
-    /// Registers of a thread that is to go on with them. `stack`: RLIMIT_STACK.
-    pub(super) fn check_thread(
-        &self,
-        thread: &Thread,
-        subject: &Subject<'_>,
-        space: &AddressSpace,
-        stack: u64,
-        doubts: &mut Doubts,
-    ) {
-        let Some(member) = subject.living.iter().find(|member| member.task.pid == thread.tid) else { return };
+/// Registers of all threads that are to go on with them.
+pub(super) fn check_threads(
+    process: &Process,
+    subject: &Subject<'_>,
+    space: &AddressSpace,
+    doubts: &mut Doubts,
+) {
+    if space.vmas.is_empty() {
+        return;
+    }
+    let stack = process.rlimits.get(RLIMIT_STACK).map_or(u64::MAX, |limit| limit.cur);
+    let living: HashMap<_, _> = subject.living.iter().map(|member| (member.task.pid, member)).collect();
+    for thread in &process.threads {
+        let Some(member) = living.get(&thread.tid) else { continue };
         // Who executes another program gets new ones.
-        if matches!(thread.resume, Resume::Exec(_) | Resume::Exit { .. }) || space.vmas.is_empty() {
-            return;
+        if matches!(thread.resume, Resume::Exec(_) | Resume::Exit { .. }) {
+            continue;
         }
         let (on_cpu, traced) = (thread.on_cpu.is_some(), member.task.ptrace != 0);
         if let Some(text) = contradiction(&thread.regs, on_cpu, traced, space, stack) {
@@ -37,7 +41,7 @@ impl Autopsy<'_> {
     }
 }
 
-/// What is wrong with a thread's registers, if anything is.
+/// What is wrong with a thread's registers, if anything is. `stack`: RLIMIT_STACK.
 fn contradiction(
     regs: &Registers,
     on_cpu: bool,
@@ -63,8 +67,7 @@ fn contradiction(
 }
 
 fn is_code(space: &AddressSpace, address: u64) -> bool {
-    let vma = space.vmas.iter().find(|vma| (vma.start..vma.end).contains(&address));
-    vma.is_some_and(|vma| vma.prot.contains(Prot::EXEC))
+    space.vma_at(address).is_some_and(|vma| vma.prot.contains(Prot::EXEC))
 }
 
 /// Whether a thread's next instruction or its stack is where the program has nothing.

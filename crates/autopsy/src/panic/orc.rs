@@ -14,7 +14,7 @@ use vmcore::PrStatus;
 use crate::Result;
 use crate::error::corrupt;
 use crate::module::ModuleCode;
-use crate::thread::CpuRegisters;
+use crate::thread::{CpuRegisters, RBP};
 
 #[derive(KernelType)]
 #[kernel("orc_entry")]
@@ -134,8 +134,6 @@ impl State {
 
     /// Where a CPU was when it saved these registers for the dump.
     pub(crate) fn new(registers: &CpuRegisters) -> State {
-        /// Place of rbp in `struct user_regs_struct`.
-        const RBP: usize = 4;
         State {
             ip: registers[PrStatus::RIP],
             sp: registers[PrStatus::RSP],

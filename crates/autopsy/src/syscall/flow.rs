@@ -217,22 +217,23 @@ impl Code<'_> {
     /// The instruction that comes next. A return address that no call precedes was put on the stack by hand, by a debugger that had a function called:
     /// it lies within the instruction that was about to be executed.
     fn next(&self, place: &Place) -> u64 {
-        let is_call = |length| {
-            let call = self.instruction(place.address.wrapping_sub(length));
-            call.is_some_and(|call| call.next_ip() == place.address && is_call(&call))
-        };
-        match place.exact || (MIN_CALL..=MAX_CALL).any(is_call) {
+        let is_behind_call =
+            || (MIN_CALL..=MAX_CALL).any(|len| self.call_before(place.address, len).is_some());
+        match place.exact || is_behind_call() {
             true => place.address,
             false => place.within(),
         }
     }
 
+    /// The call of so many bytes that ends at an address, if there is one.
+    fn call_before(&self, address: u64, length: u64) -> Option<Instruction> {
+        let call = self.instruction(address.wrapping_sub(length))?;
+        (call.next_ip() == address && is_call(&call)).then_some(call)
+    }
+
     /// Whether the instruction before a return address is a wanted call.
     fn returns_from_wanted(&self, address: u64) -> bool {
-        let call = |length| {
-            let call = self.instruction(address.wrapping_sub(length))?;
-            (call.next_ip() == address && is_call(&call)).then_some(call)
-        };
+        let call = |length| self.call_before(address, length);
         // A call by name; the last bytes of its instruction may look like another one.
         let by_name = call(5).filter(|call| {
             call.flow_control() == FlowControl::Call && self.function(call.near_branch_target()).is_some()
@@ -355,6 +356,13 @@ mod tests {
                 .collect();
             phase(&open(&self.synth), &frames, &WAY).map(|(phase, _)| phase)
         }
+
+        /// Of a CPU in `outer`, which copies by calling `inner`.
+        fn is_open(&self, offset: u64, exact: bool, in_pieces: bool, entry: Entry<'_>) -> Option<bool> {
+            let frames = [Place { address: self.at("outer", offset), sp: 0, exact, regs: None }];
+            let account = Account { function: "outer", copies: &["inner"], in_pieces, entry };
+            is_open(&open(&self.synth), &frames, &account)
+        }
     }
 
     /// push rbx | look_up | test eax,eax | js +5 | inner | put | pop rbx; ret
@@ -401,15 +409,7 @@ mod tests {
         ];
         text.code("outer", &[Err("inner"), Ok(rest)]);
         let ahead = |offset, exact| {
-            let frames = [Place { address: text.at("outer", offset), sp: 0, exact, regs: None }];
-            let kernel = open(&text.synth);
-            let is_open = |in_pieces, entry| {
-                is_open(
-                    &kernel,
-                    &frames,
-                    &Account { function: "outer", copies: &["inner"], in_pieces, entry },
-                )
-            };
+            let is_open = |in_pieces, entry| text.is_open(offset, exact, in_pieces, entry);
             if exact {
                 assert_eq!(is_open(false, Entry::Sum(8)), Some((5..8).contains(&offset)));
                 assert_eq!(is_open(false, Entry::Sum(12)), None, "there is none");
@@ -433,12 +433,7 @@ mod tests {
         let rest: &[u8] = &[0x85, 0xc0, 0x75, 0xe8, 0xc3];
         let calls = [Err("look_up"), Err("inner"), Err("look_up"), Err("put"), Ok(rest)];
         text.code("outer", &calls);
-        let account =
-            Account { function: "outer", copies: &["inner"], in_pieces: false, entry: Entry::Call("put") };
-        let ahead = |offset, exact| {
-            let frames = [Place { address: text.at("outer", offset), sp: 0, exact, regs: None }];
-            is_open(&open(&text.synth), &frames, &account)
-        };
+        let ahead = |offset, exact| text.is_open(offset, exact, false, Entry::Call("put"));
         assert_eq!(ahead(5, false), Some(false), "before the copy");
         assert_eq!(ahead(10, false), Some(false), "in it");
         assert_eq!(ahead(15, false), Some(true), "behind it");
