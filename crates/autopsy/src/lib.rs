@@ -35,6 +35,7 @@ mod hugetlb;
 mod inet;
 mod inode;
 mod inotify;
+mod instruction;
 mod ipc;
 mod kernel_pages;
 mod lock;

@@ -5,14 +5,17 @@
 //! arch/x86/kernel/unwind_orc.c; 6.1 and 6.12 differ in how an entry's type is coded. Modules have tables of their own of the same form.
 //! Where there is no table (code that BPF has made) the unwinder falls back to the frame pointer, and says that it guesses.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
+use iced_x86::FlowControl;
 use ktypes::{Kernel, KernelType};
 use snapshot::Frame;
 use vmcore::PrStatus;
 
 use crate::Result;
 use crate::error::corrupt;
+use crate::instruction::instruction;
 use crate::module::ModuleCode;
 use crate::thread::{CpuRegisters, RBP};
 
@@ -209,7 +212,7 @@ impl<'k> Unwinder<'k> {
     }
 
     /// The frames of a CPU that had lost its stack pointer at `lost`, with this frame pointer: if there is just one place in `stack` where
-    /// somebody had called the function, and from which the frames lead to a program's registers at the end of `stack`.
+    /// somebody had called the function, or one that jumps to it, and from which the frames lead to a program's registers at the end of `stack`.
     pub(crate) fn found_again(&self, lost: &Place, bp: u64, stack: &Range<u64>) -> Option<Vec<Place>> {
         let (_, offset) = self.kernel.symbolize(lost.address)?;
         let start = lost.address.wrapping_sub(offset);
@@ -217,7 +220,7 @@ impl<'k> Unwinder<'k> {
         let mut ways = stack.clone().step_by(8).filter_map(|sp| {
             let way: Vec<State> = self.states(at(sp)).collect();
             // Without it, each return address further up would do as well.
-            way.get(1).filter(|caller| self.is_behind_call(caller.ip, start))?;
+            way.get(1).filter(|caller| self.can_come_back_to(caller.ip, start))?;
             let last = way.last().filter(|state| !state.guessed)?;
             (self.program_registers(last).ok()? == Some(stack.end)).then_some(way)
         });
@@ -352,11 +355,46 @@ impl<'k> Unwinder<'k> {
 
     /// Whether an address is that behind a call of the function that begins at `start`.
     fn is_behind_call(&self, ret: u64, start: u64) -> bool {
+        self.called_before(ret) == Some(start)
+    }
+
+    /// What is called by name by the instruction before an address.
+    fn called_before(&self, ret: u64) -> Option<u64> {
         /// `call rel32`: opcode and length.
         const CALL: (u8, u64) = (0xe8, 5);
         let call = ret.wrapping_sub(CALL.1);
-        self.kernel.read_u8(call).is_ok_and(|opcode| opcode == CALL.0)
-            && self.kernel.read_i32(call + 1).is_ok_and(|to| ret.wrapping_add_signed(to.into()) == start)
+        self.kernel.read_u8(call).ok().filter(|opcode| *opcode == CALL.0)?;
+        Some(ret.wrapping_add_signed(self.kernel.read_i32(call.wrapping_add(1)).ok()?.into()))
+    }
+
+    /// Whether the function that begins at `start` can return to `ret`: what is called there is that function, or comes to it without a call.
+    /// x64_sys_call() ends in a jump to `__x64_sys_read`, and that in one to ksys_read().
+    fn can_come_back_to(&self, ret: u64, start: u64) -> bool {
+        /// More than x64_sys_call() and the first few of each system call.
+        const MAX_INSTRUCTIONS: usize = 16 << 10;
+        let mut to_do = Vec::from_iter(self.called_before(ret));
+        let mut seen = BTreeSet::new();
+        while let Some(at) = to_do.pop() {
+            if at == start {
+                return true;
+            }
+            if !seen.insert(at) {
+                continue;
+            }
+            if seen.len() > MAX_INSTRUCTIONS {
+                return false;
+            }
+            let Some(instruction) = instruction(self.kernel, at) else { continue };
+            match instruction.flow_control() {
+                FlowControl::Next => to_do.push(instruction.next_ip()),
+                FlowControl::UnconditionalBranch => to_do.push(instruction.near_branch_target()),
+                FlowControl::ConditionalBranch => {
+                    to_do.extend([instruction.next_ip(), instruction.near_branch_target()]);
+                }
+                _ => {}
+            }
+        }
+        false
     }
 
     fn entry_ip(&self, table: &Table, index: u64) -> Result<u64> {
@@ -458,6 +496,35 @@ mod tests {
         assert_eq!(found(&synth), None);
         synth.write_u64(sp + 8, 0).write_u64(sp + 0x18, 0);
         assert_eq!(found(&synth), None);
+    }
+
+    #[test]
+    fn a_function_that_is_jumped_to_returns_to_who_called_the_other() {
+        let functions = [("outer", 0x10, CALL), ("entry", 0x10, CALL), ("function", 0x20, CALL)];
+        let (mut synth, [outer, entry, function]) = machine(Record::new().field("cs", U64), functions);
+        let branch = |synth: &mut Synth, at: u64, opcode: u8, to: u64| {
+            let distance = to.wrapping_sub(at + 5) as i32;
+            synth.write(at, &[opcode]).write(at + 1, &distance.to_le_bytes());
+        };
+        let returns = |synth: &Synth| {
+            let kernel = open(synth);
+            let unwinder = Unwinder::new(&kernel, Vec::new()).unwrap();
+            (unwinder.can_come_back_to(outer + 8, function), unwinder.is_behind_call(outer + 8, function))
+        };
+        branch(&mut synth, outer + 3, 0xe8, entry);
+        // test %eax,%eax; jne over ret; jmp function
+        synth.write(entry, &[0x85, 0xc0, 0x75, 0x01, 0xc3]);
+        branch(&mut synth, entry + 5, 0xe9, function);
+        assert_eq!(returns(&synth), (true, false));
+        // Called, it returns there.
+        branch(&mut synth, entry + 5, 0xe8, function);
+        assert_eq!(returns(&synth), (false, false));
+        branch(&mut synth, outer + 3, 0xe8, function);
+        assert_eq!(returns(&synth), (true, true));
+        // A loop without an end.
+        branch(&mut synth, outer + 3, 0xe8, entry);
+        branch(&mut synth, entry + 5, 0xe9, entry);
+        assert_eq!(returns(&synth), (false, false));
     }
 
     /// An interrupt upon a function: entry code with the registers at its stack pointer, and the end of the stack behind it.

@@ -6,14 +6,13 @@
 
 use std::collections::BTreeSet;
 
-use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{FlowControl, Instruction, Mnemonic, OpKind, Register};
 use ktypes::Kernel;
 
 use super::is_part;
+use crate::instruction::instruction;
 use crate::panic::orc::Place;
 
-/// The longest instruction.
-const MAX_INSTRUCTION: usize = 15;
 /// Calls have so many bytes: `call *%rax` to `call *disp32(%r12)`.
 const MIN_CALL: u64 = 2;
 const MAX_CALL: u64 = 8;
@@ -196,9 +195,7 @@ struct Reachable {
 
 impl Code<'_> {
     fn instruction(&self, at: u64) -> Option<Instruction> {
-        let bytes = self.kernel.read_bytes(at, MAX_INSTRUCTION).ok()?;
-        let instruction = Decoder::with_ip(64, &bytes, at, DecoderOptions::NONE).decode();
-        (!instruction.is_invalid()).then_some(instruction)
+        instruction(self.kernel, at)
     }
 
     /// The function whose first instruction is at an address.
