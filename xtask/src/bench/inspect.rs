@@ -30,6 +30,8 @@ const DRGN_SCRIPT: &str = include_str!("ps.py");
 struct Tool {
     name: String,
     command: Vec<String>,
+    /// Not every kernel's core can be read by every version of it.
+    may_fail: bool,
 }
 
 /// What it took.
@@ -46,6 +48,8 @@ struct Measured {
     processes: usize,
     /// Of those that otherworld lists, the ones that are missing.
     missing: usize,
+    /// It ended with an error.
+    failed: bool,
     /// The first word that it said beside the list.
     said: Option<String>,
 }
@@ -107,6 +111,7 @@ fn tools(lab: &Lab, otherworld: &Path, core: &Path, image: &Path, dir: &Path) ->
     let mut tools = vec![Tool {
         name: "otherworld inspect ps".into(),
         command: words(&[&text(otherworld), "inspect", "--core", &text(core), "ps"]),
+        may_fail: false,
     }];
     lab.note("drgn and crash");
     let python = dir.join("drgn/bin");
@@ -121,6 +126,7 @@ fn tools(lab: &Lab, otherworld: &Path, core: &Path, image: &Path, dir: &Path) ->
     tools.push(Tool {
         name: version.split(" (").next().unwrap_or("drgn").to_owned(),
         command: words(&[&drgn, "-q", "-c", &text(core), "-s", &text(image), &text(&script)]),
+        may_fail: true,
     });
     host::ensure_tools(&[("crash", "crash"), ("time", "time")])?;
     let commands = dir.join("crash-commands");
@@ -129,6 +135,7 @@ fn tools(lab: &Lab, otherworld: &Path, core: &Path, image: &Path, dir: &Path) ->
     tools.push(Tool {
         name: version.lines().find(|line| line.starts_with("crash ")).unwrap_or("crash").to_owned(),
         command: words(&["crash", "-s", "-i", &text(&commands), &text(image), &text(core)]),
+        may_fail: true,
     });
     Ok(tools)
 }
@@ -139,6 +146,7 @@ fn measure(tools: &[Tool]) -> Result<Vec<Measured>> {
     let mut peaks = vec![0; tools.len()];
     let mut listed = vec![BTreeSet::new(); tools.len()];
     let mut said = vec![None; tools.len()];
+    let mut failed = vec![false; tools.len()];
     // The first round is not counted.
     for round in 0..=RUNS {
         for (n, tool) in tools.iter().enumerate() {
@@ -148,6 +156,7 @@ fn measure(tools: &[Tool]) -> Result<Vec<Measured>> {
                 times[n].push(run.seconds);
                 cpu_times[n].push(run.cpu_seconds);
                 peaks[n] = peaks[n].max(run.peak_bytes);
+                failed[n] |= run.failed;
                 (listed[n], said[n]) = (run.pids, run.said);
             }
         }
@@ -160,6 +169,7 @@ fn measure(tools: &[Tool]) -> Result<Vec<Measured>> {
         peak_bytes: peaks[n],
         processes: listed[n].len(),
         missing: all.difference(&listed[n]).count(),
+        failed: failed[n],
         said: said[n].take(),
     });
     Ok(measured.collect())
@@ -175,6 +185,7 @@ struct Run {
     cpu_seconds: f64,
     peak_bytes: u64,
     pids: BTreeSet<i32>,
+    failed: bool,
     said: Option<String>,
 }
 
@@ -192,7 +203,8 @@ fn once(tool: &Tool) -> Result<Run> {
         .with_context(|| tool.command.join(" "))?;
     let seconds = began.elapsed().as_secs_f64();
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    if !output.status.success() {
+    let failed = !output.status.success();
+    if failed && !tool.may_fail {
         bail!("{} failed: {err}", tool.command.join(" "));
     }
     let measured = err.lines().find_map(|line| line.strip_prefix(MARK)).context("time(1) said nothing")?;
@@ -201,13 +213,16 @@ fn once(tool: &Tool) -> Result<Run> {
     let pid = |line: &str| line.trim_start_matches('>').split_whitespace().next()?.parse().ok();
     let is_message =
         |line: &&str| !line.trim().is_empty() && pid(line).is_none() && !line.trim_start().starts_with("PID");
-    let messages = err.lines().filter(|line| !line.starts_with(MARK)).chain(out.lines());
+    // time(1) has its own word on a failure.
+    let is_its = |line: &&str| !line.starts_with(MARK) && !line.starts_with("Command exited");
+    let messages = err.lines().filter(is_its).chain(out.lines());
     let mut said = messages.filter(is_message).map(str::to_owned);
     Ok(Run {
         seconds,
         cpu_seconds: user + system,
         peak_bytes: kib as u64 * 1024,
         pids: out.lines().filter_map(pid).filter(|pid| *pid > 0).collect(),
+        failed,
         said: said.next(),
     })
 }
@@ -228,7 +243,9 @@ impl fmt::Display for Table {
                 "{:<24} {:>8.2} {:>8.2} {mib:>9.1} {:>10}",
                 tool.tool, tool.seconds, tool.cpu_seconds, tool.processes
             )?;
-            if tool.missing > 0 {
+            if tool.failed {
+                writeln!(f, "{:26}it failed: it cannot read this core", "")?;
+            } else if tool.missing > 0 {
                 writeln!(f, "{:26}{} of otherworld's processes are missing", "", tool.missing)?;
             }
             if let Some(said) = &tool.said {
